@@ -1,0 +1,21 @@
+// One instruction set's table. Built once for each, with TILERT_ISA naming it.
+#include "kernels.h"
+
+#include "attention.h"
+#include "linear.h"
+#include "norm.h"
+#include "rope.h"
+#include "sample.h"
+
+#define TILERT_TEXT(x) #x
+#define TILERT_NAME(x) TILERT_TEXT(x)
+
+namespace tilert::TILERT_ISA {
+
+extern const Kernels kernels;
+const Kernels kernels = {
+    TILERT_NAME(TILERT_ISA), linear,  linear_scratch, norm,   rope, attention, attention_partial,
+    attention_scratch,       combine, embed,          argmax, read,
+};
+
+}  // namespace tilert::TILERT_ISA

@@ -1,0 +1,1 @@
+"""The two languages of tilert: the op graph and the tile program, and the machines they are made for."""

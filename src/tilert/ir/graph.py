@@ -1,0 +1,142 @@
+"""The op graph of a model: values with checked shapes, nodes in execution order.
+
+A model file builds one graph, whatever the machine and however many tokens a step has: the first
+dimension of activations is the symbol TOKENS or OUTPUTS. Folding (a norm into the matrix product
+that follows it, a sum into the one before) is the compiler's choice, not the model's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+TOKENS, OUTPUTS = "tokens", "outputs"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Value:
+    """A 2-D array in the graph. `weight` values are bound by name to tensors of the checkpoint.
+
+    rows is TOKENS, OUTPUTS or, for a weight, a number. `shard` names the axis that is cut over
+    devices (0 rows, 1 columns), None when every device holds the whole.
+    """
+
+    name: str
+    rows: int | str
+    cols: int
+    weight: bool = False
+    shard: int | None = None
+
+    def __str__(self) -> str:
+        cut = "" if self.shard is None else f" shard={self.shard}"
+        return f"{self.name}[{self.rows}, {self.cols}]{cut}"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Node:
+    """One op: named inputs (None: absent), one output value, numbers."""
+
+    op: str
+    inputs: dict[str, Value | None]
+    output: Value
+    attrs: dict[str, float] = field(default_factory=dict[str, float])
+
+    def __str__(self) -> str:
+        inputs = ", ".join(f"{k}={v.name}" for k, v in self.inputs.items() if v is not None)
+        attrs = "".join(f" {k}={v:g}" for k, v in self.attrs.items())
+        return f"{self.output} = {self.op}({inputs}){attrs}"
+
+
+@dataclass(slots=True)
+class Graph:
+    """Nodes in order; each method appends one and returns its output."""
+
+    name: str
+    nodes: list[Node] = field(default_factory=list[Node])
+    weights: dict[str, Value] = field(default_factory=dict[str, Value])
+
+    def weight(self, name: str, rows: int, cols: int, shard: int | None = None) -> Value:
+        """The weight of that name; asking again must ask for the same shape."""
+        value = self.weights.setdefault(name, Value(name, rows, cols, True, shard))
+        assert (value.rows, value.cols) == (rows, cols), (
+            f"{name} asked as {rows}x{cols}, is {value}"
+        )
+        return value
+
+    def vector(self, name: str, cols: int) -> Value:
+        """A one-dimensional weight, held as one row."""
+        return self.weight(name, 1, cols)
+
+    def _add(
+        self,
+        op: str,
+        name: str,
+        rows: int | str,
+        cols: int,
+        inputs: dict[str, Value | None],
+        **attrs: float,
+    ) -> Value:
+        output = Value(name, rows, cols)
+        self.nodes.append(Node(op, inputs, output, attrs))
+        return output
+
+    def embed(self, name: str, table: Value) -> Value:
+        """Rows of `table` for the step's token ids."""
+        return self._add("embed", name, TOKENS, table.cols, {"table": table})
+
+    def rms_norm(
+        self, name: str, x: Value, weight: Value, eps: float, *, gather: bool = False
+    ) -> Value:
+        """RMSNorm of x; with `gather` only of the rows whose logits are wanted."""
+        assert x.cols == weight.cols, f"norm {name}: {x} with {weight}"
+        rows = OUTPUTS if gather else x.rows
+        return self._add("rms_norm", name, rows, x.cols, {"x": x, "weight": weight}, eps=eps)
+
+    def linear(self, name: str, x: Value, w: Value, bias: Value | None = None) -> Value:
+        """x @ w.T + bias; w [n, k]."""
+        assert x.cols == w.cols and isinstance(w.rows, int), f"linear {name}: {x} with {w}"
+        assert bias is None or bias.cols == w.rows, f"linear {name}: bias {bias} for {w}"
+        return self._add("linear", name, x.rows, w.rows, {"x": x, "w": w, "bias": bias})
+
+    def silu_mul(self, name: str, gate: Value, up: Value) -> Value:
+        """silu(gate) * up."""
+        assert gate.cols == up.cols, f"silu_mul {name}: {gate} with {up}"
+        return self._add("silu_mul", name, gate.rows, gate.cols, {"gate": gate, "up": up})
+
+    def add(self, name: str, x: Value, y: Value) -> Value:
+        """x + y."""
+        assert x.cols == y.cols, f"add {name}: {x} with {y}"
+        return self._add("add", name, x.rows, x.cols, {"x": x, "y": y})
+
+    def rope(
+        self, name: str, q: Value, k: Value, v: Value, table: Value, *, layer: int, head_dim: int,
+        eps: float, q_norm: Value | None = None, k_norm: Value | None = None,
+    ) -> Value:  # fmt: skip
+        """Rotated (and normed) q; k and v of this step go into the caches of `layer`."""
+        assert k.cols == v.cols and q.cols % k.cols == 0 and k.cols % head_dim == 0, f"rope {name}"
+        inputs = {"q": q, "k": k, "v": v, "table": table, "q_norm": q_norm, "k_norm": k_norm}
+        attrs = {"layer": layer, "head_dim": head_dim, "kv_heads": k.cols // head_dim, "eps": eps}
+        return self._add("rope", name, q.rows, q.cols, inputs, **attrs)
+
+    def attention(
+        self,
+        name: str,
+        q: Value,
+        *,
+        layer: int,
+        kv_heads: int,
+        head_dim: int,
+        scale: float,
+        window: int,
+    ) -> Value:
+        """Causal attention of q over the caches of `layer`; window 0 sees all of the past."""
+        attrs = {
+            "layer": layer,
+            "kv_heads": kv_heads,
+            "head_dim": head_dim,
+            "scale": scale,
+            "window": window,
+        }
+        return self._add("attention", name, q.rows, q.cols, {"q": q}, **attrs)
+
+    def __str__(self) -> str:
+        return f"graph {self.name}\n" + "".join(f"  {node}\n" for node in self.nodes)

@@ -1,0 +1,225 @@
+"""The tile program: plain data that every back end runs and that the verifier proves sound.
+
+A program is a table of buffers, a table of ops in their sequential meaning (running the ops in
+table order, one tile after another, *is* what the program computes), and one queue of runs per
+worker. A run executes consecutive tiles of one op. It starts when its waits hold and signals one
+counter after all its writes. Counters only grow: in step s (from 0) a wait (counter, threshold,
+lag) holds when
+
+    value >= max(0, s - lag) * total(counter) + threshold          (lag 1 in step 0: always holds)
+
+Nothing is reset between steps. This file knows nothing of particular ops: those are in tilert.ops.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import struct
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import cached_property
+from typing import ClassVar, NamedTuple, NewType
+
+from tilert.ir.dtype import DType
+from tilert.ir.machine import Machine
+
+Buf = NewType("Buf", int)  # index into Program.buffers
+NONE = Buf(-1)  # no such operand
+PAGE = 64  # positions per page of the KV cache
+PAST = 1 << 30  # cache rows of earlier steps are [-PAST, 0)
+
+
+class Kind(IntEnum):
+    """Who owns a buffer's bytes, and who may write them."""
+
+    WEIGHT = 0  # read only, bound by name to a tensor of the checkpoint
+    STATE = 1  # written by the host between launches, or by the program
+    CACHE = 2  # keys or values of all positions, paged; rows are relative to this step's tokens
+    WORK = 3  # activations, in the device's arena at `offset`
+
+
+@dataclass(frozen=True, slots=True)
+class Buffer:
+    """A 2-D array. A CACHE has `cols` values per position; its rows are capacity in positions.
+
+    `scale` names the buffer of block scales of an FP8 weight (one f32 per `block` of rows x cols).
+    `bank` matrices are stacked in the rows of a weight of which an op picks one at run time
+    (experts).
+    """
+
+    name: str
+    kind: Kind
+    dtype: DType
+    rows: int
+    cols: int
+    device: int = 0
+    offset: int = -1
+    scale: Buf = NONE
+    block: tuple[int, int] = (0, 0)
+    bank: int = 1
+
+    @property
+    def bytes(self) -> int:
+        """Size in bytes when stored densely."""
+        return self.rows * self.cols * self.dtype.bytes
+
+
+class Region(NamedTuple):
+    """A rectangle of a buffer: rows [row_lo, row_hi) and columns [col_lo, col_hi).
+
+    Rows of a CACHE count from the first token of this step: [0, T) are the step's own positions and
+    [-PAST, 0) those of earlier steps, in every sequence.
+    """
+
+    buffer: int
+    row_lo: int
+    row_hi: int
+    col_lo: int
+    col_hi: int
+
+    def overlaps(self, other: Region) -> bool:
+        """True when both touch at least one common element."""
+        return (
+            self.buffer == other.buffer
+            and self.row_lo < other.row_hi
+            and other.row_lo < self.row_hi
+            and self.col_lo < other.col_hi
+            and other.col_lo < self.col_hi
+        )
+
+
+class Cost(NamedTuple):
+    """What a range of tiles moves and computes: streamed bytes, bytes of KV cache, f32 operations."""
+
+    bytes: int
+    cache_bytes: int = 0
+    flops: int = 0
+
+
+class Op(ABC):
+    """One op of the program: a frozen dataclass whose fields are buffers (Buf), ints and floats.
+
+    Subclasses live in tilert.ops and declare everything about the op in one place.
+    """
+
+    opcode: ClassVar[int]
+    __slots__ = ()
+
+    def __post_init__(self) -> None:
+        # Floats are what the binary form can hold, so that every back end sees the same number.
+        for f in dataclasses.fields(self):  # type: ignore[arg-type]
+            if f.type == "float":
+                value = struct.unpack("<f", struct.pack("<f", getattr(self, f.name)))[0]
+                object.__setattr__(self, f.name, value)
+
+    # True when the loader can stream what the op reads, because no activation chooses its address.
+    streamed: ClassVar[bool] = True
+
+    @property
+    @abstractmethod
+    def tiles(self) -> int:
+        """How many tiles the op is cut into."""
+
+    @abstractmethod
+    def reads(self, lo: int, hi: int) -> list[Region]:
+        """Regions that tiles [lo, hi) may read. Weights and host-only state are included."""
+
+    @abstractmethod
+    def writes(self, lo: int, hi: int) -> list[Region]:
+        """Regions that tiles [lo, hi) write, all of them completely (for the tokens of the step)."""
+
+    @abstractmethod
+    def cost(self, lo: int, hi: int, dtype_bytes: int, context: int) -> Cost:
+        """What tiles [lo, hi) cost with weights of `dtype_bytes` at `context` past positions."""
+
+
+class Wait(NamedTuple):
+    """Start only when `counter` has reached `threshold` signals of step s - lag."""
+
+    counter: int
+    threshold: int
+    lag: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Tiles [lo, hi) of one op on one worker: wait, compute, signal once.
+
+    `ring` is the ticket of the first ring slot that its weights take: the number of units that the
+    worker's queue streams before it in one step; -1 on machines that have no ring.
+    """
+
+    op: int
+    lo: int
+    hi: int
+    waits: tuple[Wait, ...] = ()
+    signal: int = -1
+    ring: int = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Counter:
+    """`total` runs signal it in each step; it lives in the memory of `device`."""
+
+    total: int
+    device: int = 0
+
+
+@dataclass(frozen=True)
+class Program:
+    """Everything a back end needs besides the bytes of weights and caches.
+
+    tokens: most tokens of one step; outputs: most rows of logits of one step; sequences: rows of
+    the page table; context: most positions of one sequence.
+    """
+
+    machine: Machine
+    tokens: int
+    outputs: int
+    sequences: int
+    context: int
+    buffers: tuple[Buffer, ...]
+    ops: tuple[Op, ...]
+    counters: tuple[Counter, ...]
+    queues: tuple[tuple[Run, ...], ...]
+
+    @cached_property
+    def buffer_ids(self) -> dict[str, Buf]:
+        """Buffer index by name."""
+        return {buffer.name: Buf(i) for i, buffer in enumerate(self.buffers)}
+
+    @property
+    def arena_bytes(self) -> int:
+        """Bytes of the activation arena of the largest device."""
+        return max((b.offset + b.bytes for b in self.buffers if b.kind is Kind.WORK), default=0)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights that the program is bound to, each counted once."""
+        return sum(b.bytes for b in self.buffers if b.kind is Kind.WEIGHT)
+
+    def weight_itemsize(self, op: Op) -> int:
+        """Bytes per element of the op's weights; the widest when they differ, 4 when it has none."""
+        sizes = [b.dtype.bytes for b in self.operands(op) if b.kind is Kind.WEIGHT and b.rows > 1]
+        return max(sizes, default=4)
+
+    def ring_units(self, op: Op, lo: int, hi: int) -> int:
+        """Ring slots that the weights of tiles [lo, hi) take in turn; each tile starts a new slot.
+
+        All tiles of an op but its last read the same number of bytes.
+        """
+        if not op.streamed:
+            return 0
+        itemsize, slot = self.weight_itemsize(op), self.machine.slot_bytes
+        each, last = (-(-op.cost(t, t + 1, itemsize, 0).bytes // slot) for t in (lo, hi - 1))
+        return each * (hi - lo - 1) + last
+
+    def operands(self, op: Op) -> list[Buffer]:
+        """The buffers that an op names, in the order of its fields."""
+        return [self.buffers[i] for i in self.operand_ids(op) if i != NONE]
+
+    @staticmethod
+    def operand_ids(op: Op) -> list[Buf]:
+        """Indices of the buffers that an op names, NONE included."""
+        return [getattr(op, f.name) for f in dataclasses.fields(op) if f.type == "Buf"]  # type: ignore[arg-type]

@@ -1,0 +1,20 @@
+"""The instruction set: each op declared once, in the file of its family.
+
+A declaration holds fields, regions read and written, the tiling rule, the cost and a numpy
+reference body, which is the op's definition. The C++/CUDA header of opcodes and field layouts is
+generated from these classes by `python -m tilert.ops`.
+"""
+
+from __future__ import annotations
+
+from tilert.ir.program import Op
+from tilert.ops.attention import Attention, Combine
+from tilert.ops.embed import Embed
+from tilert.ops.linear import Linear
+from tilert.ops.norm import Norm
+from tilert.ops.rope import Rope
+from tilert.ops.sample import Argmax, NextToken
+
+OPS: tuple[type[Op], ...] = (Linear, Norm, Embed, Rope, Attention, Combine, Argmax, NextToken)
+
+__all__ = ["OPS", "Argmax", "Attention", "Combine", "Embed", "Linear", "NextToken", "Norm", "Rope"]

