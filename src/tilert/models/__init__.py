@@ -1,0 +1,36 @@
+"""Model families: from config.json to settings, to an op graph, to the weights bound to it.
+
+load_config chooses the family by model_type. Knows nothing of files, devices or tiles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from tilert.errors import UserError
+from tilert.models import llama, mistral, qwen2, qwen3
+from tilert.models.config import DecoderConfig, parse
+
+FAMILIES = {
+    rules.model_type: rules for rules in (llama.RULES, qwen2.RULES, qwen3.RULES, mistral.RULES)
+}
+
+
+def load_config(
+    config: Mapping[str, Any], generation_config: Mapping[str, Any] | None = None
+) -> DecoderConfig:
+    """The checked settings of a model from its config.json and generation_config.json.
+
+    Raises UserError for a model_type without a family here, and for whatever `parse` refuses.
+    """
+    for name, value in (("config.json", config), ("generation_config.json", generation_config)):
+        if value is not None and not isinstance(value, Mapping):
+            raise UserError(f"{name} holds a {type(value).__name__}; accepted is a JSON object")
+    accepted = ", ".join(FAMILIES)
+    model_type = config.get("model_type")
+    if model_type is None:
+        raise UserError(f"config.json has no model_type; accepted are {accepted}")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise UserError(f"config.json has model_type {model_type!r}; accepted are {accepted}")
+    return parse(config, FAMILIES[model_type], generation_config)

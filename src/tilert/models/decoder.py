@@ -1,0 +1,106 @@
+"""The op graph shared by the dense decoder families: llama, qwen2, qwen3, mistral.
+
+Their files hold what differs (which config keys, defaults, biases, norms of q and k); the graph
+reads it from DecoderConfig. Formulas follow transformers' modeling_llama.py and its siblings.
+"""
+
+from __future__ import annotations
+
+from tilert.ir.graph import Graph, Value
+from tilert.models.config import DecoderConfig
+
+ROPE_TABLE = "tilert.rope_table"  # [context, head_dim]: cosines, then sines; made by rotary.py
+
+
+def build(config: DecoderConfig, context: int) -> Graph:
+    """The graph of a model whose sequences have at most `context` positions."""
+    graph = Graph(config.model_type)
+    hidden, vocab = config.hidden_size, config.vocab_size
+    table = graph.weight("model.embed_tokens.weight", vocab, hidden)
+    x = graph.embed("embed", table)
+    for layer in range(config.num_hidden_layers):
+        x = _attention_block(graph, config, layer, x, context)
+        x = _mlp_block(graph, config, layer, x)
+    norm = graph.vector("model.norm.weight", hidden)
+    last = graph.rms_norm("final", x, norm, config.rms_norm_eps, gather=True)
+    head = table if config.tie_word_embeddings else graph.weight("lm_head.weight", vocab, hidden, 0)
+    graph.linear("logits", last, head)
+    return graph
+
+
+def _project(
+    graph: Graph, prefix: str, x: Value, rows: int, *, bias: bool, shard: int, name: str
+) -> Value:
+    weight = graph.weight(f"{prefix}.weight", rows, x.cols, shard)
+    return graph.linear(name, x, weight, graph.vector(f"{prefix}.bias", rows) if bias else None)
+
+
+def _attention_block(
+    graph: Graph, config: DecoderConfig, layer: int, x: Value, context: int
+) -> Value:
+    prefix, d = f"model.layers.{layer}.self_attn", config.head_dim
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    weight = graph.vector(f"model.layers.{layer}.input_layernorm.weight", config.hidden_size)
+    normed = graph.rms_norm(f"l{layer}.attn_in", x, weight, config.rms_norm_eps)
+    bias = config.qkv_bias
+    q = _project(
+        graph, f"{prefix}.q_proj", normed, heads * d, bias=bias, shard=0, name=f"l{layer}.q"
+    )
+    k = _project(
+        graph, f"{prefix}.k_proj", normed, kv_heads * d, bias=bias, shard=0, name=f"l{layer}.k"
+    )
+    v = _project(
+        graph, f"{prefix}.v_proj", normed, kv_heads * d, bias=bias, shard=0, name=f"l{layer}.v"
+    )
+    q_norm = graph.vector(f"{prefix}.q_norm.weight", d) if config.qk_norm else None
+    k_norm = graph.vector(f"{prefix}.k_norm.weight", d) if config.qk_norm else None
+    q = graph.rope(
+        f"l{layer}.q_rope", q, k, v, graph.weight(ROPE_TABLE, context, d), layer=layer, head_dim=d,
+        eps=config.rms_norm_eps, q_norm=q_norm, k_norm=k_norm,
+    )  # fmt: skip
+    sliding = config.layer_types[layer] == "sliding_attention"
+    window = config.sliding_window if sliding and config.sliding_window else 0
+    mixed = graph.attention(
+        f"l{layer}.attn",
+        q,
+        layer=layer,
+        kv_heads=kv_heads,
+        head_dim=d,
+        scale=d**-0.5,
+        window=window,
+    )
+    out = _project(
+        graph,
+        f"{prefix}.o_proj",
+        mixed,
+        config.hidden_size,
+        bias=config.o_bias,
+        shard=1,
+        name=f"l{layer}.o",
+    )
+    return graph.add(f"l{layer}.x_attn", x, out)
+
+
+def _mlp_block(graph: Graph, config: DecoderConfig, layer: int, x: Value) -> Value:
+    prefix, width, bias = f"model.layers.{layer}.mlp", config.intermediate_size, config.mlp_bias
+    weight = graph.vector(
+        f"model.layers.{layer}.post_attention_layernorm.weight", config.hidden_size
+    )
+    normed = graph.rms_norm(f"l{layer}.mlp_in", x, weight, config.rms_norm_eps)
+    gate = _project(
+        graph, f"{prefix}.gate_proj", normed, width, bias=bias, shard=0, name=f"l{layer}.gate"
+    )
+    up = _project(
+        graph, f"{prefix}.up_proj", normed, width, bias=bias, shard=0, name=f"l{layer}.up"
+    )
+    mixed = graph.silu_mul(f"l{layer}.mlp", gate, up)
+    down = _project(
+        graph,
+        f"{prefix}.down_proj",
+        mixed,
+        config.hidden_size,
+        bias=bias,
+        shard=1,
+        name=f"l{layer}.down",
+    )
+    return graph.add(f"l{layer}.x_mlp", x, down)
