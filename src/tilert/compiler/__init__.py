@@ -1,0 +1,36 @@
+"""The compiler: graph and machine in, verified program out. Pure functions; no device, no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from tilert.compiler.depend import depend
+from tilert.compiler.lower import Limits, lower
+from tilert.compiler.memory import place
+from tilert.compiler.schedule import schedule
+from tilert.compiler.verify import verify
+from tilert.ir.dtype import DType
+from tilert.ir.graph import Graph
+from tilert.ir.machine import Machine
+from tilert.ir.program import Program
+
+__all__ = ["Limits", "build"]
+
+
+def build(graph: Graph, machine: Machine, limits: Limits, dtypes: Mapping[str, DType]) -> Program:
+    """The program that computes `graph` on `machine` in steps of up to `limits.tokens` tokens.
+
+    dtypes: element type of each weight as stored; a name that is absent counts as f32.
+    Deterministic: the same input gives the same bytes. Raises VerifyError when the result is not
+    proven sound, which is a fault of the compiler and never of the input.
+    """
+    buffers, ops = lower(graph, machine, limits, dtypes)
+    buffers, ops = place(buffers, ops)
+    queues = schedule(machine, buffers, ops)
+    counters, queues = depend(buffers, ops, queues)
+    program = Program(
+        machine, limits.tokens, limits.outputs, limits.sequences, limits.context,
+        buffers, ops, counters, queues,
+    )  # fmt: skip
+    verify(program)
+    return program

@@ -1,0 +1,268 @@
+"""Graph nodes to ops cut into tiles: folding and tile sizes for one machine and one step size.
+
+Folded where the machine gains: a norm into every product that reads it (few tokens: each worker
+repeats the norm, which is cheaper than a hand-off), a residual sum into the product before it, gate
+and up into one op. Every activation gets a buffer of its own here; memory.py makes them share.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter as Tally
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from tilert.ir.dtype import DType
+from tilert.ir.graph import OUTPUTS, Graph, Node, Value
+from tilert.ir.machine import Machine
+from tilert.ir.program import NONE, PAGE, Buf, Buffer, Kind, Op
+from tilert.ops import Argmax, Attention, Combine, Embed, Linear, NextToken, Norm, Rope
+from tilert.ops.linear import ADD, GATE, STORE
+
+FEW_TOKENS = 8  # up to this many tokens a step is bound by reading weights
+PROMPT_BLOCK = 32  # tokens per tile of row-wise ops and of attention in steps of many tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Capacities of one program; see Program."""
+
+    tokens: int
+    outputs: int
+    sequences: int
+    context: int
+
+    @property
+    def pages(self) -> int:
+        """Pages that one sequence can have."""
+        return -(-self.context // PAGE)
+
+
+@dataclass(slots=True)
+class Lowering:
+    """The state of the pass: tables under construction, and which value lives in which buffer."""
+
+    graph: Graph
+    machine: Machine
+    limits: Limits
+    dtypes: Mapping[str, DType]
+    buffers: list[Buffer] = field(default_factory=list[Buffer])
+    ops: list[Op] = field(default_factory=list[Op])
+    ids: dict[str, Buf] = field(default_factory=dict[str, Buf])
+    home: dict[Value, Buf] = field(default_factory=dict[Value, Buf])
+    uses: Tally[Value] = field(default_factory=Tally[Value])
+    maker: dict[Value, Node] = field(default_factory=dict[Value, Node])
+
+    @property
+    def few(self) -> bool:
+        """True when the step has so few tokens that reading weights decides its time."""
+        return self.limits.tokens <= FEW_TOKENS
+
+    def buffer(self, name: str, kind: Kind, dtype: DType, rows: int, cols: int) -> Buf:
+        """The buffer of that name, made at the first call."""
+        if name not in self.ids:
+            self.ids[name] = Buf(len(self.buffers))
+            self.buffers.append(Buffer(name, kind, dtype, rows, cols))
+        return self.ids[name]
+
+    def state(self, name: str) -> Buf:
+        """A buffer that the host writes before a launch."""
+        lim = self.limits
+        cols = {"tokens": lim.tokens, "positions": lim.tokens, "sequences": lim.tokens, "counts": 2,
+                "output_rows": lim.outputs, "sampled": lim.outputs, "pages": lim.pages}  # fmt: skip
+        rows = lim.sequences if name == "pages" else 1
+        return self.buffer(name, Kind.STATE, DType.I32, rows, cols[name])
+
+    def weight(self, value: Value | None) -> Buf:
+        """The buffer of a weight; NONE for None."""
+        if value is None:
+            return NONE
+        assert value.weight and isinstance(value.rows, int), f"{value} is not a weight"
+        dtype = self.dtypes.get(value.name, DType.F32)
+        return self.buffer(value.name, Kind.WEIGHT, dtype, value.rows, value.cols)
+
+    def cache(self, kind: str, layer: int, cols: int) -> Buf:
+        """The key or value cache of a layer."""
+        return self.buffer(
+            f"layers.{layer}.{kind}_cache", Kind.CACHE, DType.F32, self.limits.context, cols
+        )
+
+    def work(self, value: Value, cols: int | None = None) -> Buf:
+        """A new activation buffer that holds `value` (or `cols` values per row for it)."""
+        buf = self.buffer(value.name, Kind.WORK, DType.F32, self.rows(value), cols or value.cols)
+        self.home[value] = buf
+        return buf
+
+    def rows(self, value: Value) -> int:
+        """Capacity in rows of an activation."""
+        return self.limits.outputs if value.rows == OUTPUTS else self.limits.tokens
+
+    def folded(self, value: Value) -> bool:
+        """True when the norm that makes `value` is repeated inside each product that reads it."""
+        node = self.maker.get(value)
+        return node is not None and node.op == "rms_norm" and self.few and value.rows != OUTPUTS
+
+
+def lower(graph: Graph, machine: Machine, limits: Limits, dtypes: Mapping[str, DType]) -> tuple[
+    list[Buffer], list[Op]
+]:  # fmt: skip
+    """Buffers and ops of a graph, in an order that computes it. dtypes: of each weight as stored."""
+    low = Lowering(graph, machine, limits, dtypes)
+    low.uses.update(v for node in graph.nodes for v in node.inputs.values() if v is not None)
+    low.maker.update({node.output: node for node in graph.nodes})
+    for name in ("counts", "tokens", "positions", "sequences", "output_rows", "pages", "sampled"):
+        low.state(name)
+    for node in graph.nodes:
+        _LOWER[node.op](low, node)
+    _lower_choice(low, graph.nodes[-1].output)
+    return low.buffers, low.ops
+
+
+def _input(node: Node, name: str) -> Value:
+    value = node.inputs[name]
+    assert value is not None, f"{node} lacks its input {name}"
+    return value
+
+
+def _lower_embed(low: Lowering, node: Node) -> None:
+    table = _input(node, "table")
+    assert isinstance(table.rows, int)
+    block = low.limits.tokens if low.few else PROMPT_BLOCK
+    low.ops.append(
+        Embed(low.state("tokens"), low.weight(table), low.work(node.output), low.state("counts"),
+              table.rows, low.limits.tokens, table.cols, block)
+    )  # fmt: skip
+
+
+def _lower_norm(low: Lowering, node: Node) -> None:
+    if low.folded(node.output):
+        return
+    x, gathers = _input(node, "x"), node.output.rows == OUTPUTS
+    rows = low.rows(node.output)
+    low.ops.append(
+        Norm(low.home[x], low.weight(node.inputs["weight"]),
+             low.state("output_rows") if gathers else NONE, low.work(node.output), low.state("counts"),
+             low.rows(x), rows, x.cols, rows if rows <= FEW_TOKENS else PROMPT_BLOCK, node.attrs["eps"])
+    )  # fmt: skip
+
+
+def _lower_linear(low: Lowering, node: Node) -> None:
+    if low.uses[node.output] == 1 and _consumer(low, node.output).op in ("add", "silu_mul"):
+        return  # emitted with its only consumer
+    _emit_linear(low, node, low.work(node.output), STORE)
+
+
+def _lower_add(low: Lowering, node: Node) -> None:
+    residual, product = _input(node, "x"), _input(node, "y")
+    maker = low.maker[product]
+    assert maker.op == "linear" and low.uses[product] == 1, (
+        f"{node}: the sum does not follow a product"
+    )
+    last = [n for n in low.graph.nodes if residual in n.inputs.values()][-1]
+    assert last is node, f"{node}: {residual} is still read after the sum"
+    low.home[node.output] = low.home[residual]  # in place: the old residual is dead
+    _emit_linear(low, maker, low.home[residual], ADD)
+
+
+def _lower_silu_mul(low: Lowering, node: Node) -> None:
+    gate, up = low.maker[_input(node, "gate")], low.maker[_input(node, "up")]
+    assert gate.op == up.op == "linear" and gate.inputs["x"] is up.inputs["x"], (
+        f"{node}: not a gated pair"
+    )
+    _emit_linear(low, gate, low.work(node.output), GATE, up)
+
+
+def _consumer(low: Lowering, value: Value) -> Node:
+    return next(n for n in low.graph.nodes if value in n.inputs.values())
+
+
+def _emit_linear(low: Lowering, node: Node, y: Buf, epilogue: int, up: Node | None = None) -> None:
+    x, w = _input(node, "x"), _input(node, "w")
+    norm, eps = NONE, 0.0
+    if low.folded(x):
+        maker = low.maker[x]
+        x, norm, eps = _input(maker, "x"), low.weight(maker.inputs["weight"]), maker.attrs["eps"]
+    assert isinstance(w.rows, int)
+    rows = low.rows(x)
+    itemsize = low.dtypes.get(w.name, DType.F32).bytes
+    low.ops.append(
+        Linear(low.home[x], low.weight(w), low.weight(up.inputs["w"]) if up else NONE,
+               low.weight(node.inputs["bias"]), low.weight(up.inputs["bias"]) if up else NONE,
+               norm, NONE, y, low.state("counts"), 1 if x.rows == OUTPUTS else 0, rows, w.cols, w.rows,
+               1, 0, tile_rows(low.machine, rows, w.cols * itemsize * (2 if up else 1)), epilogue, eps)
+    )  # fmt: skip
+
+
+def tile_rows(machine: Machine, tokens: int, row_bytes: int) -> int:
+    """Output rows per tile.
+
+    With a ring: as many as fit one slot. Without: about 16 KB for few tokens, so that workers can
+    share evenly; for many tokens 32 rows, a panel that the CPU kernel keeps in its cache.
+    """
+    if machine.slots:
+        fit = max(1, machine.slot_bytes // row_bytes)
+        return 1 << (fit.bit_length() - 1) if fit < 16 else fit // 16 * 16
+    if tokens > FEW_TOKENS:
+        return 32
+    return min(64, max(4, 16384 // row_bytes // 4 * 4))
+
+
+def _lower_rope(low: Lowering, node: Node) -> None:
+    q, k, v, table = (_input(node, name) for name in ("q", "k", "v", "table"))
+    layer, d, kv_heads = (int(node.attrs[name]) for name in ("layer", "head_dim", "kv_heads"))
+    lim = low.limits
+    low.home[node.output] = low.home[q]
+    low.ops.append(
+        Rope(low.home[q], low.home[k], low.home[v], low.weight(node.inputs["q_norm"]),
+             low.weight(node.inputs["k_norm"]), low.weight(table), low.cache("k", layer, k.cols),
+             low.cache("v", layer, v.cols), low.state("positions"), low.state("sequences"),
+             low.state("pages"), low.state("counts"), lim.tokens, q.cols // d, kv_heads, d, lim.context,
+             lim.sequences, lim.pages, node.attrs["eps"])
+    )  # fmt: skip
+
+
+def _lower_attention(low: Lowering, node: Node) -> None:
+    q, lim = _input(node, "q"), low.limits
+    layer, d, kv_heads = (int(node.attrs[name]) for name in ("layer", "head_dim", "kv_heads"))
+    heads = q.cols // d
+    splits = low.machine.workers // math.gcd(kv_heads, low.machine.workers) if low.few else 1
+    y = low.work(node.output)
+    target = y
+    if splits > 1:
+        name = f"{node.output.name}.part"
+        target = low.buffer(name, Kind.WORK, DType.F32, lim.tokens, heads * splits * (d + 2))
+    low.ops.append(
+        Attention(low.home[q], low.cache("k", layer, kv_heads * d), low.cache("v", layer, kv_heads * d),
+                  target, low.state("positions"), low.state("sequences"), low.state("pages"),
+                  low.state("counts"), lim.tokens, heads, kv_heads, d, int(node.attrs["window"]), splits,
+                  lim.tokens if low.few else PROMPT_BLOCK, lim.sequences, lim.pages, node.attrs["scale"])
+    )  # fmt: skip
+    if splits > 1:
+        low.ops.append(
+            Combine(target, y, low.state("counts"), lim.tokens, heads, kv_heads, d, splits)
+        )
+
+
+def _lower_choice(low: Lowering, logits: Value) -> None:
+    """Argmax of the logits; in steps of few tokens it also makes the next step ready."""
+    rows, workers = low.limits.outputs, low.machine.workers
+    chunk = -(-logits.cols // workers)
+    chunks = -(-logits.cols // chunk)
+    part = low.buffer("argmax", Kind.WORK, DType.F32, rows, 2 * chunks)
+    low.ops.append(Argmax(low.home[logits], part, low.state("counts"), rows, logits.cols, chunk))
+    feed = int(low.limits.tokens == low.limits.outputs)
+    low.ops.append(
+        NextToken(part, low.state("sampled"), low.state("tokens"), low.state("positions"),
+                  low.state("counts"), rows, chunks, feed)
+    )  # fmt: skip
+
+
+_LOWER = {
+    "embed": _lower_embed,
+    "rms_norm": _lower_norm,
+    "linear": _lower_linear,
+    "add": _lower_add,
+    "silu_mul": _lower_silu_mul,
+    "rope": _lower_rope,
+    "attention": _lower_attention,
+}

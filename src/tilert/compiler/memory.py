@@ -1,0 +1,66 @@
+"""Where activations live: buffers whose lifetimes do not meet share storage; offsets in the arena.
+
+Only buffers of the same shape share, so a region of one is a region of the other and the dependency
+pass sees every reuse. Program outputs (the logits) keep storage of their own: the host reads them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import replace
+
+from tilert.ir.encode import field_kinds
+from tilert.ir.program import NONE, Buf, Buffer, Kind, Op
+
+ALIGN = 64  # bytes; a cache line, and more than any vector load needs
+
+
+def place(buffers: list[Buffer], ops: list[Op]) -> tuple[tuple[Buffer, ...], tuple[Op, ...]]:
+    """Share, drop and number buffers again, give offsets, and rename the ops' operands."""
+    target = _share(buffers, ops)
+    kept: list[Buffer] = []
+    number: dict[Buf, Buf] = {NONE: NONE}
+    offset = 0
+    for i, buffer in enumerate(buffers):
+        if target[Buf(i)] != i:
+            continue
+        if buffer.kind is Kind.WORK:
+            buffer = replace(buffer, offset=offset)
+            offset += -(-buffer.bytes // ALIGN) * ALIGN
+        number[Buf(i)] = Buf(len(kept))
+        kept.append(buffer)
+    for i in range(len(buffers)):
+        number[Buf(i)] = number[target[Buf(i)]]
+    return tuple(kept), tuple(_rename(op, number) for op in ops)
+
+
+def _operand_names(op: Op) -> list[str]:
+    return [name for name, kind in field_kinds(type(op)) if kind == "Buf"]
+
+
+def _share(buffers: list[Buffer], ops: list[Op]) -> dict[Buf, Buf]:
+    """For each buffer the one whose storage it takes (itself when it opens new storage)."""
+    first: dict[Buf, int] = {}
+    last: dict[Buf, int] = {}
+    for i, op in enumerate(ops):
+        for buf in (getattr(op, name) for name in _operand_names(op)):
+            first.setdefault(buf, i)
+            last[buf] = i
+    target = {Buf(i): Buf(i) for i in range(len(buffers))}
+    free: list[tuple[int, Buf]] = []  # (last op that uses the storage, storage)
+    work = [b for b in first if b != NONE and buffers[b].kind is Kind.WORK]
+    for buf in sorted(work, key=lambda b: (first[b], b)):
+        shape = (buffers[buf].rows, buffers[buf].cols)
+        for slot, (end, storage) in enumerate(free):
+            if end < first[buf] and (buffers[storage].rows, buffers[storage].cols) == shape:
+                target[buf] = storage
+                free[slot] = (last[buf], storage)
+                break
+        else:
+            free.append((last[buf], buf))
+    return target
+
+
+def _rename(op: Op, number: dict[Buf, Buf]) -> Op:
+    names = _operand_names(op)
+    return dataclasses.replace(op, **{name: number[getattr(op, name)] for name in names})  # type: ignore[type-var]

@@ -1,0 +1,140 @@
+"""The compiler: golden program texts, determinism, forms that round-trip, balance, folding."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tilert.compiler import Limits, build
+from tilert.compiler.simulate import simulate
+from tilert.ir import encode, machine
+from tilert.ir.dtype import DType
+from tilert.ir.machine import Machine
+from tilert.ir.program import Kind, Program
+from tilert.models import load_config
+from tilert.models.decoder import ROPE_TABLE
+from tilert.models.decoder import build as build_graph
+from tilert.ops import OPS, Attention, Linear, Norm
+
+GOLDEN = Path(__file__).parent / "golden"
+TINY: dict[str, Any] = {
+    "model_type": "llama", "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "max_position_embeddings": 128, "rms_norm_eps": 1e-5,
+}  # fmt: skip
+QWEN3 = {**TINY, "model_type": "qwen3", "head_dim": 16, "tie_word_embeddings": True}
+SMOLLM2 = {**TINY, "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536,
+           "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
+           "max_position_embeddings": 8192, "tie_word_embeddings": True}  # fmt: skip
+LLAMA_1B = {**SMOLLM2, "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192,
+            "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8}  # fmt: skip
+
+
+def compiled(
+    config: dict[str, Any],
+    target: Machine,
+    tokens: int = 1,
+    context: int = 128,
+    layers: int | None = None,
+) -> Program:
+    """The program of a config with all weights in bf16."""
+    parsed = load_config(config)
+    if layers is not None:
+        parsed = replace(parsed, num_hidden_layers=layers, layer_types=parsed.layer_types[:layers])
+    graph = build_graph(parsed, context)
+    dtypes = {name: DType.BF16 for name in graph.weights if name != ROPE_TABLE}
+    outputs = tokens if tokens <= 8 else 1
+    return build(graph, target, Limits(tokens, outputs, 8, context), dtypes)
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "target", "tokens"),
+    [("llama-cpu2", TINY, machine.cpu(2), 1), ("qwen3-null-4-tokens", QWEN3, machine.NULL, 4)],
+)
+def test_golden_program_text(
+    name: str, config: dict[str, Any], target: Machine, tokens: int
+) -> None:
+    """A change of these texts is a change of every compiled program: look at it, then renew the file
+    by running the test with TILERT_RENEW_GOLDEN=1."""
+    text = encode.to_text(compiled(config, target, tokens))
+    file = GOLDEN / f"{name}.txt"
+    if os.environ.get("TILERT_RENEW_GOLDEN"):
+        file.write_text(text)
+    assert text == file.read_text()
+
+
+@pytest.mark.parametrize("target", [machine.cpu(2), machine.NULL, machine.H100])
+def test_same_input_gives_the_same_bytes_and_both_forms_agree(target: Machine) -> None:
+    first, second = (compiled(TINY, target) for _ in range(2))
+    data = encode.to_bytes(first)
+    assert data == encode.to_bytes(second)
+    again = encode.from_bytes(data, OPS)
+    assert again == first
+    assert encode.to_text(again) == encode.to_text(first)
+
+
+def test_a_cut_off_binary_program_is_refused() -> None:
+    data = encode.to_bytes(compiled(TINY, machine.cpu(2)))
+    for size in (0, 8, 60, len(data) // 2):
+        with pytest.raises((AssertionError, ValueError)):
+            encode.from_bytes(data[:size], OPS)
+
+
+@pytest.mark.parametrize("tokens", [1, 8])
+@pytest.mark.parametrize("workers", [1, 2, 3, 16])
+def test_bytes_are_balanced_over_workers(workers: int, tokens: int) -> None:
+    program = compiled(SMOLLM2, machine.cpu(workers), tokens, context=2048)
+    moved = []
+    for queue in program.queues:
+        costs = [program.ops[r.op].cost(r.lo, r.hi, 2, 512) for r in queue]
+        moved.append(sum(c.bytes + c.cache_bytes for c in costs))
+    assert max(moved) <= 1.03 * sum(moved) / workers
+
+
+def test_norms_are_folded_for_few_tokens_only() -> None:
+    few, many = (compiled(TINY, machine.cpu(2), tokens) for tokens in (1, 64))
+    assert sum(isinstance(op, Norm) for op in few.ops) == 1  # the last, which gathers
+    assert sum(isinstance(op, Norm) for op in many.ops) == 2 * 2 + 1
+    assert all(op.norm == -1 for op in many.ops if isinstance(op, Linear))
+
+
+def test_attention_is_split_when_heads_do_not_divide_over_workers() -> None:
+    splits = {
+        workers: next(
+            op.splits for op in compiled(SMOLLM2, machine.cpu(workers), layers=1).ops
+            if isinstance(op, Attention)
+        )
+        for workers in (1, 2, 3, 4)
+    }  # fmt: skip
+    assert splits == {1: 1, 2: 2, 3: 1, 4: 4}
+
+
+def test_activations_share_storage_over_layers() -> None:
+    two, six = (compiled(SMOLLM2, machine.cpu(2), layers=n) for n in (2, 6))
+    assert two.arena_bytes == six.arena_bytes
+    work = [b for b in six.buffers if b.kind is Kind.WORK]
+    assert sum(b.bytes for b in work) <= six.arena_bytes
+
+
+def test_simulated_step_is_near_the_byte_floor_and_never_below() -> None:
+    for target in (machine.cpu(1), machine.cpu(2), machine.H100):
+        program = compiled(LLAMA_1B, target, layers=4)
+        total = max(span.end for span in simulate(program, 128))
+        rate = min(target.read_bandwidth, target.worker_bandwidth * target.workers)
+        floor = (
+            sum(program.ops[r.op].cost(r.lo, r.hi, 2, 128).bytes for q in program.queues for r in q)
+            / rate
+        )
+        assert floor <= total <= 1.35 * floor
+
+
+def test_ring_machines_stream_every_weight_byte_through_slots() -> None:
+    program = compiled(LLAMA_1B, machine.H100, layers=1)
+    assert all(run.ring >= 0 for queue in program.queues for run in queue)
+    for op in program.ops:
+        if isinstance(op, Linear):
+            assert op.cost(0, 1, 2, 0).bytes <= program.machine.slot_bytes

@@ -1,0 +1,143 @@
+"""Broken programs must be refused by the rule that is meant for them, sound ones must pass."""
+
+from __future__ import annotations
+
+from collections import Counter as Tally
+from typing import Any
+
+import numpy as np
+import programs
+import pytest
+from broken import (
+    BROKEN,
+    loose_pair,
+    missing_wait_before_a_read,
+    own_inputs,
+    two_writers,
+    without_wait,
+)
+from programs import GOOD, HIDDEN, tiny_model
+
+from tilert.backends.interpreter import ORDERS, DeadlockError, RaceError
+from tilert.compiler.verify import RULES, VerifyError, verify
+from tilert.ir.machine import NULL, cpu
+from tilert.ir.program import Kind, Program
+from tilert.ir.regions import Cells
+from tilert.ops import NextToken
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_program_is_refused_by_its_rule(name: str) -> None:
+    rule, make = BROKEN[name]
+    with pytest.raises(VerifyError) as caught:
+        verify(make())
+    assert caught.value.rule == rule, str(caught.value)
+
+
+def test_every_rule_has_a_broken_program_and_there_are_enough() -> None:
+    assert {rule for rule, _ in BROKEN.values()} == {rule.__name__ for rule in RULES}
+    assert len(BROKEN) >= 80
+
+
+DYNAMIC = [
+    n
+    for n, (rule, _) in BROKEN.items()
+    if rule in ("deadlock", "ordering", "overtaking", "meaning")
+]
+
+
+@pytest.mark.parametrize("name", DYNAMIC)
+def test_interpreter_catches_on_its_own_what_the_rules_refuse(name: str) -> None:
+    program = BROKEN[name][1]()
+    weights = programs.make_weights(program)
+    try:
+        expected = programs.outcome(program, weights, "sequential")
+    except AssertionError:
+        return  # the table itself makes no sense
+    caught: list[str] = []
+    for order in ORDERS:
+        for seed in range(3):
+            try:
+                if programs.outcome(program, weights, order, seed) != expected:
+                    caught.append("wrong")
+            except (DeadlockError, RaceError) as error:
+                caught.append(type(error).__name__)
+            except AssertionError:
+                caught.append("access")
+    assert caught
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_sound_program_passes(name: str) -> None:
+    verify(GOOD[name])
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        two_writers(ordered=True),
+        two_writers(False, (0, HIDDEN)),
+        own_inputs(True),
+        loose_pair(True),
+    ],
+    ids=[
+        "two writers in turn",
+        "two writers side by side",
+        "cache handed back",
+        "producers in step",
+    ],
+)
+def test_sound_sibling_of_a_broken_program_passes(program: Program) -> None:
+    verify(program)
+    weights = programs.make_weights(program)
+    expected = programs.outcome(program, weights, "sequential")
+    for order in ORDERS:
+        assert programs.outcome(program, weights, order, 1) == expected
+
+
+def test_message_names_worker_run_op_buffer_and_region() -> None:
+    with pytest.raises(VerifyError) as caught:
+        verify(missing_wait_before_a_read())
+    text = str(caught.value)
+    for part in ("ordering: ", "worker 0, run 0 (o0 embed [0, 1))", "worker 1, run 0 (o1 linear [2, 4))",
+                 "'x' [0:1, 0:16]", "same step"):  # fmt: skip
+        assert part in text
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 33])
+@pytest.mark.parametrize("machine", [cpu(1), cpu(2), cpu(3), cpu(16), NULL], ids=lambda m: m.name)
+def test_compiled_models_pass_and_need_nearly_all_their_waits(machine: Any, tokens: int) -> None:
+    program = tiny_model(machine, tokens)
+    verify(program)
+    kept, refused = 0, Tally[str]()
+    for worker, queue in enumerate(program.queues):
+        for position, run in enumerate(queue):
+            for which in range(len(run.waits)):
+                try:
+                    verify(without_wait(program, worker, position, which))
+                    kept += 1
+                except VerifyError as error:
+                    refused[error.rule] += 1
+    assert set(refused) <= {"ordering", "meaning", "overtaking"}
+    assert refused.total() >= 4 * kept, f"{kept} waits are not needed, {refused.total()} are"
+
+
+@pytest.mark.parametrize("name", [*GOOD, "compiled"])
+def test_regions_of_a_run_are_those_of_its_tiles(name: str) -> None:
+    program = tiny_model(cpu(2), 33) if name == "compiled" else GOOD[name]
+    for op in program.ops:
+        for regions in (op.reads, op.writes):
+            whole, tiles = regions(0, op.tiles), [regions(t, t + 1) for t in range(op.tiles)]
+            cells = Cells([*whole, *(r for tile in tiles for r in tile)])
+
+            def covered(regions: Any, cells: Cells = cells) -> set[int]:
+                return set(np.concatenate([cells.of(r) for r in regions]).tolist())
+
+            assert covered(whole) == set.union(*(covered(tile) for tile in tiles)), op
+
+
+def test_only_next_token_writes_state() -> None:
+    for program in GOOD.values():
+        for op in program.ops:
+            kinds = {program.buffers[r.buffer].kind for r in op.writes(0, op.tiles)}
+            assert (Kind.STATE in kinds) == isinstance(op, NextToken)
