@@ -1,0 +1,215 @@
+"""The engine: requests of token ids in, tokens out, as they are made.
+
+`step` is the loop body: admit what fits, work on one prompt, make one token for every other running
+sequence. When a single greedy sequence runs, its tokens are chosen on the device and many steps go
+out in one launch.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass, field
+
+from tilert.engine.cache import PageCache
+from tilert.engine.core import SamplingParams
+from tilert.engine.runner import PROMPT, Row, Runner
+from tilert.engine.sampling import SampledToken, Sampler
+from tilert.errors import UserError
+from tilert.ir.program import PAGE
+
+LAUNCH_STEPS = 64  # most steps of one launch: bounds what another request waits for
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One stream of tokens: a prompt, what was made after it, and its place in cache and page table."""
+
+    id: int
+    tokens: list[int]  # prompt, then output
+    prompt_length: int
+    limit: int  # most tokens in all
+    sampler: Sampler
+    stop_ids: frozenset[int]
+    pages: list[int] = field(default_factory=list)
+    computed: int = 0  # positions whose keys and values are in the cache
+    slot: int = -1
+    finish_reason: str | None = None
+    stop_reason: int | None = None
+
+    @property
+    def pending(self) -> int:
+        """Tokens that are not in the cache yet; 1 while decoding."""
+        return len(self.tokens) - self.computed
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """A new token of sequence `id`; the reasons are set on its last one."""
+
+    id: int
+    token: SampledToken
+    finish_reason: str | None
+    stop_reason: int | None
+    time: float  # time.perf_counter() when the token was known
+
+
+class Engine:
+    """Runs sequences on a Runner until none is left. Single-threaded: call from one thread."""
+
+    def __init__(self, runner: Runner, vocab_size: int, eos_token_ids: tuple[int, ...]) -> None:
+        self.runner, self.vocab_size, self.eos_token_ids = runner, vocab_size, eos_token_ids
+        self.cache = PageCache(runner.num_pages)
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self.slots = list(range(runner.sequences))
+        self.ids = itertools.count()
+
+    def add(self, prompt: list[int], params: SamplingParams, index: int = 0) -> int:
+        """Queue a sequence and return its id. `index` tells the n sequences of one request apart.
+
+        Raises UserError for an empty or too long prompt or an id outside the vocabulary.
+        """
+        context = self.runner.context
+        if not prompt:
+            raise UserError("the prompt is empty; it must have at least one token")
+        if len(prompt) >= context:
+            raise UserError(
+                f"the prompt has {len(prompt)} tokens, but the context holds {context} and at least one"
+                " must be left for the answer; shorten it or raise --max-model-len"
+            )
+        if bad := [t for t in prompt if not 0 <= t < self.vocab_size]:
+            raise UserError(
+                f"token id {bad[0]} is outside the vocabulary of {self.vocab_size} tokens"
+            )
+        room = context - len(prompt)
+        limit = len(prompt) + min(
+            params.max_tokens if params.max_tokens is not None else room, room
+        )
+        stops = frozenset(params.stop_token_ids or ()) | (
+            frozenset() if params.ignore_eos else frozenset(self.eos_token_ids)
+        )
+        sampler = Sampler(params, prompt, self.vocab_size, self.eos_token_ids, index=index)
+        sequence = Sequence(next(self.ids), list(prompt), len(prompt), limit, sampler, stops)
+        self.waiting.append(sequence)
+        return sequence.id
+
+    def events(self) -> Iterator[Event]:
+        """Tokens of all sequences as they are made, until every one has ended."""
+        while self.waiting or self.running:
+            yield from self.step()
+        self.cache.check()
+
+    def step(self) -> Iterator[Event]:
+        """One turn: admit, one piece of one prompt, one token for each sequence that decodes."""
+        self._admit()
+        for sequence in [s for s in self.running if s.pending > 1][:1]:
+            yield from self._prompt(sequence)
+        decoding = [s for s in self.running if s.pending == 1]
+        if len(decoding) == 1 and len(self.running) == 1 and decoding[0].sampler.is_plain_greedy:
+            yield from self._loop(decoding[0])
+        elif decoding:
+            yield from self._decode(decoding)
+
+    def abort(self, sequence_id: int, reason: str = "abort") -> None:
+        """End a sequence now; unknown ids (already ended) are ignored."""
+        for sequence in [*self.waiting, *self.running]:
+            if sequence.id == sequence_id:
+                self._finish(sequence, reason, None)
+
+    def _admit(self) -> None:
+        # One prompt at a time, so that the next one finds the pages that it shares with this one.
+        while self.waiting and self.slots and all(s.pending == 1 for s in self.running):
+            sequence = self.waiting[0]
+            sequence.pages = self.cache.match(sequence.tokens)
+            sequence.computed = len(sequence.pages) * PAGE
+            if self.cache.free < -(-len(sequence.tokens) // PAGE) - len(sequence.pages) + len(
+                self.running
+            ):
+                self.cache.release(sequence.pages)
+                sequence.pages, sequence.computed = [], 0
+                return
+            self.waiting.popleft()
+            sequence.slot = self.slots.pop()
+            self.running.append(sequence)
+
+    def _prompt(self, sequence: Sequence) -> Iterator[Event]:
+        begin = sequence.computed
+        end = min(len(sequence.tokens), begin + PROMPT)
+        self._reserve(sequence, end)
+        rows = [Row(sequence.tokens[p], p, sequence.slot) for p in range(begin, end)]
+        last = end == len(sequence.tokens)
+        _, logits = self.runner.step(rows, [end - begin - 1] if last else [])
+        sequence.computed = end
+        self.cache.remember(sequence.tokens[:end], sequence.pages)
+        if last:
+            yield self._commit(sequence, sequence.sampler.sample(logits[0]))
+
+    def _decode(self, sequences: list[Sequence]) -> Iterator[Event]:
+        for sequence in sequences:
+            if sequence in self.running:  # a reservation may send another one back
+                self._reserve(sequence, len(sequence.tokens))
+        sequences = [s for s in sequences if s in self.running]
+        rows = [Row(s.tokens[-1], s.computed, s.slot) for s in sequences]
+        greedy, logits = self.runner.step(rows, range(len(rows)))
+        events = []
+        for i, sequence in enumerate(sequences):
+            sequence.computed += 1
+            sampler = sequence.sampler
+            token = (
+                sampler.commit(int(greedy[i]))
+                if sampler.is_plain_greedy
+                else sampler.sample(logits[i])
+            )
+            events.append(self._commit(sequence, token))
+        yield from events
+
+    def _loop(self, sequence: Sequence) -> Iterator[Event]:
+        steps = min(sequence.limit - len(sequence.tokens), LAUNCH_STEPS)
+        self._reserve(sequence, len(sequence.tokens) + steps)
+        row = Row(sequence.tokens[-1], sequence.computed, sequence.slot)
+        with closing(self.runner.loop(row, steps)) as tokens:
+            for token in tokens:
+                sequence.computed += 1
+                yield self._commit(sequence, sequence.sampler.commit(token))
+                if sequence.finish_reason:  # set by the token itself, or by abort() meanwhile
+                    return
+
+    def _commit(self, sequence: Sequence, token: SampledToken) -> Event:
+        sequence.tokens.append(token.token_id)
+        if token.token_id in sequence.stop_ids:
+            self._finish(sequence, "stop", token.token_id)
+        elif len(sequence.tokens) >= sequence.limit:
+            self._finish(sequence, "length", None)
+        return Event(
+            sequence.id, token, sequence.finish_reason, sequence.stop_reason, time.perf_counter()
+        )
+
+    def _finish(self, sequence: Sequence, reason: str, stop_reason: int | None) -> None:
+        sequence.finish_reason, sequence.stop_reason = reason, stop_reason
+        if sequence in self.running:
+            self.running.remove(sequence)
+            self._give_back(sequence)
+        else:
+            self.waiting.remove(sequence)
+
+    def _give_back(self, sequence: Sequence) -> None:
+        self.cache.remember(sequence.tokens[: sequence.computed], sequence.pages)
+        self.cache.release(sequence.pages)
+        self.slots.append(sequence.slot)
+        sequence.pages, sequence.slot, sequence.computed = [], -1, 0
+
+    def _reserve(self, sequence: Sequence, positions: int) -> None:
+        """Pages for so many positions; when there are none, the newest other sequence starts over."""
+        while len(sequence.pages) * PAGE < positions:
+            if not self.cache.free:
+                newest = next(s for s in reversed(self.running) if s is not sequence)
+                self.running.remove(newest)
+                self._give_back(newest)
+                self.waiting.appendleft(newest)
+                continue
+            sequence.pages.append(self.cache.take())
+        self.runner.set_pages(sequence.slot, sequence.pages)

@@ -1,0 +1,119 @@
+"""One model on one back end: its programs, its weights, its KV cache. Token ids in, logits out.
+
+Three programs share everything but activations: `decode` (one token), `few` (up to eight tokens of
+any sequences) and `prompt` (many tokens of one sequence). Each is compiled when it is first needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
+
+from tilert.backends.cpu import CpuBackend, Pool
+from tilert.backends.interpreter import Interpreter, allocate_caches
+from tilert.compiler import Limits, build
+from tilert.ir.dtype import DType
+from tilert.ir.graph import Graph
+from tilert.ir.machine import Machine
+from tilert.ir.program import PAGE, Kind, Program
+
+FEW, PROMPT = 8, 256  # most tokens of a step of the two larger programs
+
+
+class Backend(Protocol):
+    """What the runner needs of a back end that holds one program."""
+
+    state: dict[str, np.ndarray]
+
+    def read(self, name: str) -> np.ndarray:
+        """A view of an activation or state buffer."""
+        ...
+
+    def steps(self, count: int) -> Iterator[np.ndarray]:
+        """Run up to `count` steps; after each, the sampled token ids. Closing it cancels the rest."""
+        ...
+
+
+class Row:
+    """One token of a step: its id, position, and the row of the page table of its sequence."""
+
+    __slots__ = ("position", "slot", "token")
+
+    def __init__(self, token: int, position: int, slot: int) -> None:
+        self.token, self.position, self.slot = token, position, slot
+
+
+class Runner:
+    """Compiles and runs the programs of `graph` for up to `sequences` sequences at a time."""
+
+    def __init__(
+        self, graph: Graph, weights: Mapping[str, np.ndarray], machine: Machine, *, context: int,
+        sequences: int, num_pages: int, pool: Pool | None,
+    ) -> None:  # fmt: skip
+        self.graph, self.weights, self.machine, self.pool = graph, weights, machine, pool
+        self.context, self.sequences, self.num_pages = context, sequences, num_pages
+        self.page_table = np.zeros((sequences, -(-context // PAGE)), dtype=np.int32)
+        self.programs: dict[str, Program] = {}
+        self._backends: dict[str, Backend] = {}
+        self._caches: dict[str, np.ndarray] | None = None
+
+    def program(self, kind: str) -> Program:
+        """The program 'decode', 'few' or 'prompt', compiled at the first call."""
+        if kind not in self.programs:
+            tokens = {"decode": 1, "few": FEW, "prompt": PROMPT}[kind]
+            outputs = 1 if kind == "prompt" else tokens
+            limits = Limits(tokens, outputs, self.sequences, self.context)
+            dtypes = {name: DType.of(array) for name, array in self.weights.items()}
+            self.programs[kind] = build(self.graph, self.machine, limits, dtypes)
+        return self.programs[kind]
+
+    def backend(self, kind: str) -> Backend:
+        """The back end that holds the program of that kind."""
+        if kind not in self._backends:
+            program = self.program(kind)
+            if self.pool is None:
+                self._caches = self._caches or allocate_caches(program, self.num_pages)
+                self._backends[kind] = Interpreter(program, self.weights, self._caches)
+            else:
+                self._caches = self._caches or CpuBackend.allocate_caches(program, self.num_pages)
+                self._backends[kind] = CpuBackend(program, self.weights, self._caches, self.pool)
+        return self._backends[kind]
+
+    def set_pages(self, slot: int, pages: Sequence[int]) -> None:
+        """The physical pages of the sequence in `slot`."""
+        self.page_table[slot, : len(pages)] = pages
+
+    def step(self, rows: Sequence[Row], outputs: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Run one step; (greedy ids [n], logits [n, vocab_size]) of the rows named in `outputs`.
+
+        Logits are a view that the next step overwrites. Rows of more than eight tokens must be one
+        sequence's consecutive tokens.
+        """
+        kind = "decode" if len(rows) == 1 else "few" if len(rows) <= FEW else "prompt"
+        backend = self._prepare(kind, rows, outputs)
+        (sampled,) = backend.steps(1)
+        return sampled, backend.read("logits")[: len(outputs)]
+
+    def loop(self, row: Row, steps: int) -> Generator[int, None, None]:
+        """Greedy tokens of one sequence, up to `steps`, chosen and fed back on the device."""
+        backend = self._prepare("decode", [row], [0])
+        for sampled in backend.steps(steps):
+            yield int(sampled[0])
+
+    def _prepare(self, kind: str, rows: Sequence[Row], outputs: Sequence[int]) -> Backend:
+        backend = self.backend(kind)
+        state, n = backend.state, len(rows)
+        state["tokens"][0, :n] = [row.token for row in rows]
+        state["positions"][0, :n] = [row.position for row in rows]
+        state["sequences"][0, :n] = [row.slot for row in rows]
+        state["output_rows"][0, : len(outputs)] = outputs
+        state["counts"][0] = n, len(outputs)
+        state["pages"][:] = self.page_table
+        return backend
+
+    def cache_page_bytes(self) -> int:
+        """Bytes that one page takes in all layers together."""
+        program = self.program("decode")
+        return sum(b.cols * PAGE * 4 for b in program.buffers if b.kind is Kind.CACHE)
