@@ -1,0 +1,1 @@
+"""What users touch: the Python class LLM, the OpenAI API and the command line."""

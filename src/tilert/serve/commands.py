@@ -1,0 +1,239 @@
+"""What each command of the command line does. Text goes to stdout, everything about it to stderr."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from tilert.compiler import Limits, build
+from tilert.compiler.simulate import simulate
+from tilert.engine.core import RequestOutput, SamplingParams
+from tilert.errors import UserError
+from tilert.ir import encode, machine
+from tilert.ir.dtype import DType
+from tilert.models import load_config
+from tilert.models.decoder import build as build_graph
+from tilert.serve import report
+from tilert.serve.llm import DEFAULT_CONTEXT, LLM, Delta
+from tilert.text import write_gguf_tokenizer
+from tilert.weights import open_checkpoint, resolve_model
+
+_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty",
+             "frequency_penalty", "seed")  # fmt: skip
+
+
+class Bars:
+    """One progress bar on stderr per label, shown only on a terminal."""
+
+    def __init__(self) -> None:
+        self.label, self.bar = "", None
+
+    def __call__(self, label: str, done: int, total: int) -> None:
+        """Show `done` of `total` bytes."""
+        if self.bar is None or label != self.label:
+            self.close()
+            self.label = label
+            self.bar = tqdm(
+                total=total, desc=label, unit="B", unit_scale=True, disable=None, leave=False
+            )
+        self.bar.update(done - self.bar.n)
+
+    def close(self) -> None:
+        """Remove the bar."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+
+def load(args: argparse.Namespace) -> LLM:
+    """The model that the arguments name."""
+    bars = Bars()
+    try:
+        return LLM(
+            args.model, dtype=args.dtype, max_model_len=args.max_model_len, threads=args.threads,
+            backend=args.backend, max_num_seqs=1, progress=bars,
+        )  # fmt: skip
+    finally:
+        bars.close()
+
+
+def sampling_params(args: argparse.Namespace, defaults: Mapping[str, Any]) -> SamplingParams:
+    """Flags, before the model's generation_config.json, before greedy."""
+    values: dict[str, Any] = {"temperature": 0.0}
+    if defaults.get("do_sample"):
+        values |= {k: defaults[k] for k in _SAMPLING if defaults.get(k) is not None}
+        values["temperature"] = defaults.get("temperature", 1.0)
+    values |= {k: v for k in _SAMPLING if (v := getattr(args, k)) is not None}
+    return SamplingParams(
+        **values, max_tokens=args.max_tokens, stop=args.stop, ignore_eos=args.ignore_eos
+    )
+
+
+def read_prompt(args: argparse.Namespace) -> str:
+    """--prompt, --file or stdin. Raises UserError when there is none or it is not UTF-8."""
+    if args.prompt is not None:
+        return args.prompt
+    try:
+        if args.file is not None:
+            return Path(args.file).read_text(encoding="utf-8")
+        if sys.stdin.isatty():
+            raise UserError("there is no prompt; give --prompt, --file or text on stdin")
+        return sys.stdin.buffer.read().decode("utf-8")
+    except OSError as error:
+        raise UserError(f"cannot read the prompt from {args.file}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"the prompt is not UTF-8: byte {error.start} is {error.reason}") from error
+
+
+def make_prompt(llm: LLM, args: argparse.Namespace, text: str) -> Any:
+    """The prompt as the engine takes it, through the chat template with --chat."""
+    if not text:
+        raise UserError("the prompt is empty; it must have at least one character")
+    if not args.chat:
+        if args.system is not None:
+            raise UserError("--system needs --chat")
+        return text
+    system = [{"role": "system", "content": args.system}] if args.system is not None else []
+    return llm.chat_prompt([*system, {"role": "user", "content": text}])
+
+
+def show(deltas: Iterator[Delta]) -> RequestOutput | None:
+    """Print an answer as it is made; returns the whole of it."""
+    request = None
+    for delta in deltas:
+        sys.stdout.write(delta.text)
+        sys.stdout.flush()
+        request = delta.request
+    return request
+
+
+def generate(args: argparse.Namespace) -> None:
+    """`tilert generate`."""
+    text = read_prompt(args)
+    llm = load(args)
+    params = sampling_params(args, llm.checkpoint.generation_config)
+    request = show(llm.stream(make_prompt(llm, args, text), params))
+    print()
+    if args.stats and request is not None:
+        print(report.stats(request, llm.load_seconds), file=sys.stderr)
+
+
+def chat(args: argparse.Namespace) -> None:
+    """`tilert chat`: /reset forgets, /exit or end of input leaves."""
+    llm = load(args)
+    params = sampling_params(args, llm.checkpoint.generation_config)
+    system = [{"role": "system", "content": args.system}] if args.system is not None else []
+    messages: list[dict[str, str]] = list(system)
+    if sys.stdin.isatty():
+        print("/reset starts over, /exit leaves.", file=sys.stderr)
+    while (line := _ask()) is not None:
+        if line in ("/exit", "/quit"):
+            return
+        if line == "/reset":
+            messages = list(system)
+            continue
+        messages.append({"role": "user", "content": line})
+        request = show(llm.stream(llm.chat_prompt(messages), params))
+        print()
+        if request is not None:
+            messages.append({"role": "assistant", "content": request.outputs[0].text})
+            if args.stats:
+                print(report.stats(request, llm.load_seconds), file=sys.stderr)
+
+
+def _ask() -> str | None:
+    while True:
+        if sys.stdin.isatty():
+            sys.stderr.write("> ")
+            sys.stderr.flush()
+        line = sys.stdin.readline()
+        if not line:
+            return None
+        if line.strip():
+            return line.strip()
+
+
+def download(args: argparse.Namespace) -> None:
+    """`tilert download`."""
+    bars = Bars()
+    try:
+        path = resolve_model(args.model, write_gguf_tokenizer, dtype="auto", progress=bars)
+    finally:
+        bars.close()
+    print(path)
+
+
+def inspect(args: argparse.Namespace) -> None:
+    """`tilert inspect`."""
+    folder = resolve_model(args.model, write_gguf_tokenizer, dtype=args.dtype, progress=None)
+    checkpoint = open_checkpoint(folder)
+    config = load_config(checkpoint.config, checkpoint.generation_config)
+    print(report.inspect(folder, config, checkpoint))
+
+
+def compile_(args: argparse.Namespace) -> None:
+    """`tilert compile`."""
+    target = machine.by_name(args.machine)
+    if not 1 <= args.tokens <= 4096:
+        raise UserError(f"--tokens is {args.tokens}; accepted are 1 to 4096")
+    folder = resolve_model(args.model, write_gguf_tokenizer, dtype=args.dtype, progress=None)
+    checkpoint = open_checkpoint(folder)
+    config = load_config(checkpoint.config, checkpoint.generation_config)
+    context = args.context or min(config.max_position_embeddings, DEFAULT_CONTEXT)
+    if not 1 <= context <= config.max_position_embeddings:
+        raise UserError(
+            f"--context is {context}; this model accepts 1 to {config.max_position_embeddings}"
+        )
+    graph = build_graph(config, context)
+    if args.graph:
+        print(graph)
+    dtypes = {name: DType.of(array) for name, array in checkpoint.tensors.items()}
+    outputs = args.tokens if args.tokens <= 8 else 1
+    program = build(graph, target, Limits(args.tokens, outputs, 8, context), dtypes)
+    if args.show:
+        print(encode.to_text(program), end="")
+    if args.out:
+        _write(Path(args.out), encode.to_bytes(program))
+    print(report.program(program, simulate(program, 512)), file=sys.stderr)
+
+
+def _write(path: Path, data: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_bytes(data)
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+
+def trace(args: argparse.Namespace) -> None:
+    """`tilert trace`."""
+    from tilert.serve import trace as tracing
+
+    text = read_prompt(args)
+    llm = load(args)
+    params = sampling_params(args, llm.checkpoint.generation_config)
+    recorded = tracing.record(llm, make_prompt(llm, args, text), params)
+    for suffix, content in (
+        (".json", tracing.chrome_json(recorded)),
+        (".html", tracing.page(recorded)),
+    ):
+        _write(Path(args.out + suffix), content.encode())
+    print(tracing.summary(recorded))
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
+    "generate": generate,
+    "chat": chat,
+    "download": download,
+    "inspect": inspect,
+    "compile": compile_,
+    "trace": trace,
+}

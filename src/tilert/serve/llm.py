@@ -1,0 +1,313 @@
+"""LLM: a model folder in, text out. Joins weights, compiler, engine and text behind one class."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from tilert.backends.cpu import make_pool
+from tilert.engine.core import (
+    CompletionOutput,
+    Logprob,
+    RequestMetrics,
+    RequestOutput,
+    SamplingParams,
+)
+from tilert.engine.engine import Engine, Event
+from tilert.engine.runner import Runner
+from tilert.errors import UserError
+from tilert.ir import machine
+from tilert.ir.program import PAGE
+from tilert.models import load_config
+from tilert.models.decoder import build as build_graph
+from tilert.models.load import bind
+from tilert.text import Detokenizer, Tokenizer, write_gguf_tokenizer
+from tilert.weights import Checkpoint, open_checkpoint, resolve_model
+
+Prompt = str | Mapping[str, Any]
+Progress = Callable[[str, int, int], None]  # (label, done bytes, total bytes)
+DEFAULT_CONTEXT = 8192  # positions, unless the model has fewer or --max-model-len asks for more
+
+__all__ = ["LLM", "Delta", "RequestOutput", "SamplingParams"]
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What one token added to one output of a request; text may be empty, at the end it may be rest."""
+
+    index: int
+    text: str
+    token_id: int
+    finish_reason: str | None
+    request: RequestOutput  # everything so far
+
+
+class LLM:
+    """A loaded model.
+
+    model: folder, .gguf file, Hub name or pypi:PACKAGE. dtype: what a GGUF file is unpacked to
+    ('bfloat16' or 'float32'); safetensors are used as stored. max_model_len: positions per
+    sequence. threads: workers of the CPU program. backend 'interpreter' runs the numpy definition.
+    Raises UserError for everything that is wrong with the input.
+    """
+
+    def __init__(
+        self, model: str | os.PathLike[str], *, skip_tokenizer_init: bool = False,
+        dtype: Literal["auto", "bfloat16", "float32"] = "auto", max_model_len: int | None = None,
+        max_num_seqs: int = 8, threads: int | None = None, seed: int | None = None,
+        backend: Literal["cpu", "interpreter"] = "cpu", progress: Progress | None = None,
+    ) -> None:  # fmt: skip
+        started = time.perf_counter()
+        if not 1 <= max_num_seqs <= 8:
+            raise UserError(f"max_num_seqs is {max_num_seqs}; accepted are 1 to 8")
+        if backend not in ("cpu", "interpreter"):
+            raise UserError(f"backend '{backend}' is not known; accepted are cpu and interpreter")
+        self.seed = seed
+        folder = resolve_model(
+            os.fspath(model), write_gguf_tokenizer, dtype=dtype, progress=progress
+        )
+        checkpoint = open_checkpoint(folder)
+        self.path, self.checkpoint = folder, checkpoint
+        self.config = load_config(checkpoint.config, checkpoint.generation_config)
+        self.tokenizer = None if skip_tokenizer_init else Tokenizer.from_folder(folder)
+        context = self._context(max_model_len)
+        self.long_prompt = self._long_prompt()
+        graph = build_graph(self.config, context)
+        weights = bind(graph, self.config, context, checkpoint.tensors)
+        self.pool = make_pool(threads) if backend == "cpu" else None
+        workers = self.pool.size if self.pool else threads or 2
+        self.runner = Runner(
+            graph, weights, machine.cpu(workers), context=context, sequences=max_num_seqs,
+            num_pages=self._num_pages(context, max_num_seqs), pool=self.pool,
+        )  # fmt: skip
+        _read_ahead(checkpoint, progress)
+        self.engine = Engine(self.runner, self.config.vocab_size, self.config.eos_token_ids)
+        self.load_seconds = time.perf_counter() - started
+
+    def _context(self, max_model_len: int | None) -> int:
+        scaling, longest = self.config.rope_scaling, self.config.max_position_embeddings
+        if scaling.rope_type in ("linear", "dynamic"):  # these act beyond max_position_embeddings
+            longest = int(longest * (scaling.factor or 1.0))
+        if max_model_len is None:
+            return min(longest, DEFAULT_CONTEXT)
+        if not 1 <= max_model_len <= longest:
+            raise UserError(f"max_model_len is {max_model_len}; this model accepts 1 to {longest}")
+        return max_model_len
+
+    def _long_prompt(self) -> int | None:
+        """Longest prompt whose rotation does not depend on its own length; None: any."""
+        scaling = self.config.rope_scaling
+        if scaling.rope_type == "longrope":
+            return scaling.original_max_position_embeddings or self.config.max_position_embeddings
+        return self.config.max_position_embeddings if scaling.rope_type == "dynamic" else None
+
+    def _num_pages(self, context: int, sequences: int) -> int:
+        """Pages for all sequences at full length, or as many as half of the free memory holds."""
+        config = self.config
+        kv_width = config.num_key_value_heads * config.head_dim
+        page_bytes = config.num_hidden_layers * 2 * kv_width * PAGE * 4
+        one = -(-context // PAGE)
+        fits = int(_available_memory() * 0.5) // page_bytes
+        if fits < one:
+            raise UserError(
+                f"the KV cache of {context} positions needs {one * page_bytes / 1e9:.1f} GB, but"
+                f" {fits * page_bytes / 1e9:.1f} GB can be used; --max-model-len {fits * PAGE} would fit"
+            )
+        return min(one * sequences, fits)
+
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], sampling_params: Any = None
+    ) -> list[RequestOutput]:
+        """One RequestOutput per prompt, in order. A prompt is text or {"prompt_token_ids": [...]}.
+
+        sampling_params: one SamplingParams for all, or a list with one for each.
+        """
+        batch = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
+        params = (
+            sampling_params
+            if isinstance(sampling_params, list | tuple)
+            else [sampling_params] * len(batch)
+        )
+        if len(params) != len(batch):
+            raise UserError(f"there are {len(batch)} prompts but {len(params)} sampling params")
+        requests = [
+            self._add(f"{i}", *self._prompt(p), s or SamplingParams())
+            for i, (p, s) in enumerate(zip(batch, params, strict=True))
+        ]
+        for _ in self._run(requests):
+            pass
+        return [request.output for request in requests]
+
+    def chat(
+        self, messages: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
+        sampling_params: Any = None, **template: Any,
+    ) -> list[RequestOutput]:  # fmt: skip
+        """Answers to one conversation (a list of messages) or to several (a list of those)."""
+        single = not messages or isinstance(messages[0], Mapping)
+        conversations: Any = [messages] if single else messages
+        return self.generate(
+            [self.chat_prompt(c, **template) for c in conversations], sampling_params
+        )
+
+    def chat_prompt(self, messages: Sequence[Mapping[str, Any]], **template: Any) -> dict[str, Any]:
+        """The prompt that the model's chat template makes of a conversation."""
+        if self.tokenizer is None:
+            raise UserError(
+                "chat needs the tokenizer, but the model was loaded with skip_tokenizer_init"
+            )
+        ids = self.tokenizer.encode_chat(messages, **template)
+        return {
+            "prompt_token_ids": ids,
+            "prompt": self.tokenizer.decode(ids, skip_special_tokens=False),
+        }
+
+    def stream(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None
+    ) -> Iterator[Delta]:
+        """The answer to one prompt, token by token. Closing the iterator cancels the request."""
+        request = self._add("0", *self._prompt(prompt), sampling_params or SamplingParams())
+        return self._run([request])
+
+    def _prompt(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise UserError(
+                    "a text prompt needs the tokenizer; give {'prompt_token_ids': [...]} instead"
+                )
+            return prompt, self.tokenizer.encode(prompt)
+        ids = prompt.get("prompt_token_ids")
+        if ids is None and isinstance(prompt.get("prompt"), str):
+            return self._prompt(prompt["prompt"])
+        if not isinstance(ids, Sequence) or not all(isinstance(i, int | np.integer) for i in ids):
+            raise UserError("a prompt must be text or {'prompt_token_ids': [list of ints]}")
+        return prompt.get("prompt"), [int(i) for i in ids]
+
+    def _add(
+        self, request_id: str, text: str | None, ids: list[int], params: SamplingParams
+    ) -> _Request:
+        if self.tokenizer is None and params.stop:
+            raise UserError("stop strings need the tokenizer, but the model was loaded without one")
+        if self.long_prompt and len(ids) > self.long_prompt:
+            raise UserError(
+                f"the prompt has {len(ids)} tokens; rope scaling '{self.config.rope_scaling.rope_type}'"
+                f" rotates prompts of more than {self.long_prompt} tokens in another way, which tilert"
+                " does not do yet"
+            )
+        if params.seed is None and self.seed is not None:
+            params = dataclasses.replace(params, seed=self.seed)
+        return _Request(self, request_id, text, ids, params)
+
+    def _run(self, requests: list[_Request]) -> Iterator[Delta]:
+        owner = {
+            i: (request, n) for request in requests for n, i in enumerate(request.sequence_ids)
+        }
+        try:
+            for event in self.engine.events():
+                request, index = owner[event.id]
+                yield from request.take(index, event)
+        finally:  # also on Ctrl-C and when the iterator is closed
+            for sequence_id in owner:
+                self.engine.abort(sequence_id)
+
+
+class _Request:
+    """A prompt with its n outputs under construction."""
+
+    def __init__(
+        self, llm: LLM, request_id: str, text: str | None, ids: list[int], params: SamplingParams
+    ) -> None:
+        self.llm, self.params = llm, params
+        self.sequence_ids = [llm.engine.add(ids, params, index) for index in range(params.n)]
+        self.metrics = RequestMetrics(arrival_time=time.perf_counter(), prompt_tokens=len(ids))
+        outputs = [CompletionOutput(i, "", [], None, None, None, None) for i in range(params.n)]
+        self.output = RequestOutput(request_id, text, ids, None, outputs, False, self.metrics)
+        self.texts = [self._detokenizer() for _ in range(params.n)]
+
+    def _detokenizer(self) -> Detokenizer | None:
+        params, tokenizer = self.params, self.llm.tokenizer
+        if tokenizer is None or not params.detokenize:
+            return None
+        return Detokenizer(
+            tokenizer,
+            params.stop or (),
+            params.include_stop_str_in_output,
+            params.skip_special_tokens,
+        )
+
+    def take(self, index: int, event: Event) -> Iterator[Delta]:
+        """Account for one token; yields what it adds."""
+        output, text = self.output.outputs[index], self.texts[index]
+        if output.finish_reason is not None:
+            return
+        token = event.token.token_id
+        output.token_ids.append(token)
+        self._note_logprobs(output, event)
+        self._note_time(event.time)
+        new = ""
+        if text is not None:
+            hidden = event.finish_reason == "stop" and not self.params.include_stop_str_in_output
+            new = "" if hidden else text.push(token)
+        reason, stop_reason = event.finish_reason, event.stop_reason
+        if text is not None and text.stopped is not None:
+            reason, stop_reason = "stop", text.stopped
+            self.llm.engine.abort(event.id, "stop")
+        elif text is not None and reason is not None:
+            new += text.finish()
+        if text is not None:
+            output.text = text.text
+        output.finish_reason, output.stop_reason = reason, stop_reason
+        if all(o.finish_reason for o in self.output.outputs):
+            self.output.finished, self.metrics.finished_time = True, event.time
+        yield Delta(index, new, token, reason, self.output)
+
+    def _note_logprobs(self, output: CompletionOutput, event: Event) -> None:
+        if self.params.logprobs is None:
+            return
+        tokenizer, token = self.llm.tokenizer, event.token
+        entry = {
+            i: Logprob(
+                logprob,
+                rank,
+                tokenizer.decode([i], skip_special_tokens=False) if tokenizer else None,
+            )
+            for i, logprob, rank in token.top
+        }
+        output.logprobs = [*(output.logprobs or []), entry]
+        output.cumulative_logprob = (output.cumulative_logprob or 0.0) + token.logprob
+
+    def _note_time(self, now: float) -> None:
+        if self.metrics.first_token_time is None:
+            self.metrics.first_token_time = now
+        self.metrics.last_token_time = now
+        self.metrics.generated_tokens += 1
+
+
+def _available_memory() -> int:
+    """Bytes that can be allocated without pushing anything out (MemAvailable)."""
+    for line in (
+        Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []
+    ):
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _read_ahead(checkpoint: Checkpoint, progress: Progress | None) -> None:
+    """Touch every page of the mapped weights once, so that the first token does not wait for the disk."""
+    total = sum(array.nbytes for array in checkpoint.tensors.values())
+    done = 0
+    for array in checkpoint.tensors.values():
+        flat = array.reshape(-1).view(np.uint8)
+        for begin in range(0, flat.size, 64 << 20):
+            piece = flat[begin : begin + (64 << 20)]
+            piece[::4096].max(initial=0)
+            done += piece.size
+            if progress:
+                progress("loading", done, total)

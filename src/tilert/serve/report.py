@@ -1,0 +1,75 @@
+"""Short texts about a run, a model or a program, for people at a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from tilert.compiler.simulate import Span
+from tilert.engine.core import RequestOutput
+from tilert.ir import machine
+from tilert.ir.program import Program
+from tilert.models.config import DecoderConfig
+from tilert.weights import Checkpoint
+
+GIB = 1 << 30
+CARD_BYTES = {"h100": 80e9, "h200": 141e9, "b200": 180e9}  # memory of one card, as sold
+
+
+def stats(request: RequestOutput, load_seconds: float) -> str:
+    """Speed of one request."""
+    m = request.metrics
+    per_token = m.time_per_output_token
+    rate = (
+        f"{1 / per_token:.1f} tok/s, {per_token * 1e3:.2f} ms/token" if per_token else "one token"
+    )
+    first = (m.time_to_first_token or 0.0) * 1e3
+    return (
+        f"[{m.generated_tokens} tokens: {rate}; prompt of {m.prompt_tokens} tokens:"
+        f" first token after {first:.1f} ms; loaded in {load_seconds:.2f} s]"
+    )
+
+
+def inspect(folder: Path, config: DecoderConfig, checkpoint: Checkpoint) -> str:
+    """What the model is, how many bytes a token reads, and how long that takes on known machines."""
+    tensors = checkpoint.tensors
+    parameters = sum(array.size for array in tensors.values())
+    stored = sum(array.nbytes for array in tensors.values())
+    embedding = tensors["model.embed_tokens.weight"]
+    per_token = stored - (0 if config.tie_word_embeddings else embedding.nbytes)
+    kv = config.num_hidden_layers * 2 * config.num_key_value_heads * config.head_dim * 4
+    dtypes = ", ".join(sorted({str(array.dtype) for array in tensors.values()}))
+    lines = [
+        f"{folder}",
+        f"model_type {config.model_type}: {config.num_hidden_layers} layers,"
+        f" hidden_size {config.hidden_size}, intermediate_size {config.intermediate_size},"
+        f" {config.num_attention_heads} heads,"
+        f" {config.num_key_value_heads} kv heads of {config.head_dim}, vocab_size {config.vocab_size}",
+        f"context {config.max_position_embeddings}, tied head {config.tie_word_embeddings},"
+        f" sliding_window {config.sliding_window}, rope {config.rope_scaling.rope_type}",
+        f"parameters {parameters:,} ({dtypes}), {stored / GIB:.3f} GiB",
+        f"a token reads {per_token / 1e6:.1f} MB of weights and {kv / 1e3:.1f} KB per position of"
+        " context (f32)",
+        "",
+        "machine   reads   floor per token   weights + full context",
+    ]
+    total = stored + kv * config.max_position_embeddings
+    for m in (machine.H100, machine.H200, machine.B200):
+        fits = "fits" if total < 0.95 * CARD_BYTES[m.name] else "does not fit"
+        lines.append(
+            f"{m.name:<8}{m.read_bandwidth / 1e12:6.2f} TB/s {per_token / m.read_bandwidth * 1e3:10.3f} ms"
+            f"       {total / GIB:.2f} GiB of {CARD_BYTES[m.name] / GIB:.0f}: {fits}"
+        )
+    return "\n".join(lines)
+
+
+def program(compiled: Program, spans: Sequence[Span]) -> str:
+    """One line about a compiled program."""
+    runs = [run for queue in compiled.queues for run in queue]
+    waits = sum(len(run.waits) for run in runs)
+    total = max((span.end for span in spans), default=0.0)
+    return (
+        f"{len(compiled.ops)} ops, {len(runs)} runs on {len(compiled.queues)} workers, {waits} waits on"
+        f" {len(compiled.counters)} counters, {compiled.arena_bytes / 1e6:.2f} MB of activations; verified;"
+        f" simulated step at 512 positions: {total * 1e3:.3f} ms"
+    )

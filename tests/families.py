@@ -1,0 +1,88 @@
+"""Tiny random models of every family, made with transformers: the independent reference."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from transformers import AutoModelForCausalLM
+
+SIZES = {
+    "vocab_size": 199,
+    "hidden_size": 48,
+    "intermediate_size": 68,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 4.0, "low_freq_factor": 1.0,
+          "high_freq_factor": 4.0, "original_max_position_embeddings": 32}  # fmt: skip
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
+LONG = {"rope_type": "longrope", "rope_theta": 10000.0, "factor": 4.0, "short_factor": [1.0] * 4,
+        "long_factor": [2.0] * 4, "original_max_position_embeddings": 64}  # fmt: skip
+
+# name -> (config class, options)
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", {}),
+    "llama-tied": ("LlamaConfig", {"tie_word_embeddings": True, "head_dim": 16}),
+    "llama-biased": ("LlamaConfig", {"attention_bias": True, "mlp_bias": True}),
+    "llama-one-head": ("LlamaConfig", {"num_attention_heads": 1, "num_key_value_heads": 1}),
+    "llama-odd": (
+        "LlamaConfig",
+        {"intermediate_size": 341, "hidden_size": 36, "num_key_value_heads": 3},
+    ),
+    "llama-llama3": ("LlamaConfig", {"rope_parameters": LLAMA3}),
+    "llama-linear": ("LlamaConfig", {"rope_parameters": LINEAR}),
+    "llama-dynamic": ("LlamaConfig", {"rope_parameters": DYNAMIC}),
+    "llama-dynamic-short": (
+        "LlamaConfig",
+        {"rope_parameters": DYNAMIC, "max_position_embeddings": 48},
+    ),
+    "llama-yarn": ("LlamaConfig", {"rope_parameters": YARN}),
+    "llama-longrope": ("LlamaConfig", {"rope_parameters": LONG}),
+    "qwen2": ("Qwen2Config", {}),
+    "qwen2-tied": ("Qwen2Config", {"tie_word_embeddings": True}),
+    "qwen2-window": (
+        "Qwen2Config",
+        {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1},
+    ),
+    "qwen3": ("Qwen3Config", {"head_dim": 16}),
+    "mistral": ("MistralConfig", {"sliding_window": 16}),
+    "mistral-full": ("MistralConfig", {"sliding_window": None, "head_dim": 32}),
+}
+
+
+def make(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """Write the model into `folder` in the Hugging Face layout; returns the transformers model."""
+    kind, options = FAMILIES[name]
+    config = getattr(transformers, kind)(**{**SIZES, **options})
+    torch.manual_seed(sum(map(ord, name)))
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").to(dtype).eval()
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if parameter.ndim == 1:  # norms and biases start as ones and zeros: make them count
+                parameter.copy_(torch.randn_like(parameter) * 0.2 + ("norm" in parameter_name))
+            else:
+                parameter.copy_(torch.randn_like(parameter) * 0.15)
+    model.save_pretrained(folder)
+    return model
+
+
+def logits(model: Any, tokens: list[int]) -> np.ndarray:
+    """[len(tokens), vocab_size] logits of the whole sequence at once."""
+    with torch.no_grad():
+        return model(torch.tensor([tokens])).logits[0].float().numpy()
