@@ -12,7 +12,7 @@ from programs import GOOD, HIDDEN, VOCAB, Draft, linear, phased
 from tilert.ir.dtype import DType
 from tilert.ir.machine import cpu
 from tilert.ir.program import NONE, Buf, Buffer, Counter, Kind, Program, Run, Wait
-from tilert.ops import Attention, Embed, Rope
+from tilert.ops import Attend, Attention, Embed, Rope
 
 BROKEN: dict[str, tuple[str, Callable[[], Program]]] = {}
 
@@ -710,3 +710,15 @@ def ring_ticket_on_a_machine_without_ring() -> Program:
 def ring_with_slots_of_no_bytes() -> Program:
     program = GOOD["ring"]
     return replace(program, machine=replace(program.machine, slot_bytes=0))
+
+
+@breaks("stream")
+def past_rows_streamed_before_they_are_appended() -> Program:
+    """A product that needs nothing of attention stands behind it, so its start proves no append."""
+    machine = replace(programs.RING, workers_per_device=8, slot_bytes=256, read_bandwidth=4e9,
+                      worker_bandwidth=2e9, worker_flops=1e9)  # fmt: skip
+    program = programs.tiny_model(machine, 1, hidden_size=64, kv_heads=1)
+    queue = list(program.queues[1])
+    attend = next(i for i, run in enumerate(queue) if isinstance(program.ops[run.op], Attend))
+    queue[attend - 1], queue[attend] = queue[attend], queue[attend - 1]
+    return programs.with_tickets(with_queue(program, 1, queue))

@@ -88,8 +88,7 @@ class Draft:
 
 def units(program: Program, op: Op, tile: int) -> int:
     """Ring slots of one tile."""
-    size = op.cost(tile, tile + 1, program.weight_itemsize(op), 0).bytes if op.streamed else 0
-    return -(-size // program.machine.slot_bytes)
+    return program.ring_units(op, tile, tile + 1)
 
 
 def with_tickets(program: Program) -> Program:
@@ -356,11 +355,11 @@ GOOD = {make.__name__: make() for make in (
 )}  # fmt: skip
 
 
-def tiny_model(machine: Machine, tokens: int) -> Program:
+def tiny_model(machine: Machine, tokens: int, hidden_size: int = 16, kv_heads: int = 2) -> Program:
     """A compiled llama of two layers."""
     config = load_config({
-        "model_type": "llama", "vocab_size": 40, "hidden_size": 16, "intermediate_size": 24,
-        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "model_type": "llama", "vocab_size": 40, "hidden_size": hidden_size, "intermediate_size": 24,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": kv_heads,
         "max_position_embeddings": 128, "rms_norm_eps": 1e-5,
     })  # fmt: skip
     return build(build_graph(config, 128), machine, Limits(tokens, min(tokens, 8), 2, 128), {})

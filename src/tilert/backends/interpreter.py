@@ -37,9 +37,9 @@ class DeadlockError(AssertionError):
 
 
 def allocate_caches(program: Program, pages: int) -> dict[str, np.ndarray]:
-    """Zeroed caches [pages, 64, cols] f32 by buffer name; programs of one model may share them."""
+    """Zeroed caches [pages, 64, cols] by buffer name; programs of one model may share them."""
     caches = (b for b in program.buffers if b.kind is Kind.CACHE)
-    return {b.name: np.zeros((pages, PAGE, b.cols), np.float32) for b in caches}
+    return {b.name: np.zeros((pages, PAGE, b.cols), b.dtype.numpy) for b in caches}
 
 
 class Interpreter:
@@ -243,7 +243,7 @@ class _Memory:
         position = self._operand("positions")[0, token : token + 1]
         page, slot = self._locate(buf, token, position)
         index = int(page[0]), int(slot[0]), slice(col_lo, col_hi)
-        self._pending.append((buf, index, values.astype(np.float32)))
+        self._pending.append((buf, index, values.astype(self.arrays[buf].dtype)))
 
     def _operand(self, name: str) -> np.ndarray:
         """A state buffer that the current op names, all of it."""
@@ -312,9 +312,9 @@ def _cache(b: Buffer, caches: Mapping[str, np.ndarray]) -> np.ndarray:
     array = caches.get(b.name)
     if array is None:
         raise UserError(f"cache '{b.name}' is missing")
-    if array.shape[1:] != (PAGE, b.cols) or array.dtype != np.float32:
-        raise UserError(f"cache '{b.name}' is {array.dtype} {array.shape}; the program needs float32"
-                        f" [pages, {PAGE}, {b.cols}]")  # fmt: skip
+    if array.shape[1:] != (PAGE, b.cols) or array.dtype != b.dtype.numpy:
+        raise UserError(f"cache '{b.name}' is {array.dtype} {array.shape}; the program needs"
+                        f" {b.dtype.numpy} [pages, {PAGE}, {b.cols}]")  # fmt: skip
     return array
 
 

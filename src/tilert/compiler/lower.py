@@ -2,7 +2,10 @@
 
 Folded where the machine gains: a norm into every product that reads it (few tokens: each worker
 repeats the norm, which is cheaper than a hand-off), a residual sum into the product before it, gate
-and up into one op. Every activation gets a buffer of its own here; memory.py makes them share.
+and up into one op. Machines that stream weights through rings have many workers and wait longest for
+hand-offs: there rotation, append and attention are one op, the product after them merges its partial
+results, and the last norm is folded too. Every activation gets a buffer of its own here; memory.py
+makes them share.
 """
 
 from __future__ import annotations
@@ -16,10 +19,11 @@ from tilert.ir.dtype import DType
 from tilert.ir.graph import OUTPUTS, Graph, Node, Value
 from tilert.ir.machine import Machine
 from tilert.ir.program import NONE, PAGE, Buf, Buffer, Kind, Op
-from tilert.ops import Argmax, Attention, Combine, Embed, Linear, NextToken, Norm, Rope
+from tilert.ops import Argmax, Attend, Attention, Combine, Embed, Linear, NextToken, Norm, Rope
 from tilert.ops.linear import ADD, GATE, STORE
 
 FEW_TOKENS = 8  # up to this many tokens a step is bound by reading weights
+MAX_SPLITS = 8  # shares of the past positions of one kv head whose partial results a product merges
 PROMPT_BLOCK = 32  # tokens per tile of row-wise ops and of attention in steps of many tokens
 
 
@@ -52,6 +56,12 @@ class Lowering:
     home: dict[Value, Buf] = field(default_factory=dict[Value, Buf])
     uses: Tally[Value] = field(default_factory=Tally[Value])
     maker: dict[Value, Node] = field(default_factory=dict[Value, Node])
+    attends: dict[Value, Attend] = field(default_factory=dict[Value, Attend])
+
+    @property
+    def fused(self) -> bool:
+        """True when rotation, attention and the merge of its shares take no hand-offs of their own."""
+        return self.few and self.machine.slots > 0
 
     @property
     def few(self) -> bool:
@@ -84,8 +94,9 @@ class Lowering:
     def cache(self, kind: str, layer: int, cols: int) -> Buf:
         """The key or value cache of a layer."""
         return self.buffer(
-            f"layers.{layer}.{kind}_cache", Kind.CACHE, DType.F32, self.limits.context, cols
-        )
+            f"layers.{layer}.{kind}_cache", Kind.CACHE, self.machine.cache_dtype, self.limits.context,
+            cols,
+        )  # fmt: skip
 
     def work(self, value: Value, cols: int | None = None) -> Buf:
         """A new activation buffer that holds `value` (or `cols` values per row for it)."""
@@ -100,7 +111,9 @@ class Lowering:
     def folded(self, value: Value) -> bool:
         """True when the norm that makes `value` is repeated inside each product that reads it."""
         node = self.maker.get(value)
-        return node is not None and node.op == "rms_norm" and self.few and value.rows != OUTPUTS
+        if node is None or node.op != "rms_norm" or not self.few:
+            return False
+        return value.rows != OUTPUTS or self.fused
 
 
 def lower(graph: Graph, machine: Machine, limits: Limits, dtypes: Mapping[str, DType]) -> tuple[
@@ -178,18 +191,22 @@ def _consumer(low: Lowering, value: Value) -> Node:
 
 def _emit_linear(low: Lowering, node: Node, y: Buf, epilogue: int, up: Node | None = None) -> None:
     x, w = _input(node, "x"), _input(node, "w")
-    norm, eps = NONE, 0.0
+    norm, gather, eps, source = NONE, NONE, 0.0, x
     if low.folded(x):
         maker = low.maker[x]
-        x, norm, eps = _input(maker, "x"), low.weight(maker.inputs["weight"]), maker.attrs["eps"]
+        source, norm = _input(maker, "x"), low.weight(maker.inputs["weight"])
+        eps = maker.attrs["eps"]
+        gather = low.state("output_rows") if x.rows == OUTPUTS else NONE
     assert isinstance(w.rows, int)
-    rows = low.rows(x)
+    rows, attend = low.rows(x), low.attends.get(x)
+    shares = (attend.splits, attend.group, attend.head_dim) if attend else (1, 1, 1)
     itemsize = low.dtypes.get(w.name, DType.F32).bytes
     low.ops.append(
-        Linear(low.home[x], low.weight(w), low.weight(up.inputs["w"]) if up else NONE,
+        Linear(low.home[source], low.weight(w), low.weight(up.inputs["w"]) if up else NONE,
                low.weight(node.inputs["bias"]), low.weight(up.inputs["bias"]) if up else NONE,
                norm, NONE, y, low.state("counts"), 1 if x.rows == OUTPUTS else 0, rows, w.cols, w.rows,
-               1, 0, tile_rows(low.machine, rows, w.cols * itemsize * (2 if up else 1)), epilogue, eps)
+               1, 0, tile_rows(low.machine, rows, w.cols * itemsize * (2 if up else 1)), epilogue, eps,
+               gather, low.rows(source) if gather != NONE else 1, *shares)
     )  # fmt: skip
 
 
@@ -200,14 +217,16 @@ def tile_rows(machine: Machine, tokens: int, row_bytes: int) -> int:
     share evenly; for many tokens 32 rows, a panel that the CPU kernel keeps in its cache.
     """
     if machine.slots:
-        fit = max(1, machine.slot_bytes // row_bytes)
-        return 1 << (fit.bit_length() - 1) if fit < 16 else fit // 16 * 16
+        fit = max(1, min(machine.slot_bytes // row_bytes, 32))
+        return 1 << (fit.bit_length() - 1)
     if tokens > FEW_TOKENS:
         return 32
     return min(64, max(4, 16384 // row_bytes // 4 * 4))
 
 
 def _lower_rope(low: Lowering, node: Node) -> None:
+    if low.fused:
+        return  # part of the attention that reads it
     q, k, v, table = (_input(node, name) for name in ("q", "k", "v", "table"))
     layer, d, kv_heads = (int(node.attrs[name]) for name in ("layer", "head_dim", "kv_heads"))
     lim = low.limits
@@ -221,7 +240,27 @@ def _lower_rope(low: Lowering, node: Node) -> None:
     )  # fmt: skip
 
 
+def _lower_attend(low: Lowering, node: Node) -> None:
+    rope, lim = low.maker[_input(node, "q")], low.limits
+    assert rope.op == "rope", f"{node}: its queries are not rotated"
+    q, k, v, table = (_input(rope, name) for name in ("q", "k", "v", "table"))
+    layer, d, kv_heads = (int(node.attrs[name]) for name in ("layer", "head_dim", "kv_heads"))
+    heads, splits = q.cols // d, max(2, min(MAX_SPLITS, low.machine.workers // kv_heads))
+    y = low.work(node.output, heads * splits * (d + 2))
+    low.attends[node.output] = op = Attend(
+        low.home[q], low.home[k], low.home[v], low.weight(rope.inputs["q_norm"]),
+        low.weight(rope.inputs["k_norm"]), low.weight(table), low.cache("k", layer, k.cols),
+        low.cache("v", layer, v.cols), y, low.state("positions"), low.state("sequences"),
+        low.state("pages"), low.state("counts"), lim.tokens, heads, kv_heads, d,
+        int(node.attrs["window"]), splits, lim.context, lim.sequences, lim.pages, rope.attrs["eps"],
+        node.attrs["scale"],
+    )  # fmt: skip
+    low.ops.append(op)
+
+
 def _lower_attention(low: Lowering, node: Node) -> None:
+    if low.fused:
+        return _lower_attend(low, node)
     q, lim = _input(node, "q"), low.limits
     layer, d, kv_heads = (int(node.attrs[name]) for name in ("layer", "head_dim", "kv_heads"))
     heads = q.cols // d

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from tilert.ir.encode import field_kinds
 from tilert.ir.program import NONE, Buf, Buffer, Kind, Op
+from tilert.ops import Argmax
 
 ALIGN = 64  # bytes; a cache line, and more than any vector load needs
 
@@ -47,9 +48,12 @@ def _share(buffers: list[Buffer], ops: list[Op]) -> dict[Buf, Buf]:
             first.setdefault(buf, i)
             last[buf] = i
     target = {Buf(i): Buf(i) for i in range(len(buffers))}
+    outputs = {op.logits for op in ops if isinstance(op, Argmax)}
     free: list[tuple[int, Buf]] = []  # (last op that uses the storage, storage)
     work = [b for b in first if b != NONE and buffers[b].kind is Kind.WORK]
     for buf in sorted(work, key=lambda b: (first[b], b)):
+        if buf in outputs:
+            continue
         shape = (buffers[buf].rows, buffers[buf].cols)
         for slot, (end, storage) in enumerate(free):
             if end < first[buf] and (buffers[storage].rows, buffers[storage].cols) == shape:

@@ -120,7 +120,11 @@ def _sound_operand(program: Program, name: str, index: int) -> Iterator[str]:
     b = program.buffers[index]
     if b.kind not in _KINDS[name]:
         yield f"b{index} '{b.name}', a {b.kind.name.lower()} buffer"
-    floats = set(DType) - {DType.I32} if b.kind is Kind.WEIGHT else {DType.F32}
+    floats = {DType.F32}
+    if b.kind is Kind.WEIGHT:
+        floats = set(DType) - {DType.I32}
+    elif b.kind is Kind.CACHE:
+        floats = {program.machine.cache_dtype}
     if b.dtype not in ({DType.I32} if name in _INTEGERS else floats):
         yield f"b{index} '{b.name}' of type {b.dtype.name.lower()}"
 
@@ -314,6 +318,30 @@ def ring(facts: Facts) -> Iterator[str]:
                 ticket += program.ring_units(program.ops[run.op], run.lo, run.hi)
 
 
+def stream(facts: Facts) -> Iterator[str]:
+    """Past cache rows can be streamed as soon as the run after the one that reads them has started in
+    the step before: that start comes after the appends of that step. Older ones are in order with it."""
+    program = facts.program
+    if not program.machine.slots:
+        return
+    writers: dict[int, list[int]] = defaultdict(list)
+    for number, regions in enumerate(facts.writes):
+        for buffer in {r.buffer for r in regions}:
+            if program.buffers[buffer].kind is Kind.CACHE:
+                writers[buffer].append(number)
+    for number, regions in enumerate(facts.reads):
+        place = facts.places[number]
+        past = {r.buffer for r in regions if r.row_lo < 0}
+        wrap = place.position + 1 == facts.lengths[place.worker]
+        after = facts.numbers[place.worker][0 if wrap else place.position + 1]
+        for writer in (w for buffer in sorted(past) for w in writers[buffer]):
+            at = facts.places[writer]
+            known = facts.clock[int(wrap), after, at.worker]
+            if at.worker != place.worker and known < facts.moment(0, at):
+                yield (f"{facts.name(place)} streams what {facts.name(at)} appends, but the run after it"
+                       " can start before that")  # fmt: skip
+
+
 def memory(facts: Facts) -> Iterator[str]:
     """Activations lie in their device's arena, aligned, and no two share a byte."""
     program = facts.program
@@ -348,5 +376,5 @@ def devices(facts: Facts) -> Iterator[str]:
 
 RULES: tuple[Callable[[Facts], Iterator[str]], ...] = (
     structure, partition, counters, memory, devices, ring, deadlock, overtaking, ordering, meaning,
-    coverage,
+    coverage, stream,
 )  # fmt: skip

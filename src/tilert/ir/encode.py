@@ -12,6 +12,7 @@ import json
 import struct
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
@@ -128,12 +129,17 @@ def from_bytes(data: bytes, op_classes: Iterable[type[Op]]) -> Program:
         Run(op, lo, hi, tuple(waits[b:e]), sig, ring) for op, lo, hi, sig, ring, b, e in run_rows
     ]
     return Program(
-        Machine(**tail["machine"]), head["tokens"], head["outputs"], head["sequences"], head["context"],
+        _machine(tail["machine"]), head["tokens"], head["outputs"], head["sequences"], head["context"],
         tuple(_buffer(name, row) for name, row in zip(tail["names"], buffer_rows, strict=True)),
         tuple(_op_from_words(op_table[a:b], classes) for a, b in pairwise(op_starts)),
         counters,
         tuple(tuple(runs[a:b]) for a, b in pairwise(queue_starts)),
     )  # fmt: skip
+
+
+def _machine(fields: dict[str, Any]) -> Machine:
+    fields["cache_dtype"] = DType(fields["cache_dtype"])
+    return Machine(**fields)
 
 
 def _buffer(name: str, row: Sequence[int]) -> Buffer:

@@ -121,6 +121,10 @@ class Op(ABC):
     def tiles(self) -> int:
         """How many tiles the op is cut into."""
 
+    def weight_rows(self, lo: int, hi: int) -> int:
+        """Rows of weights, of all matrices together, that tiles [lo, hi) stream."""
+        return 0
+
     @abstractmethod
     def reads(self, lo: int, hi: int) -> list[Region]:
         """Regions that tiles [lo, hi) may read. Weights and host-only state are included."""
@@ -207,13 +211,19 @@ class Program:
     def ring_units(self, op: Op, lo: int, hi: int) -> int:
         """Ring slots that the weights of tiles [lo, hi) take in turn; each tile starts a new slot.
 
-        All tiles of an op but its last read the same number of bytes.
+        A tile that is larger than a slot is streamed row by row, each row in as many slots as it
+        needs. All tiles of an op but its last read the same number of bytes.
         """
         if not op.streamed:
             return 0
         itemsize, slot = self.weight_itemsize(op), self.machine.slot_bytes
-        each, last = (-(-op.cost(t, t + 1, itemsize, 0).bytes // slot) for t in (lo, hi - 1))
-        return each * (hi - lo - 1) + last
+        total = 0
+        for t, tiles in ((lo, hi - lo - 1), (hi - 1, 1)):
+            size, rows = op.cost(t, t + 1, itemsize, 0).bytes, max(1, op.weight_rows(t, t + 1))
+            total += tiles * (
+                -(-size // slot) if size <= slot else rows * -(-(size // rows) // slot)
+            )
+        return total
 
     def operands(self, op: Op) -> list[Buffer]:
         """The buffers that an op names, in the order of its fields."""

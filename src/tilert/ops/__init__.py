@@ -8,6 +8,7 @@ generated from these classes by `python -m tilert.ops`.
 from __future__ import annotations
 
 from tilert.ir.program import Op
+from tilert.ops.attend import Attend
 from tilert.ops.attention import Attention, Combine
 from tilert.ops.embed import Embed
 from tilert.ops.linear import Linear
@@ -15,6 +16,27 @@ from tilert.ops.norm import Norm
 from tilert.ops.rope import Rope
 from tilert.ops.sample import Argmax, NextToken
 
-OPS: tuple[type[Op], ...] = (Linear, Norm, Embed, Rope, Attention, Combine, Argmax, NextToken)
+OPS: tuple[type[Op], ...] = (
+    Linear,
+    Norm,
+    Embed,
+    Rope,
+    Attention,
+    Combine,
+    Argmax,
+    NextToken,
+    Attend,
+)
 
-__all__ = ["OPS", "Argmax", "Attention", "Combine", "Embed", "Linear", "NextToken", "Norm", "Rope"]
+__all__ = [
+    "OPS",
+    "Argmax",
+    "Attend",
+    "Attention",
+    "Combine",
+    "Embed",
+    "Linear",
+    "NextToken",
+    "Norm",
+    "Rope",
+]

@@ -26,6 +26,26 @@ def share(lo: int, hi: int, split: int, splits: int) -> tuple[int, int]:
     return lo + length * split // splits, lo + length * (split + 1) // splits
 
 
+def partial_width(width: int, head_dim: int, splits: int) -> int:
+    """Columns of the partial results of `width` columns of heads: values, maximum and sum per head."""
+    return width // head_dim * splits * (head_dim + 2)
+
+
+def merge(part: np.ndarray, group_width: int, head_dim: int, splits: int) -> np.ndarray:
+    """[rows, group_width] from the partial results of one kv head's group of query heads.
+
+    part [rows, splits * group * (head_dim + 2)]: every share is rescaled to the common maximum, all
+    are added and divided by the sum.
+    """
+    group = group_width // head_dim
+    part_TPJX = part.reshape(len(part), splits, group, head_dim + 2)
+    m = part_TPJX[..., head_dim : head_dim + 1]
+    weight = np.exp(m - m.max(axis=1, keepdims=True))
+    out = (part_TPJX[..., :head_dim] * weight).sum(axis=1)
+    total = (part_TPJX[..., head_dim + 1 :] * weight).sum(axis=1)
+    return (out / total).reshape(len(part), group_width)
+
+
 @dataclass(frozen=True, slots=True)
 class Attention(Op):
     """Tile ((b * kv_heads) + g) * splits + s: tokens of block b, kv head g, share s of the positions.
@@ -190,9 +210,4 @@ class Combine(Op):
         width = self.splits * self.group * (d + 2)
         for g in range(lo, hi):
             part = mem.read(self.part, 0, tokens, g * width, (g + 1) * width)
-            part_TPJX = part.reshape(tokens, self.splits, self.group, d + 2)
-            m = part_TPJX[..., d : d + 1]
-            weight = np.exp(m - m.max(axis=1, keepdims=True))
-            out = (part_TPJX[..., :d] * weight).sum(axis=1)
-            total = (part_TPJX[..., d + 1 :] * weight).sum(axis=1)
-            mem.write(self.y, 0, g * self.group * d, (out / total).reshape(tokens, -1))
+            mem.write(self.y, 0, g * self.group * d, merge(part, self.group * d, d, self.splits))

@@ -8,6 +8,7 @@ from typing import ClassVar
 import numpy as np
 
 from tilert.ir.program import NONE, Buf, Cost, Op, Region
+from tilert.ops.attention import merge, partial_width
 from tilert.ops.memory import Memory, count
 from tilert.ops.norm import rms_norm
 
@@ -22,6 +23,9 @@ class Linear(Op):
     holds, GATE stores silu(x' @ w[r] + bias[r]) * (x' @ w_up[r] + bias_up[r]).
     x [rows, k] f32; w, w_up [bank * n, k]; y [rows, >= y_col + n] f32.
     `expert`, when given, is an i32 buffer [1, 1] whose value picks the matrix of w's bank.
+    `gather`, when given, is an i32 buffer [1, rows]: row i of x' is made from x[gather[i]].
+    splits > 1: x holds the partial results of Attend, `group` query heads of `head_dim` for each kv
+    head, and x' is what Combine makes of them.
     """
 
     opcode: ClassVar[int] = 1
@@ -43,6 +47,11 @@ class Linear(Op):
     tile_rows: int
     epilogue: int
     eps: float
+    gather: Buf = NONE
+    x_rows: int = 1  # rows of x that `gather` may name
+    splits: int = 1
+    group: int = 1
+    head_dim: int = 1
 
     @property
     def tiles(self) -> int:
@@ -52,9 +61,21 @@ class Linear(Op):
         """Weight rows of tiles [lo, hi)."""
         return lo * self.tile_rows, min(hi * self.tile_rows, self.n)
 
+    def weight_rows(self, lo: int, hi: int) -> int:
+        begin, end = self.span(lo, hi)
+        return (end - begin) * (2 if self.epilogue == GATE else 1)
+
     def reads(self, lo: int, hi: int) -> list[Region]:
         begin, end = self.span(lo, hi)
-        out = [Region(self.counts, 0, 1, 0, 2), Region(self.x, 0, self.rows, 0, self.k)]
+        width = self.k if self.splits == 1 else partial_width(self.k, self.head_dim, self.splits)
+        out = [Region(self.counts, 0, 1, 0, 2)]
+        if self.gather == NONE:
+            out.append(Region(self.x, 0, self.rows, 0, width))
+        else:
+            out += [
+                Region(self.gather, 0, 1, 0, self.rows),
+                Region(self.x, 0, self.x_rows, 0, width),
+            ]
         if self.expert == NONE:
             out += [Region(w, begin, end, 0, self.k) for w in (self.w, self.w_up) if w != NONE]
         else:  # any matrix of the bank may be chosen
@@ -73,15 +94,14 @@ class Linear(Op):
         return [Region(self.y, 0, self.rows, self.y_col + begin, self.y_col + end)]
 
     def cost(self, lo: int, hi: int, dtype_bytes: int, context: int) -> Cost:
-        begin, end = self.span(lo, hi)
-        elements = (end - begin) * self.k * (2 if self.epilogue == GATE else 1)
+        elements = self.weight_rows(lo, hi) * self.k
         return Cost(elements * dtype_bytes, 0, 2 * elements * self.rows)
 
     def reference(self, mem: Memory, lo: int, hi: int) -> None:
         """The definition, on whatever the step's real number of rows is."""
         begin, end = self.span(lo, hi)
         rows = count(mem, self.counts, self.count_index)
-        x = mem.read(self.x, 0, rows, 0, self.k)
+        x = self._input(mem, rows)
         if self.norm != NONE:
             x = rms_norm(x, mem.read(self.norm, 0, 1, 0, self.k), self.eps)
         y = self._product(mem, self.w, self.bias, x, begin, end)
@@ -91,6 +111,19 @@ class Linear(Op):
             up = self._product(mem, self.w_up, self.bias_up, x, begin, end)
             y = y / (1 + np.exp(-y)) * up
         mem.write(self.y, 0, self.y_col + begin, y)
+
+    def _input(self, mem: Memory, rows: int) -> np.ndarray:
+        if self.splits > 1:
+            part = mem.read(self.x, 0, rows, 0, partial_width(self.k, self.head_dim, self.splits))
+            kv_heads, width = self.k // (self.group * self.head_dim), self.group * self.head_dim
+            groups = np.split(part, kv_heads, axis=1)
+            return np.concatenate(
+                [merge(p, width, self.head_dim, self.splits) for p in groups], axis=1
+            )
+        if self.gather == NONE:
+            return mem.read(self.x, 0, rows, 0, self.k)
+        chosen = mem.read(self.gather, 0, 1, 0, rows)[0]
+        return np.concatenate([mem.read(self.x, int(r), int(r) + 1, 0, self.k) for r in chosen])
 
     def _product(
         self, mem: Memory, w: Buf, bias: Buf, x: np.ndarray, begin: int, end: int

@@ -85,6 +85,8 @@ class LinearTask final : public Task {
   LinearTask(const Operands& in, const LinearFields& f, const Kernels& kernels)
       : f_(f), kernels_(kernels), count_(in, f.counts, f.count_index, f.rows) {
     in.require(f.expert < 0 && f.bank == 1, "it picks an expert, which the CPU does not run yet");
+    in.require(f.gather < 0 && f.x_rows == 1 && f.splits == 1 && f.group == 1 && f.head_dim == 1,
+               "it gathers rows or merges shares, which only machines with rings are given");
     in.require(f.tile_rows > 0 && f.y_col >= 0, "its tiles are not positive");
     in.require(f.epilogue >= 0 && f.epilogue <= 2, "its epilogue is unknown");
     in.require((f.epilogue == 2) == (f.w_up >= 0), "a gate has two matrices, others one");

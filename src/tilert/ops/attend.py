@@ -1,0 +1,161 @@
+"""Rotation, append and attention in one tile: what a GPU gains from having two hand-offs less.
+
+The same formulas as Rope and Attention. Past positions come from the cache and never depend on this
+step, so a loader may stream them early; the step's own keys and values are rotated where they are used.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from tilert.ir.program import NONE, PAGE, PAST, Buf, Cost, Op, Region
+from tilert.ops.attention import visible
+from tilert.ops.memory import Memory, count
+from tilert.ops.norm import rms_norm
+from tilert.ops.rope import rotate
+
+
+def page_share(lo: int, hi: int, split: int, splits: int) -> tuple[int, int]:
+    """The part of the positions [lo, hi) whose pages belong to `split`: consecutive whole pages."""
+    if lo >= hi:
+        return lo, lo
+    first, pages = lo // PAGE, -(-hi // PAGE) - lo // PAGE
+    begin, end = (first + pages * s // splits for s in (split, split + 1))
+    return min(max(lo, begin * PAGE), hi), max(min(hi, end * PAGE), lo)
+
+
+@dataclass(frozen=True, slots=True)
+class Attend(Op):
+    """Tile g * splits + s: kv head g with its group of query heads, share s of the past positions.
+
+    q, k, v as the products left them: q and k are normed (if q_norm, k_norm) and rotated here, then
+    all are rounded to the cache's type. Split 0 also appends them to the caches and attends to the step's
+    own positions. y [rows, heads * splits * (head_dim + 2)] gets the partial results in the layout
+    of Attention with splits > 1. A token sees the earlier tokens of its sequence in the same step.
+    """
+
+    opcode: ClassVar[int] = 9
+    q: Buf
+    k: Buf
+    v: Buf
+    q_norm: Buf
+    k_norm: Buf
+    table: Buf
+    k_cache: Buf
+    v_cache: Buf
+    y: Buf
+    positions: Buf
+    sequences: Buf
+    pages: Buf
+    counts: Buf
+    rows: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    window: int
+    splits: int
+    context: int
+    page_rows: int
+    page_cols: int
+    eps: float
+    scale: float
+
+    @property
+    def tiles(self) -> int:
+        return self.kv_heads * self.splits
+
+    @property
+    def group(self) -> int:
+        """Query heads per kv head."""
+        return self.heads // self.kv_heads
+
+    def reads(self, lo: int, hi: int) -> list[Region]:
+        d, q_width = self.head_dim, self.group * self.head_dim
+        out = [Region(self.counts, 0, 1, 0, 2), Region(self.table, 0, self.context, 0, d),
+               Region(self.pages, 0, self.page_rows, 0, self.page_cols)]  # fmt: skip
+        out += [Region(b, 0, 1, 0, self.rows) for b in (self.positions, self.sequences)]
+        out += [Region(b, 0, 1, 0, d) for b in (self.q_norm, self.k_norm) if b != NONE]
+        for tile in range(lo, hi):
+            g, split = divmod(tile, self.splits)
+            out.append(Region(self.q, 0, self.rows, g * q_width, (g + 1) * q_width))
+            out += [Region(b, -PAST, 0, g * d, (g + 1) * d) for b in (self.k_cache, self.v_cache)]
+            if split == 0:
+                out += [Region(b, 0, self.rows, g * d, (g + 1) * d) for b in (self.k, self.v)]
+        return out
+
+    def writes(self, lo: int, hi: int) -> list[Region]:
+        d, width = self.head_dim, self.group * (self.head_dim + 2)
+        out = [Region(self.y, 0, self.rows, lo * width, hi * width)]
+        for g in (tile // self.splits for tile in range(lo, hi) if tile % self.splits == 0):
+            caches = (self.k_cache, self.v_cache)
+            out += [Region(b, 0, self.rows, g * d, (g + 1) * d) for b in caches]
+        return out
+
+    def cost(self, lo: int, hi: int, dtype_bytes: int, context: int) -> Cost:
+        seen = min(context, self.window) if self.window else context
+        seen = -(-seen // self.splits) * (hi - lo)
+        flops = 4 * self.rows * self.group * (seen + self.rows) * self.head_dim
+        return Cost(0, 4 * seen * self.head_dim, flops)
+
+    def reference(self, mem: Memory, lo: int, hi: int) -> None:
+        """The definition, one token at a time."""
+        tokens, d = count(mem, self.counts, 0), self.head_dim
+        for tile in range(lo, hi):
+            g, split = divmod(tile, self.splits)
+            fresh = self._fresh(mem, g, tokens) if split == 0 else None
+            for t in range(tokens):
+                if fresh is not None:
+                    mem.write_cache(self.k_cache, t, g * d, fresh[0][t])
+                    mem.write_cache(self.v_cache, t, g * d, fresh[1][t])
+                width = self.group * (d + 2)
+                mem.write(self.y, t, tile * width, self._token(mem, t, g, split, fresh))
+
+    def _fresh(self, mem: Memory, g: int, tokens: int) -> tuple[np.ndarray, np.ndarray]:
+        """The step's own keys and values of a kv head, [tokens, head_dim], rounded as the cache is."""
+        d, cache = self.head_dim, mem.buffer(self.k_cache).dtype.numpy
+        k = np.stack([self._turned(mem, self.k, self.k_norm, t, g) for t in range(tokens)])
+        v = mem.read(self.v, 0, tokens, g * d, (g + 1) * d)
+        return k.astype(cache).astype(np.float32), v.astype(cache).astype(np.float32)
+
+    def _turned(self, mem: Memory, buf: Buf, norm: Buf, t: int, head: int) -> np.ndarray:
+        d = self.head_dim
+        position = int(mem.read(self.positions, 0, 1, t, t + 1)[0, 0])
+        assert 0 <= position < self.context, f"position {position} outside [0, {self.context})"
+        x = mem.read(buf, t, t + 1, head * d, (head + 1) * d)[0]
+        if norm != NONE:
+            x = rms_norm(x, mem.read(norm, 0, 1, 0, d)[0], self.eps)
+        return rotate(x, mem.read(self.table, position, position + 1, 0, d)[0])
+
+    def _token(
+        self, mem: Memory, t: int, g: int, split: int, fresh: tuple[np.ndarray, np.ndarray] | None
+    ) -> np.ndarray:
+        d = self.head_dim
+        tokens = count(mem, self.counts, 0)
+        positions = mem.read(self.positions, 0, 1, 0, tokens)[0]
+        sequences = mem.read(self.sequences, 0, 1, 0, tokens)[0]
+        lo, hi = visible(int(positions[t]), self.window)
+        own = (sequences == sequences[t]) & (positions >= lo) & (positions < hi)
+        past = int(positions[sequences == sequences[t]].min())
+        begin, end = page_share(lo, min(past, hi), split, self.splits)
+        keys = [np.zeros((0, d), np.float32)] * 2
+        if begin < end:
+            keys = [mem.read_cache(b, t, begin, end, g * d, (g + 1) * d).astype(np.float32)
+                    for b in (self.k_cache, self.v_cache)]  # fmt: skip
+        if fresh is not None:
+            keys = [np.concatenate([a, b[own]]) for a, b in zip(keys, fresh, strict=True)]
+        k_SD, v_SD = keys
+        if not len(k_SD):
+            empty = np.zeros((self.group, d + 2), np.float32)
+            empty[:, d] = -np.inf
+            return empty.reshape(1, -1)
+        heads = range(g * self.group, (g + 1) * self.group)
+        q_JD = np.stack([self._turned(mem, self.q, self.q_norm, t, head) for head in heads])
+        q_JD = q_JD.astype(mem.buffer(self.k_cache).dtype.numpy).astype(np.float32)
+        score_JS = q_JD @ k_SD.T * np.float32(self.scale)
+        m_J1 = score_JS.max(axis=1, keepdims=True)
+        weight_JS = np.exp(score_JS - m_J1)
+        sum_J1 = weight_JS.sum(axis=1, keepdims=True)
+        return np.concatenate([weight_JS @ v_SD, m_J1, sum_J1], axis=1).reshape(1, -1)
