@@ -1,0 +1,341 @@
+// Attention of one kv head and its group of query heads over a share of the past positions, whose
+// keys and values arrive through the ring a page at a time. Pages are stored as the matrix units
+// like to read them: [64 positions][head_dim] bf16, with the 16-byte pieces of a row permuted (see
+// swizzle).
+//
+// Scores and sums are mma products with the query heads as the 16 rows of A; a warp takes 16
+// positions, warps 0 to 3 even pages and warps 4 to 7 odd ones. Each warp keeps its own maximum and
+// sums (online softmax, in powers of two); they are merged at the end.
+#pragma once
+#include "linear.cuh"
+
+template <int kHeadDim>
+__device__ __forceinline__ u32 swizzle(u32 row, u32 piece) {
+  constexpr u32 kPieces = kHeadDim / 8;
+  constexpr u32 kMask = kPieces % 8 == 0 ? 7 : kPieces % 4 == 0 ? 3 : kPieces % 2 == 0 ? 1 : 0;
+  return piece ^ (row & kMask);
+}
+
+template <int kHeads, int kKvHeads, int kHeadDim, int kAttnWindow, int kSplits, class QNorm,
+          class KNorm, u32 kEpsBits, u32 kScaleBits>
+struct Attend {
+  static constexpr int kGroup = kHeads / kKvHeads;
+  static_assert(kGroup <= 16 && kHeadDim % 16 == 0 && kHeadDim <= 128, "shape of a kv head");
+  static constexpr u32 kPageBytes = kPage * kHeadDim * 2;
+  static_assert(kPageBytes <= kSlotBytes, "a page of one kv head fits a slot");
+  static constexpr int kSteps = kHeadDim / 16;
+  static constexpr int kPairs = (kHeadDim / 2 + 31) / 32;  // rotated pairs of a head per lane
+  static constexpr int kPitch = kHeadDim + 2;
+  static __device__ __forceinline__ float scale() { return __uint_as_float(kScaleBits) * kLog2e; }
+
+  // The memory between barriers: rotated queries, the new key and value as a page of 16 rows, and
+  // the partial results of four warps.
+  struct Scratch {
+    u16 q[16 * kHeadDim], k[16 * kHeadDim], v[16 * kHeadDim];
+    float merged[4][kGroup][kPitch];
+  };
+  static_assert(sizeof(Scratch) <= kScratchBytes, "scratch is too small");
+
+  static __device__ __forceinline__ void share(const Block& b, u32 split, u32& begin, u32& end) {
+    u32 hi = b.position();
+    page_share(first_visible(hi, kAttnWindow), hi, split, kSplits, begin, end);
+  }
+
+  static __device__ __forceinline__ u64 page_at(const Block& b, u32 page, u32 g) {
+    return (u64(__ldg(b.params.pages + page)) * kKvHeads + g) * kPageBytes;
+  }
+
+  // Rows that this launch has appended may be streamed once the run after this one has started in
+  // the step before: it comes after all appends of this op (verified as rule `stream`).
+  static __device__ __forceinline__ bool stream(Loader& l, const Run& run) {
+    Block& b = l.b;
+    if (b.step) {
+      u32 passed = (b.step - 1) * b.length + b.number + 2;
+      while (load_shared(&b.shared.progress) < passed)
+        if (load_shared(&b.shared.verdict)) return false;
+      fence_proxy();
+    }
+    for (u32 tile = run.first; tile < run.first + run.count; ++tile) {
+      u32 begin, end;
+      share(b, tile % kSplits, begin, end);
+      for (u32 page = begin / kPage; page * kPage < end; ++page) {
+        u64 at = page_at(b, page, tile / kSplits);
+#pragma unroll
+        for (int kv = 0; kv < 2; ++kv) {
+          if (!l.acquire()) return false;
+          l.expect(kPageBytes);
+          l.copy(0, (kv ? run.w_up : run.w) + at, kPageBytes);
+          l.next();
+        }
+      }
+    }
+    return true;
+  }
+
+  // A head as the products left it: normed and rotated; lane l has the elements l + 32 i of
+  // both halves.
+  template <class Norm>
+  static __device__ __forceinline__ void turn(const float* from, const u8* norm, const float* table,
+                                              float (&low)[kPairs], float (&high)[kPairs]) {
+    constexpr int kHalf = kHeadDim / 2;
+    float sum = 0;
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) {
+      int e = lane() + 32 * i;
+      bool in = e < kHalf;
+      low[i] = in ? load_float(from + e) : 0, high[i] = in ? load_float(from + kHalf + e) : 0;
+      sum += low[i] * low[i] + high[i] * high[i];
+    }
+    float factor = 1;
+    constexpr bool kNorm = Norm::kGiven;
+    if constexpr (kNorm)
+      factor *= inverse_root(warp_sum(sum) / kHeadDim + __uint_as_float(kEpsBits));
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) {
+      int e = min(lane() + 32 * i, kHalf - 1);
+      float a = low[i] * factor, c = high[i] * factor;
+      if constexpr (kNorm) {
+        auto w = reinterpret_cast<const typename Norm::Bits*>(norm);
+        a *= Norm::widen(__ldg(w + e)), c *= Norm::widen(__ldg(w + kHalf + e));
+      }
+      float cosine = __ldg(table + e), sine = __ldg(table + kHalf + e);
+      low[i] = a * cosine - c * sine, high[i] = c * cosine + a * sine;
+    }
+  }
+
+  static __device__ __forceinline__ void put(u16* rows, u32 row, u32 e, float v) {
+    rows[row * kHeadDim + swizzle<kHeadDim>(row, e / 8) * 8 + e % 8] = u16(pack_bf16(v, 0));
+  }
+
+  static __device__ __forceinline__ void put_head(u16* rows, u32 row, const float (&low)[kPairs],
+                                                  const float (&high)[kPairs]) {
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) {
+      u32 e = lane() + 32 * i;
+      if (e >= kHeadDim / 2) continue;
+      put(rows, row, e, low[i]), put(rows, row, kHeadDim / 2 + e, high[i]);
+    }
+  }
+
+  // Queries to shared memory, a warp for each head; split 0 does the same with the new key and
+  // value and appends them to the cache.
+  static __device__ __forceinline__ void prepare(Block& b, const Run& run, u32 g, u32 split,
+                                                 Scratch& scratch) {
+    const float* arena = b.params.arena;
+    const float* table = reinterpret_cast<const float*>(run.bias_up) + u64(b.position()) * kHeadDim;
+    const int heads = kGroup + (split == 0 ? 2 : 0);
+    float low[kPairs], high[kPairs];
+    for (int h = warp(); h < heads; h += kWarps) {
+      if (h < kGroup) {
+        turn<QNorm>(arena + run.x + (g * kGroup + h) * kHeadDim, run.norm, table, low, high);
+        put_head(scratch.q, h, low, high);
+        continue;
+      }
+      const bool key = h == kGroup;
+      if (key) {
+        turn<KNorm>(arena + run.x2 + g * kHeadDim, run.norm2, table, low, high);
+      } else {
+#pragma unroll
+        for (int i = 0; i < kPairs; ++i) {
+          int e = lane() + 32 * i;
+          bool in = e < kHeadDim / 2;
+          const float* v = arena + run.x3 + g * kHeadDim;
+          low[i] = in ? load_float(v + e) : 0, high[i] = in ? load_float(v + kHeadDim / 2 + e) : 0;
+        }
+      }
+      put_head(key ? scratch.k : scratch.v, 0, low, high);
+      u8* cache = const_cast<u8*>(key ? run.w : run.w_up);
+      u32 page = b.position() / kPage, row = b.position() % kPage;
+      put_head(reinterpret_cast<u16*>(cache + page_at(b, page, g)), row, low, high);
+      fence_proxy();
+    }
+  }
+
+  // Online softmax of one warp. Rows of A are query heads: lane l has rows l / 4 and l / 4 + 8.
+  struct State {
+    float most[2] = {-infinity(), -infinity()}, sum[2] = {0, 0};
+    float out[kHeadDim / 8][4];
+  };
+
+  // s = q k^T of 16 positions. The queries are read again each time: held in registers they would
+  // be a fifth of all that a thread has.
+  static __device__ __forceinline__ void score(const u16* q, const u16* k, u32 row0,
+                                               float (&s)[2][4]) {
+#pragma unroll
+    for (int n = 0; n < 2; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) s[n][i] = 0;
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      u32 a[4], m[4];
+      load_at(a, q, lane() % 16, step * 2 + lane() / 16);
+      load_at(m, k, row0 + lane() % 8 + lane() / 16 * 8, step * 2 + lane() / 8 % 2);
+      multiply(s[0], a, m[0], m[1]);
+      multiply(s[1], a, m[2], m[3]);
+    }
+  }
+
+  // The four blocks whose rows the lanes name, 8 lanes for each.
+  static __device__ __forceinline__ void load_at(u32 (&m)[4], const u16* rows, u32 row, u32 piece) {
+    load_matrices(m, shared_address(rows + row * kHeadDim + swizzle<kHeadDim>(row, piece) * 8));
+  }
+
+  // Rows [first, first + 16) of the page at `row0`, of which [lo, hi) are visible.
+  static __device__ __forceinline__ void weigh(State& state, float (&s)[2][4], int lo, int hi,
+                                               u32 (&p)[4]) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float most = state.most[half];
+#pragma unroll
+      for (int n = 0; n < 2; ++n)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          int at = n * 8 + (lane() % 4) * 2 + i;
+          float& v = s[n][half * 2 + i];
+          v = at < lo || at >= hi ? -infinity() : v * scale();
+          most = fmaxf(most, v);
+        }
+      most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));
+      most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
+      float base = most == -infinity() ? 0 : most, fade = exp2_fast(state.most[half] - base);
+      float sum = 0;
+#pragma unroll
+      for (int n = 0; n < 2; ++n)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          float& v = s[n][half * 2 + i];
+          v = exp2_fast(v - base);
+          sum += v;
+        }
+      sum += __shfl_xor_sync(~0u, sum, 1);
+      sum += __shfl_xor_sync(~0u, sum, 2);
+      state.most[half] = most;
+      state.sum[half] = state.sum[half] * fade + sum;
+#pragma unroll
+      for (int d = 0; d < kHeadDim / 8; ++d) {
+        state.out[d][half * 2] *= fade, state.out[d][half * 2 + 1] *= fade;
+      }
+    }
+    p[0] = pack_bf16(s[0][0], s[0][1]), p[1] = pack_bf16(s[0][2], s[0][3]);
+    p[2] = pack_bf16(s[1][0], s[1][1]), p[3] = pack_bf16(s[1][2], s[1][3]);
+  }
+
+  static __device__ __forceinline__ void add_values(State& state, const u32 (&p)[4], const u16* v,
+                                                    u32 row0) {
+    u32 row = row0 + lane() % 16;
+#pragma unroll
+    for (int d = 0; d < kHeadDim / 16; ++d) {
+      u32 m[4], piece = d * 2 + lane() / 16;
+      load_matrices_transposed(
+          m, shared_address(v + row * kHeadDim + swizzle<kHeadDim>(row, piece) * 8));
+      multiply(state.out[2 * d], p, m[0], m[1]);
+      multiply(state.out[2 * d + 1], p, m[2], m[3]);
+    }
+  }
+
+  static __device__ __forceinline__ void store_state(const State& state, float (*to)[kPitch]) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      int head = lane() / 4 + half * 8;
+      if (head >= kGroup) continue;
+      if (lane() % 4 == 0)
+        to[head][kHeadDim] = state.most[half], to[head][kHeadDim + 1] = state.sum[half];
+#pragma unroll
+      for (int d = 0; d < kHeadDim / 8; ++d) {
+        float* at = to[head] + d * 8 + (lane() % 4) * 2;
+        at[0] = state.out[d][half * 2], at[1] = state.out[d][half * 2 + 1];
+      }
+    }
+  }
+
+  // What another warp has found joins this warp's.
+  static __device__ __forceinline__ void join(State& state, float (*from)[kPitch]) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      int head = lane() / 4 + half * 8;
+      if (head >= kGroup) continue;
+      float other = from[head][kHeadDim], most = fmaxf(state.most[half], other);
+      float base = most == -infinity() ? 0 : most;
+      float mine = exp2_fast(state.most[half] - base), theirs = exp2_fast(other - base);
+      state.most[half] = most;
+      state.sum[half] = state.sum[half] * mine + from[head][kHeadDim + 1] * theirs;
+#pragma unroll
+      for (int d = 0; d < kHeadDim / 8; ++d)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          float& v = state.out[d][half * 2 + i];
+          v = v * mine + from[head][d * 8 + (lane() % 4) * 2 + i] * theirs;
+        }
+    }
+  }
+
+  // Warps 4 to 7 give to 0 to 3, those four to all threads, which write the partial result.
+  static __device__ __forceinline__ void merge(State& state, Scratch& scratch, float* y) {
+    if (warp() >= 4) store_state(state, scratch.merged[warp() - 4]);
+    sync_consumers();
+    if (warp() < 4) {
+      join(state, scratch.merged[warp()]);
+      __syncwarp();
+      store_state(state, scratch.merged[warp()]);
+    }
+    sync_consumers();
+    for (int i = thread(); i < kGroup * kPitch; i += kThreads) {
+      int head = i / kPitch, column = i % kPitch;
+      float most = -infinity();
+#pragma unroll
+      for (int w = 0; w < 4; ++w) most = fmaxf(most, scratch.merged[w][head][kHeadDim]);
+      float base = most == -infinity() ? 0 : most, v = 0;
+#pragma unroll
+      for (int w = 0; w < 4; ++w)
+        v += exp2_fast(scratch.merged[w][head][kHeadDim] - base) * scratch.merged[w][head][column];
+      store_float(y + i, column == kHeadDim ? most / kLog2e : v);
+    }
+  }
+
+  static __device__ __forceinline__ void tile(Block& b, const Run& run, u32 index,
+                                              Scratch& scratch) {
+    const u32 g = index / kSplits, split = index % kSplits;
+    prepare(b, run, g, split, scratch);
+    sync_consumers();
+    State state;
+#pragma unroll
+    for (int d = 0; d < kHeadDim / 8; ++d)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) state.out[d][i] = 0;
+    u32 begin, end;
+    share(b, split, begin, end);
+    const u32 row0 = warp() % 4 * 16;
+    for (u32 page = begin / kPage; page * kPage < end; ++page) {
+      const bool mine = page % 2 == u32(warp() / 4);
+      u32 p[4];
+      wait_full(b);
+      if (mine) {
+        float s[2][4];
+        score(scratch.q, reinterpret_cast<const u16*>(b.slot()), row0, s);
+        int first = int(page * kPage + row0);
+        weigh(state, s, int(begin) - first, int(end) - first, p);
+      }
+      release_slot(b);
+      wait_full(b);
+      if (mine) add_values(state, p, reinterpret_cast<const u16*>(b.slot()), row0);
+      release_slot(b);
+    }
+    if (split == 0 && warp() == kWarps - 1) {  // the step's own position
+      u32 p[4];
+      float s[2][4];
+      score(scratch.q, scratch.k, 0, s);
+      weigh(state, s, 0, 1, p);
+      add_values(state, p, scratch.v, 0);
+    }
+    merge(state, scratch, b.params.arena + run.y + index * kGroup * kPitch);
+    sync_consumers();
+  }
+
+  static __device__ __forceinline__ bool consume(Block& b, const Run& run) {
+    if (!wait_for_inputs(b, run)) return false;
+    Scratch& scratch = *reinterpret_cast<Scratch*>(b.scratch);
+    for (u32 i = 0; i < run.count; ++i) tile(b, run, run.first + i, scratch);
+    if (thread() == 0) signal(b, run);
+    return true;
+  }
+};

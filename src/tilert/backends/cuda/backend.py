@@ -1,0 +1,310 @@
+"""One program on one GPU: its tables in device memory, launches, and tokens as they are made.
+
+A launch makes many steps. The kernel leaves each token in pinned memory, where the host finds it
+while the next one is being made; a flag there ends the launch within one token.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Generator, Mapping
+from typing import Any, Protocol
+
+import numpy as np
+
+from tilert.backends.cuda.limits import fitting_slots, shared_bytes
+from tilert.backends.cuda.source import KERNEL, Source, generate
+from tilert.ir.program import NONE, PAGE, Kind, Op, Program, Run
+from tilert.ops import Argmax, Attend, Embed, Linear, NextToken
+
+MAX_STEPS = 4096  # of one launch
+MAX_STOPS = 16
+COUNTER_PITCH = 32  # words
+UNSET = 0xFFFFFFFF  # a letter that has not come
+NO_SIGNAL = 0xFFFF
+FAILED = 2  # enum Verdict
+FAILURE_BYTES = 20  # struct Failure
+RUN = np.dtype(
+    [("variant", "<u2"), ("wait_begin", "<u2"), ("wait_count", "<u2"), ("signal", "<u2"),
+     ("first", "<u4"), ("count", "<u4"), ("w", "<u8"), ("w_up", "<u8"), ("norm", "<u8"),
+     ("norm2", "<u8"), ("bias", "<u8"), ("bias_up", "<u8"), ("x", "<u4"), ("y", "<u4"), ("x2", "<u4"),
+     ("x3", "<u4")]
+)  # fmt: skip
+
+
+class Memory(Protocol):
+    """Memory of a device."""
+
+    address: int
+
+    def write(self, values: np.ndarray) -> None:
+        """Replace the first values.nbytes bytes."""
+        ...
+
+    def read(self, begin: int, count: int, dtype: Any) -> np.ndarray:
+        """A copy of `count` elements from byte `begin` on."""
+        ...
+
+    def clear(self) -> None:
+        """Set all bytes to zero."""
+        ...
+
+
+class Kernel(Protocol):
+    """A loaded kernel; at most one launch is under way."""
+
+    def launch(self, blocks: int, params: ctypes.Structure) -> None:
+        """Start all blocks together."""
+        ...
+
+    def done(self) -> bool:
+        """True when the last launch has ended."""
+        ...
+
+    def wait(self) -> None:
+        """Until the last launch has ended."""
+        ...
+
+
+class Device(Protocol):
+    """What the back end needs of a GPU. There are two: device.py, and the emulator of the tests."""
+
+    shared_bytes: int  # of a block, at most
+
+    def allocate(self, size: int) -> Memory:
+        """Zeroed memory of the device."""
+        ...
+
+    def pinned(self, words: int) -> np.ndarray:
+        """Zeroed u32 words of the host that the device can read and write at the same address."""
+        ...
+
+    def load(self, source: Source, kernel: str, shared_bytes: int) -> Kernel:
+        """Compile and load a kernel."""
+        ...
+
+
+class LaunchError(RuntimeError):
+    """A launch ended without making its tokens: a wait that never held, or an error of the device."""
+
+
+class _Params(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_void_p)
+        for name in ("runs", "run_begin", "waits", "wait_begin", "totals", "counters", "arena", "tokens",
+                     "pages", "stop_ids", "mailbox", "cancel", "verdict", "failures")
+    ] + [("position", ctypes.c_uint32), ("steps", ctypes.c_uint32)]  # fmt: skip
+
+
+def cache_shapes(program: Program, pages: int) -> dict[str, tuple[int, int, int, int]]:
+    """Shape [pages, kv_heads, 64, head_dim] of each cache by buffer name."""
+    shapes: dict[str, tuple[int, int, int, int]] = {}
+    for op in program.ops:
+        if isinstance(op, Attend):
+            for buf in (op.k_cache, op.v_cache):
+                shapes[program.buffers[buf].name] = (pages, op.kv_heads, PAGE, op.head_dim)
+    return shapes
+
+
+def swizzle(head_dim: int) -> np.ndarray:
+    """Where element e of row r of a page is stored: [64, head_dim] columns, each row its own inverse.
+
+    The 16-byte pieces of a row are permuted so that the matrix units read eight rows without bank
+    conflicts; `swizzle` of attend.cuh is the same function.
+    """
+    pieces = head_dim // 8
+    mask = next(m for m in (7, 3, 1, 0) if pieces % (m + 1) == 0)
+    e, rows = np.arange(head_dim), np.arange(PAGE)[:, None]
+    return (e // 8 ^ rows & mask) * 8 + e % 8
+
+
+class CudaBackend:
+    """A program of one token per step, bound to weights and caches on `device`.
+
+    weights: address by buffer name, of the bytes as stored. caches: likewise, of bf16 in the shapes of
+    cache_shapes, each page swizzled as attend.cuh says. Whoever gives addresses keeps what lies there.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        weights: Mapping[str, int],
+        caches: Mapping[str, int],
+        device: Device,
+    ) -> None:
+        assert program.tokens == 1, f"steps of {program.tokens} tokens have no CUDA form yet"
+        self.program, self.device = program, device
+        slots = fitting_slots(program, device.shared_bytes)
+        source = generate(program, slots)
+        self.kernel = device.load(source, KERNEL, shared_bytes(program, slots))
+        states = (b for b in program.buffers if b.kind is Kind.STATE)
+        self.state = {b.name: np.zeros((b.rows, b.cols), np.int32) for b in states}
+        self.stop_ids: tuple[int, ...] = ()
+        self.arena = device.allocate(program.arena_bytes)
+        self.counters = device.allocate(4 * COUNTER_PITCH * len(program.counters))
+        self.outcome = device.allocate(4 + FAILURE_BYTES * len(program.queues))  # verdict, failures
+        self.tables = {
+            name: self._upload(table)
+            for name, table in _tables(program, source.variants, weights, caches).items()
+        }
+        # Token id, stop ids, page table of the sequence.
+        self.inputs = device.allocate(4 * (1 + MAX_STOPS + self.state["pages"].shape[1]))
+        self.mailbox = device.pinned(MAX_STEPS + 1)  # the last word is the cancel flag
+
+    def _upload(self, array: np.ndarray) -> Memory:
+        memory = self.device.allocate(max(array.nbytes, 16))
+        memory.write(array)
+        return memory
+
+    def read(self, name: str) -> np.ndarray:
+        """A copy of an activation."""
+        b = self.program.buffers[self.program.buffer_ids[name]]
+        assert b.kind is Kind.WORK, f"{name} is not an activation"
+        return self.arena.read(b.offset, b.rows * b.cols, np.float32).reshape(b.rows, b.cols)
+
+    def steps(self, count: int) -> Generator[np.ndarray, None, None]:
+        """Run up to `count` steps; after each, the sampled token ids. Closing it cancels the rest.
+
+        Ends early after an id of `stop_ids`. Raises LaunchError when a wait of the kernel never held.
+        """
+        assert 1 <= count <= MAX_STEPS, f"{count} steps in one launch"
+        self._launch(count)
+        try:
+            for index in range(count):
+                token = self._receive(index)
+                if token is None:
+                    return
+                self.state["tokens"][0, 0] = token
+                self.state["positions"][0, 0] += 1
+                yield np.asarray([token], np.int32)
+        finally:
+            self.mailbox[MAX_STEPS] = 1
+            self.kernel.wait()
+        self._check()
+
+    def _launch(self, steps: int) -> None:
+        state = self.state
+        stops = np.full(MAX_STOPS, -1, np.int32)
+        stops[: len(self.stop_ids)] = self.stop_ids
+        pages = state["pages"][state["sequences"][0, 0]]
+        self.inputs.write(np.concatenate([state["tokens"][0, :1], stops, pages]).astype(np.int32))
+        self.counters.clear()
+        self.outcome.clear()
+        self.mailbox[: steps + 1] = UNSET
+        self.mailbox[MAX_STEPS] = 0
+        inputs, box = self.inputs.address, self.mailbox.ctypes.data
+        params = _Params(
+            **{name: memory.address for name, memory in self.tables.items()},
+            counters=self.counters.address, arena=self.arena.address, tokens=inputs,
+            stop_ids=inputs + 4, pages=inputs + 4 * (1 + MAX_STOPS), mailbox=box,
+            cancel=box + 4 * MAX_STEPS, verdict=self.outcome.address,
+            failures=self.outcome.address + 4, position=int(state["positions"][0, 0]), steps=steps,
+        )  # fmt: skip
+        self.kernel.launch(len(self.program.queues), params)
+
+    def _receive(self, index: int) -> int | None:
+        """The token of a step; None when the launch ended before it."""
+        spins = 0
+        while (token := int(self.mailbox[index])) == UNSET:
+            spins += 1
+            if spins % 1024 == 0 and self.kernel.done():
+                self._check()
+                last = int(self.mailbox[index])  # it may have come just before the end
+                return None if last == UNSET else last
+        return token
+
+    def _check(self) -> None:
+        self.kernel.wait()
+        verdict, *words = self.outcome.read(0, 1 + 5 * len(self.program.queues), np.uint32).tolist()
+        if verdict == FAILED:
+            raise LaunchError(_cause(self.program, np.reshape(words, (-1, 5)).tolist()))
+
+
+def _cause(program: Program, failures: list[list[int]]) -> str:
+    """A sentence on the wait that is to blame: one whose counter nobody who waits could still signal.
+
+    failures: struct Failure of each worker; `want` is 0 where it was not waiting.
+    """
+    stuck = {w: why for w, why in enumerate(failures) if why[4]}
+    signallers = {
+        run.signal: {w for w, q in enumerate(program.queues) for r in q if r.signal == run.signal}
+        for queue in program.queues for run in queue
+    }  # fmt: skip
+
+    def owes(worker: int, counter: int, step: int) -> bool:
+        """Whether a stuck worker has not signalled as often as the step asks."""
+        at, its_step = stuck[worker][:2]
+        later = any(r.signal == counter for r in program.queues[worker][at:])
+        return its_step < step or (its_step == step and later)
+
+    def blameless(worker: int, why: list[int]) -> bool:
+        waits = program.queues[worker][why[0]].waits
+        step = why[1] - next(w.lag for w in waits if w.counter == why[2])
+        return any(w in stuck and owes(w, why[2], step) for w in signallers.get(why[2], ()))
+
+    guilty = [(w, why) for w, why in stuck.items() if not blameless(w, why)]
+    worker, why = (guilty or list(stuck.items()))[0]
+    run, step, counter, have, want = why
+    op = program.ops[program.queues[worker][run].op]
+    return (
+        f"worker {worker}, run {run} ({type(op).__name__.lower()}) of step {step} waited in vain for"
+        f" counter {counter}: it has {have}, {want} are needed"
+    )
+
+
+def _tables(
+    program: Program, variants: list[int], weights: Mapping[str, int], caches: Mapping[str, int]
+) -> dict[str, np.ndarray]:
+    """The read-only tables of struct Params, with all operands resolved to addresses."""
+    homes = {Kind.WEIGHT: weights, Kind.CACHE: caches}
+    at = [homes[b.kind][b.name] if b.kind in homes else b.offset // 4 for b in program.buffers]
+    runs = np.zeros(sum(map(len, program.queues)), RUN)
+    records = iter(runs)
+    waits: list[int] = []
+    wait_begin = [0]
+    for queue in program.queues:
+        for run in queue:
+            record = next(records)
+            record["variant"] = variants[run.op]
+            record["wait_begin"] = len(waits) - wait_begin[-1]
+            record["wait_count"] = len(run.waits)
+            record["signal"] = NO_SIGNAL if run.signal < 0 else run.signal
+            _resolve(record, program, run, at)
+            waits += [w.counter | (w.threshold | w.lag << 15) << 16 for w in run.waits]
+        wait_begin.append(len(waits))
+    starts = np.cumsum([0, *map(len, program.queues)])
+    return {
+        "runs": runs.view(np.uint8),
+        "run_begin": starts.astype(np.uint32),
+        "waits": np.asarray(waits, np.uint32),
+        "wait_begin": np.asarray(wait_begin, np.uint32),
+        "totals": np.asarray([c.total for c in program.counters], np.uint32),
+    }
+
+
+def _resolve(record: Any, program: Program, run: Run, at: list[int]) -> None:
+    """The fields of struct Run that depend on the op. at: address (arena: float) of each buffer."""
+    op: Op = program.ops[run.op]
+
+    def home(buf: int, row: int = 0, cols: int = 0) -> int:
+        return 0 if buf == NONE else at[buf] + row * cols * program.buffers[buf].dtype.bytes
+
+    if isinstance(op, Linear):
+        begin, end = op.span(run.lo, run.hi)
+        record["first"], record["count"] = begin, end - begin
+        record["w"], record["w_up"] = home(op.w, begin, op.k), home(op.w_up, begin, op.k)
+        record["bias"], record["bias_up"] = home(op.bias, begin, 1), home(op.bias_up, begin, 1)
+        record["norm"], record["x"], record["y"] = home(op.norm), at[op.x], at[op.y] + op.y_col
+        return
+    record["first"], record["count"] = run.lo, run.hi - run.lo
+    if isinstance(op, Attend):
+        record["w"], record["w_up"], record["y"] = at[op.k_cache], at[op.v_cache], at[op.y]
+        record["norm"], record["norm2"] = home(op.q_norm), home(op.k_norm)
+        record["bias_up"] = at[op.table]
+        record["x"], record["x2"], record["x3"] = at[op.q], at[op.k], at[op.v]
+    elif isinstance(op, Embed):
+        record["w"], record["y"] = at[op.table], at[op.y]
+    elif isinstance(op, Argmax):
+        record["x"], record["y"] = at[op.logits], at[op.part]
+    elif isinstance(op, NextToken):
+        record["x"] = at[op.part]

@@ -1,0 +1,81 @@
+// The persistent program: one block per worker walks its queue, step after step, until all steps
+// are made or somebody ends the launch. constants.h is made for one program: shapes, sizes,
+// variants.
+#include "attend.cuh"
+#include "sample.cuh"
+#include "variants.h"
+
+__device__ __forceinline__ void load_weights(Block& b) {
+  Loader loader{b};
+  for (b.step = 0; b.step < b.params.steps; ++b.step)
+    for (b.number = 0; b.number < b.length; ++b.number) {
+      const Run& run = b.queue[b.number];
+      bool going = false;
+      switch (run.variant) {
+#define TILERT_CASE(i)                 \
+  case i:                              \
+    going = V##i::stream(loader, run); \
+    break;
+        TILERT_VARIANTS(TILERT_CASE)
+#undef TILERT_CASE
+      }
+      if (!going) return loader.drain();
+    }
+  loader.drain();
+}
+
+__device__ __forceinline__ void compute(Block& b) {
+  for (b.step = 0; b.step < b.params.steps; ++b.step)
+    for (b.number = 0; b.number < b.length; ++b.number) {
+      const Run& run = b.queue[b.number];
+      bool going = false;
+      switch (run.variant) {
+#define TILERT_CASE(i)             \
+  case i:                          \
+    going = V##i::consume(b, run); \
+    break;
+        TILERT_VARIANTS(TILERT_CASE)
+#undef TILERT_CASE
+      }
+      if (!going) return;
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(kThreads + kLoaderThreads, 1)
+    tilert_program(const __grid_constant__ Params params) {
+  u8* memory = shared_memory();
+  u8* scratch = memory + kSlots * kSlotPitch;
+  Shared& shared = *reinterpret_cast<Shared*>(scratch + kScratchBytes);
+  Run* queue = reinterpret_cast<Run*>(scratch + kScratchBytes + (sizeof(Shared) + 15) / 16 * 16);
+  const u32 first = params.run_begin[blockIdx.x];
+  const u32 length = params.run_begin[blockIdx.x + 1] - first;
+  Wait* waits = reinterpret_cast<Wait*>(queue + length);
+  const u32 first_wait = params.wait_begin[blockIdx.x];
+  const u32 num_waits = params.wait_begin[blockIdx.x + 1] - first_wait;
+  u32* totals = reinterpret_cast<u32*>(waits + num_waits);
+
+  const u32* from = reinterpret_cast<const u32*>(params.runs + first);
+  for (u32 i = threadIdx.x; i < length * sizeof(Run) / 4; i += blockDim.x)
+    reinterpret_cast<u32*>(queue)[i] = from[i];
+  for (u32 i = threadIdx.x; i < num_waits; i += blockDim.x) waits[i] = params.waits[first_wait + i];
+  for (u32 i = threadIdx.x; i < kCounters; i += blockDim.x) totals[i] = params.totals[i];
+  for (u32 i = threadIdx.x; i < kScratchBytes / 4; i += blockDim.x)
+    reinterpret_cast<u32*>(scratch)[i] = 0;  // rows that no token fills are multiplied by zero
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < kSlots; ++i) {
+      barrier_init(&shared.full[i], 1);
+      barrier_init(&shared.empty[i], kWarps);
+    }
+    barrier_init_done();
+    shared.verdict = shared.progress = 0;
+  }
+  __syncthreads();
+  Block block{params, shared, memory, scratch, queue, waits, totals, length};
+  if (threadIdx.x < kThreads) {
+    claim_registers<224>();
+    compute(block);
+  } else {
+    keep_registers<64>();
+    if (threadIdx.x == kThreads) load_weights(block);
+  }
+}

@@ -1,0 +1,222 @@
+// What the host hands over, and the state of one block (a worker): its queue, ring and hand-offs.
+// One block runs on each multiprocessor: kWarps warps compute, one more streams weights ahead of
+// them.
+#pragma once
+#include "constants.h"
+#include "ptx.cuh"
+
+constexpr int kWarps = 8;
+constexpr int kThreads = 32 * kWarps;  // that compute
+constexpr int kLoaderThreads = 128;    // one works; registers are dealt to groups of four warps
+constexpr int kPollWarp = kWarps - 1;
+constexpr int kChunkRows = 32;  // output rows whose partial sums are kept until they are added up
+constexpr int kPartialPitch = kWarps + 1;  // no two rows of a warp in one bank
+constexpr u64 kPatience = 2'000'000'000;   // ns that a wait may take before it is an error
+constexpr float kLog2e = 1.44269504088896340736f;
+
+enum Verdict : u32 { kGoOn = 0, kStopped = 1, kFailed = 2 };
+
+// One run of the queue, with everything that its op needs resolved to addresses. 80 bytes.
+struct Run {
+  u16 variant;  // which specialisation of which op
+  u16 wait_begin, wait_count;
+  u16 signal;        // counter, or kNoSignal
+  u32 first, count;  // linear: output rows; other ops: tiles
+  const u8* w;       // first byte of the first row; attend: the cache of keys
+  const u8* w_up;    // attend: the cache of values
+  const u8* norm;
+  const u8* norm2;  // attend: norm of keys
+  const u8* bias;
+  const u8* bias_up;  // attend: the rope table
+  u32 x, y;           // offsets in the arena, in floats
+  u32 x2, x3;         // attend: k and v
+};
+constexpr u16 kNoSignal = 0xffff;
+
+struct Wait {
+  u16 counter;
+  u16 threshold;  // with kLagged: of the step before
+};
+constexpr u16 kLagged = 0x8000;
+
+// What a block was waiting for when it gave up; the host finds the cause among all of them.
+struct Failure {
+  u32 run, step, counter, have, want;
+};
+
+struct Params {
+  const Run* runs;        // of all workers
+  const u32* run_begin;   // [workers + 1]
+  const Wait* waits;      // of all workers
+  const u32* wait_begin;  // [workers + 1]
+  const u32* totals;      // [counters]
+  u32* counters;          // [counters * kCounterPitch]
+  float* arena;
+  u32* tokens;            // [1] the step's token id
+  const u32* pages;       // page table of the sequence
+  const u32* stop_ids;    // kMaxStops, 0xffffffff where unused
+  volatile u32* mailbox;  // host memory, [steps]
+  const u32* cancel;      // host memory
+  u32* verdict;
+  Failure* failures;  // [workers]
+  u32 position;       // of the first step's token
+  u32 steps;
+};
+constexpr int kCounterPitch = 32;  // words; a line for each counter
+constexpr int kMaxStops = 16;
+
+struct Shared {
+  u64 full[kSlots], empty[kSlots];
+  u32 verdict;   // told to all threads of the block
+  u32 progress;  // waits that have held so far in this launch
+  float squares[kWarps];
+  float partial[2][2 * kChunkRows * kPartialPitch];
+};
+
+// Where a thread stands in the ring. Loader and consumers count the same units in the same order.
+struct Cursor {
+  u32 slot = 0, parity = 0;
+  __device__ __forceinline__ void advance() {
+    if (++slot == kSlots) slot = 0, parity ^= 1;
+  }
+};
+
+struct Block {
+  const Params& params;
+  Shared& shared;
+  u8* ring;     // kSlots slots of kSlotPitch bytes
+  u8* scratch;  // kScratchBytes; between the barriers of one op
+  const Run* queue;
+  const Wait* waits;
+  const u32* totals;
+  u32 length;                // runs in the queue
+  u32 step = 0, number = 0;  // number: of the run in the queue
+  Cursor cursor;
+  u32 chunk = 0;  // chunks of rows so far: picks the buffer of partial sums
+
+  __device__ __forceinline__ u8* slot() const { return ring + cursor.slot * kSlotPitch; }
+  __device__ __forceinline__ u32 position() const { return params.position + step; }
+};
+
+__device__ __forceinline__ int thread() { return threadIdx.x; }
+__device__ __forceinline__ int warp() { return threadIdx.x / 32; }
+__device__ __forceinline__ int lane() { return threadIdx.x % 32; }
+__device__ __forceinline__ void sync_consumers() { sync_threads<1, kThreads>(); }
+
+__device__ __forceinline__ float warp_sum(float v) {
+#pragma unroll
+  for (int o = 16; o; o /= 2) v += __shfl_xor_sync(~0u, v, o);
+  return v;
+}
+
+// Polled by spinning threads now and then: has somebody ended the launch, or has it taken too long?
+// Everybody who is still waiting when a launch fails says for what.
+__device__ __noinline__ bool given_up(const Params& p, u64 since, u32 run, u32 step, u32 counter,
+                                      u32 have, u32 want) {
+  u32 verdict = load_relaxed(p.verdict);
+  if (verdict == kGoOn) {
+    if (nanoseconds() - since < kPatience) return false;
+    verdict = swap_if(p.verdict, kGoOn, kFailed);
+  }
+  if (verdict != kStopped) {
+    Failure& f = p.failures[blockIdx.x];
+    f.run = run, f.step = step, f.counter = counter, f.have = have, f.want = want;
+  }
+  return true;
+}
+
+// One warp polls all waits of a run, a lane for each; the others stay at the barrier. False: the
+// launch has ended. What producers wrote before their signals can be read afterwards.
+__device__ __forceinline__ bool wait_for_inputs(Block& b, const Run& run) {
+  if (warp() == kPollWarp) {
+    for (u32 first = 0; first < run.wait_count; first += 32) {
+      u32 at = first + lane(), want = 0;
+      const u32* counter = nullptr;
+      Wait w{};
+      if (at < run.wait_count) {
+        w = b.waits[run.wait_begin + at];
+        u32 lag = (w.threshold & kLagged) ? 1 : 0;
+        if (b.step >= lag) {
+          counter = b.params.counters + w.counter * kCounterPitch;
+          want = (b.step - lag) * b.totals[w.counter] + (w.threshold & ~kLagged);
+        }
+      }
+      u64 since = 0;
+      for (u32 spins = 1;; ++spins) {
+        u32 have = counter ? load_acquire(counter) : want;
+        if (__all_sync(~0u, static_cast<int>(have - want) >= 0)) break;
+        if (spins % 64 == 0) {
+          if (!since) since = nanoseconds();
+          bool late = static_cast<int>(have - want) < 0;
+          if (__any_sync(~0u, late && given_up(b.params, since, b.number, b.step, w.counter, have,
+                                               want))) {
+            if (lane() == 0) store_shared(&b.shared.verdict, 1);
+            break;
+          }
+        }
+      }
+    }
+    __syncwarp();  // the loader may rely on what any lane has acquired
+    if (lane() == 0) store_shared(&b.shared.progress, b.step * b.length + b.number + 1);
+  }
+  sync_consumers();
+  return load_shared(&b.shared.verdict) == 0;
+}
+
+// By one thread, after a barrier (of its warp or block) behind all stores of the run.
+__device__ __forceinline__ void signal(const Block& b, const Run& run) {
+  if (run.signal != kNoSignal) add_release(b.params.counters + run.signal * kCounterPitch);
+}
+
+// The bytes of the next unit are in its slot. A weight that never lands is found by the loader.
+__device__ __forceinline__ void wait_full(const Block& b) {
+  while (!barrier_test(&b.shared.full[b.cursor.slot], b.cursor.parity)) {
+  }
+}
+
+// This warp has read what it needs of the unit.
+__device__ __forceinline__ void release_slot(Block& b) {
+  __syncwarp();
+  if (lane() == 0) barrier_arrive(&b.shared.empty[b.cursor.slot]);
+  b.cursor.advance();
+}
+
+// The loader: one thread that walks the same queue and never waits for an activation.
+struct Loader {
+  Block& b;
+  Cursor landed;   // the unit that must be in before the next one may be issued
+  u32 issued = 0;  // units
+
+  // A free slot, with at most kWindow units under way. False: the launch has ended.
+  __device__ __forceinline__ bool acquire() {
+    if (issued >= kSlots) {
+      for (u32 spins = 1; !barrier_test(&b.shared.empty[b.cursor.slot], b.cursor.parity ^ 1);
+           ++spins)
+        if (load_shared(&b.shared.verdict)) return false;
+    }
+    if (issued >= kWindow) {
+      while (!barrier_test(&b.shared.full[landed.slot], landed.parity)) {
+      }
+      landed.advance();
+    }
+    return true;
+  }
+  __device__ __forceinline__ void expect(u32 bytes) {
+    barrier_expect(&b.shared.full[b.cursor.slot], bytes);
+  }
+  __device__ __forceinline__ void copy(u32 offset, const void* from, u32 bytes) {
+    copy_bulk(b.slot() + offset, from, bytes, &b.shared.full[b.cursor.slot]);
+  }
+  __device__ __forceinline__ void next() {
+    b.cursor.advance();
+    ++issued;
+  }
+  // No copy may arrive in the memory of a block that has left.
+  __device__ __forceinline__ void drain() {
+    while (landed.slot != b.cursor.slot || landed.parity != b.cursor.parity) {
+      while (!barrier_test(&b.shared.full[landed.slot], landed.parity)) {
+      }
+      landed.advance();
+    }
+  }
+};

@@ -1,0 +1,181 @@
+"""Prompts: the op graph, node by node, with PyTorch. Many tokens of one sequence are bound by matrix
+products, which cuBLAS does well; keys and values go into the pages that the persistent program reads.
+
+Sums, norms and the residual are f32; products take their inputs in the type of the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch.nn import functional
+
+from tilert.backends.cuda.backend import swizzle
+from tilert.ir.graph import Graph, Node, Value
+from tilert.ir.program import PAGE
+
+CHUNK = 2048  # most tokens at a time: bounds the memory that activations take
+
+
+@dataclass(slots=True)
+class _Step:
+    """One chunk: where it lies in the sequence, and the values computed so far by name."""
+
+    begin: int
+    tokens: torch.Tensor  # [T]
+    pages: torch.Tensor  # physical pages of the sequence
+    outputs: torch.Tensor  # rows whose logits are wanted
+    values: dict[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
+
+    @property
+    def positions(self) -> torch.Tensor:
+        """[T]"""
+        return torch.arange(self.begin, self.begin + len(self.tokens), device=self.tokens.device)
+
+
+class PromptRunner:
+    """Runs `graph` on the device of its weights.
+
+    weights: as stored, by name, [rows, cols]. caches: 'layers.N.k_cache' and '.v_cache', each [pages,
+    kv_heads, 64, head_dim] with the pieces of a row permuted by `swizzle`.
+    """
+
+    def __init__(
+        self, graph: Graph, weights: Mapping[str, torch.Tensor], caches: Mapping[str, torch.Tensor]
+    ) -> None:
+        self.graph, self.weights, self.caches = graph, weights, caches
+        self.device = next(iter(weights.values())).device
+        self.ops: dict[str, Callable[[_Step, Node], torch.Tensor]] = {
+            "embed": self._embed, "rms_norm": self._rms_norm, "linear": self._linear, "add": self._add,
+            "silu_mul": self._silu_mul, "rope": self._rope, "attention": self._attention,
+        }  # fmt: skip
+        unknown = {node.op for node in graph.nodes} - self.ops.keys()
+        assert not unknown, f"prompts cannot compute {', '.join(sorted(unknown))}"
+        self.head = [node.output.rows == "outputs" for node in graph.nodes].index(True)
+        last: dict[str, int] = {}
+        for i, node in enumerate(graph.nodes):
+            last.update((v.name, i) for v in node.inputs.values() if v is not None and not v.weight)
+        self.dead: list[list[str]] = [[] for _ in graph.nodes]  # values last used by each node
+        for name, i in last.items():
+            self.dead[i].append(name)
+
+    @torch.inference_mode()
+    def run(
+        self, tokens: Sequence[int], begin: int, pages: Sequence[int], outputs: Sequence[int]
+    ) -> torch.Tensor:
+        """f32 logits [len(outputs), vocab_size] of rows of `tokens`, which start at position `begin`.
+
+        Earlier positions must be in the cache; these are added to it. pages: of the whole sequence.
+        """
+        found: dict[int, torch.Tensor] = {}
+        table = torch.tensor(pages, dtype=torch.long, device=self.device)
+        for first in range(0, len(tokens), CHUNK):
+            ids = torch.tensor(tokens[first : first + CHUNK], dtype=torch.long, device=self.device)
+            wanted = [row for row in outputs if first <= row < first + CHUNK]
+            rows = torch.tensor([r - first for r in wanted], dtype=torch.long, device=self.device)
+            logits = self._chunk(_Step(begin + first, ids, table, rows))
+            found |= zip(wanted, logits, strict=True)
+        vocab = self.graph.nodes[-1].output.cols
+        if not outputs:
+            return torch.zeros(0, vocab, device=self.device)
+        return torch.stack([found[row] for row in outputs])
+
+    def _chunk(self, step: _Step) -> torch.Tensor:
+        for i, node in enumerate(self.graph.nodes):
+            if i == self.head and not len(step.outputs):
+                return torch.zeros(0, 0)
+            step.values[node.output.name] = self.ops[node.op](step, node)
+            for name in self.dead[i]:
+                del step.values[name]
+        return step.values[self.graph.nodes[-1].output.name].float()
+
+    def _input(self, step: _Step, node: Node, name: str) -> torch.Tensor:
+        value = node.inputs[name]
+        assert value is not None, f"{node} lacks its input {name}"
+        return self.weights[value.name] if value.weight else step.values[value.name]
+
+    def _embed(self, step: _Step, node: Node) -> torch.Tensor:
+        return self._input(step, node, "table")[step.tokens].float()
+
+    def _rms_norm(self, step: _Step, node: Node) -> torch.Tensor:
+        x = self._input(step, node, "x")
+        if node.output.rows == "outputs":
+            x = x[step.outputs]
+        return _norm(x, self._input(step, node, "weight"), node.attrs["eps"])
+
+    def _linear(self, step: _Step, node: Node) -> torch.Tensor:
+        w, bias = self._input(step, node, "w"), self._optional(node.inputs["bias"])
+        y = functional.linear(self._input(step, node, "x").to(w.dtype), w).float()
+        return y if bias is None else y + bias.float()
+
+    def _optional(self, value: Value | None) -> torch.Tensor | None:
+        return None if value is None else self.weights[value.name].view(1, -1)
+
+    def _add(self, step: _Step, node: Node) -> torch.Tensor:
+        return self._input(step, node, "x") + self._input(step, node, "y")
+
+    def _silu_mul(self, step: _Step, node: Node) -> torch.Tensor:
+        return functional.silu(self._input(step, node, "gate")) * self._input(step, node, "up")
+
+    def _rope(self, step: _Step, node: Node) -> torch.Tensor:
+        d, layer = int(node.attrs["head_dim"]), int(node.attrs["layer"])
+        angles = self._input(step, node, "table")[step.positions]
+        turned: dict[str, torch.Tensor] = {}
+        for name in ("q", "k"):
+            x = self._input(step, node, name).view(len(step.tokens), -1, d)
+            norm = self._optional(node.inputs[f"{name}_norm"])
+            x = x if norm is None else _norm(x, norm, node.attrs["eps"])
+            turned[name] = _rotate(x, angles[:, None])
+        v = self._input(step, node, "v").view(len(step.tokens), -1, d)
+        self._append(step, f"layers.{layer}.k_cache", turned["k"])
+        self._append(step, f"layers.{layer}.v_cache", v)
+        return turned["q"].reshape(len(step.tokens), -1)
+
+    def _columns(self, head_dim: int) -> torch.Tensor:
+        """[64, head_dim / 8] pieces of a row, permuted."""
+        return torch.from_numpy(swizzle(head_dim)[:, ::8] // 8).to(self.device)
+
+    def _append(self, step: _Step, name: str, x: torch.Tensor) -> None:
+        """x [T, kv_heads, head_dim] at the step's positions."""
+        cache, rows = self.caches[name], step.positions % PAGE
+        pieces = x.to(cache.dtype).unflatten(-1, (-1, 8))  # [T, kv_heads, pieces, 8]
+        order = self._columns(x.shape[-1])[rows]
+        stored = pieces.gather(2, order[:, None, :, None].expand(pieces.shape))
+        cache[step.pages[step.positions // PAGE], :, rows] = stored.flatten(-2)
+
+    def _cached(self, step: _Step, name: str, first_page: int) -> torch.Tensor:
+        """[kv_heads, positions, head_dim] from a page on to the end of the step."""
+        end = -(-(step.begin + len(step.tokens)) // PAGE)
+        stored = self.caches[name][step.pages[first_page:end]].unflatten(-1, (-1, 8))
+        order = self._columns(stored.shape[3] * 8)[None, None, :, :, None].expand(stored.shape)
+        pages = stored.gather(3, order).flatten(-2)  # [pages, kv_heads, 64, head_dim]
+        return pages.transpose(0, 1).flatten(1, 2)
+
+    def _attention(self, step: _Step, node: Node) -> torch.Tensor:
+        d, layer, window = (int(node.attrs[name]) for name in ("head_dim", "layer", "window"))
+        first = max(0, step.begin + 1 - window) // PAGE if window else 0
+        k, v = (self._cached(step, f"layers.{layer}.{kv}_cache", first) for kv in "kv")
+        q = self._input(step, node, "q").view(len(step.tokens), -1, d).transpose(0, 1).to(k.dtype)
+        at = torch.arange(first * PAGE, first * PAGE + k.shape[1], device=self.device)
+        ago = step.positions[:, None] - at  # how far each key lies behind each query
+        seen = (ago >= 0) & (ago < window) if window else ago >= 0
+        # Several query heads share a kv head: [kv_heads, group * T, d] needs no copies of k and v.
+        heads, kv_heads = q.shape[0], k.shape[0]
+        y = functional.scaled_dot_product_attention(
+            q.reshape(kv_heads, -1, d), k, v, attn_mask=seen.repeat(heads // kv_heads, 1),
+            scale=node.attrs["scale"],
+        )  # fmt: skip
+        return y.reshape(heads, -1, d).transpose(0, 1).reshape(len(step.tokens), -1).float()
+
+
+def _norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    return functional.rms_norm(x, (x.shape[-1],), weight.view(-1).float(), eps)
+
+
+def _rotate(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
+    """ops/rope.py: rotate; angles: cosines, then sines, on the last axis."""
+    low, high = x.chunk(2, dim=-1)
+    cosine, sine = angles.chunk(2, dim=-1)
+    return torch.cat([low * cosine - high * sine, high * cosine + low * sine], dim=-1)

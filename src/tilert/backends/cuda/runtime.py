@@ -1,0 +1,145 @@
+"""A model on one GPU: weights and caches in its memory, and the back ends that the engine asks for.
+
+One token of one sequence is the persistent program. Steps of several rows run it row by row; prompts
+are handed to the device's own prompt runner where it has one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping
+from typing import Any, Protocol
+
+import numpy as np
+
+from tilert.backends.cuda.backend import CudaBackend, Device, Memory, cache_shapes
+from tilert.ir.graph import Graph
+from tilert.ir.machine import Machine
+from tilert.ir.program import Program
+
+Progress = Callable[[str, int, int], None]  # (label, done bytes, total bytes)
+
+
+class GpuDevice(Device, Protocol):
+    """A device that models can be loaded onto."""
+
+    name: str
+    machine: Machine
+
+    def free_bytes(self) -> int:
+        """Memory that nobody has taken."""
+        ...
+
+    def prompt_runner(
+        self, graph: Graph, weights: Mapping[str, tuple[Any, np.ndarray]],
+        caches: Mapping[str, tuple[Any, tuple[int, ...]]],
+    ) -> Any:  # fmt: skip
+        """A PromptRunner over memory of this device; None when the device has none."""
+        ...
+
+
+class CudaRuntime:
+    """Weights of `graph` on a device; caches of `num_pages` pages are made with the first program."""
+
+    def __init__(
+        self, device: GpuDevice, graph: Graph, weights: Mapping[str, np.ndarray], num_pages: int,
+        progress: Progress | None = None,
+    ) -> None:  # fmt: skip
+        self.device, self.graph, self.arrays, self.num_pages = device, graph, weights, num_pages
+        total, done = sum(array.nbytes for array in weights.values()), 0
+        self.weights: dict[str, Memory] = {}
+        for name, array in weights.items():
+            memory = self.weights[name] = device.allocate(array.nbytes)
+            memory.write(array)
+            done += array.nbytes
+            if progress:
+                progress("loading", done, total)
+        self.caches: dict[str, Memory] = {}
+        self._decode: CudaBackend | None = None
+        self._prompts: Any = None
+
+    def backend(
+        self, kind: str, program: Callable[[str], Program]
+    ) -> CudaBackend | RowByRow | Prompts:
+        """The back end for steps of that kind: 'decode', 'few' or 'prompt'; program: makes programs."""
+        decode = self._decoder(program)
+        if kind == "decode":
+            return decode
+        rows = {"few": 8, "prompt": 256}[kind]
+        if kind == "prompt" and self._prompts is not None:
+            return Prompts(self._prompts, decode, rows)
+        return RowByRow(decode, rows)
+
+    def _decoder(self, program: Callable[[str], Program]) -> CudaBackend:
+        if self._decode is None:
+            made = program("decode")
+            shapes = cache_shapes(made, self.num_pages)
+            for name, shape in shapes.items():
+                self.caches[name] = self.device.allocate(2 * int(np.prod(shape)))
+            self._decode = CudaBackend(
+                made, {n: m.address for n, m in self.weights.items()},
+                {n: m.address for n, m in self.caches.items()}, self.device,
+            )  # fmt: skip
+            self._prompts = self.device.prompt_runner(
+                self.graph, {n: (m, self.arrays[n]) for n, m in self.weights.items()},
+                {n: (m, shapes[n]) for n, m in self.caches.items()},
+            )  # fmt: skip
+        return self._decode
+
+
+class _Rows:
+    """State of a step of several rows, in the shape of the engine's Backend; `logits` of the last."""
+
+    def __init__(self, decode: CudaBackend, rows: int) -> None:
+        self.decode = decode
+        names = ("tokens", "positions", "sequences", "output_rows")
+        self.state = {name: np.zeros((1, rows), np.int32) for name in names}
+        self.state["counts"] = np.zeros((1, 2), np.int32)
+        self.state["pages"] = np.zeros_like(decode.state["pages"])
+        self.logits = np.zeros((0, 0), np.float32)
+
+    def read(self, name: str) -> np.ndarray:
+        """The logits of the last step."""
+        assert name == "logits", f"{name} is not kept"
+        return self.logits
+
+
+class RowByRow(_Rows):
+    """One launch of the decoding program for each row."""
+
+    def steps(self, count: int) -> Generator[np.ndarray, None, None]:
+        """Run one step; gives the greedy ids of its outputs."""
+        assert count == 1, "several rows make one step per call"
+        state, own = self.state, self.decode.state
+        tokens, outputs = state["counts"][0].tolist()
+        wanted = state["output_rows"][0, :outputs].tolist()
+        found: dict[int, tuple[int, np.ndarray]] = {}
+        own["pages"][:] = state["pages"]
+        own["counts"][0] = 1, 1
+        for row in range(tokens):
+            for name in ("tokens", "positions", "sequences"):
+                own[name][0, 0] = state[name][0, row]
+            (sampled,) = self.decode.steps(1)
+            if row in wanted:
+                found[row] = int(sampled[0]), self.decode.read("logits")[0]
+        self.logits = np.asarray([found[row][1] for row in wanted], np.float32)
+        yield np.asarray([found[row][0] for row in wanted], np.int32)
+
+
+class Prompts(_Rows):
+    """Consecutive tokens of one sequence, by the device's prompt runner."""
+
+    def __init__(self, runner: Any, decode: CudaBackend, rows: int) -> None:
+        super().__init__(decode, rows)
+        self.runner = runner
+
+    def steps(self, count: int) -> Generator[np.ndarray, None, None]:
+        """Run one step; gives the greedy ids of its outputs."""
+        assert count == 1, "several rows make one step per call"
+        state = self.state
+        tokens, outputs = state["counts"][0].tolist()
+        logits = self.runner.run(
+            state["tokens"][0, :tokens].tolist(), int(state["positions"][0, 0]),
+            state["pages"][state["sequences"][0, 0]].tolist(), state["output_rows"][0, :outputs].tolist(),
+        )  # fmt: skip
+        self.logits = logits.float().cpu().numpy()
+        yield self.logits.argmax(axis=1).astype(np.int32) if outputs else np.zeros(0, np.int32)

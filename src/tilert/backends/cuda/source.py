@@ -1,0 +1,113 @@
+"""The CUDA source of one program: shapes of its ops as template arguments, sizes as constants.
+
+Each distinct shape of an op is a variant, one instantiation of a template in the .cuh files; a run
+names its variant. Two programs with the same shapes have the same source, so the cubin is cached.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+from tilert.backends.cuda.limits import SLOT_PAD, scratch_bytes
+from tilert.errors import UserError
+from tilert.ir.dtype import DType
+from tilert.ir.program import NONE, PAGE, Buf, Op, Program
+from tilert.ops import Argmax, Attend, Embed, Linear, NextToken
+
+FOLDER = Path(__file__).parent
+HEADERS = ("ptx.cuh", "program.cuh", "linear.cuh", "attend.cuh", "sample.cuh")
+KERNEL = "tilert_program"
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What the compiler is given, and for each op of the program the number of its variant."""
+
+    text: str
+    headers: dict[str, str]
+    variants: list[int]
+
+
+def generate(program: Program, slots: int) -> Source:
+    """The source of a program whose ring has `slots` slots.
+
+    Raises UserError for heads that the kernel has no form of, AssertionError for an op that the compiler
+    never emits for such machines.
+    """
+    known: dict[str, int] = {}
+    variants = [known.setdefault(_type(program, op), len(known)) for op in program.ops]
+    names = "\n".join(f"using V{i} = {name};" for name, i in known.items())
+    cases = " ".join(f"X({i})" for i in known.values())
+    machine = program.machine
+    constants = {
+        "kSlots": slots, "kSlotBytes": machine.slot_bytes, "kSlotPitch": machine.slot_bytes + SLOT_PAD,
+        "kWindow": min(machine.window, slots), "kPage": PAGE, "kScratchBytes": scratch_bytes(program),
+        "kCounters": len(program.counters),
+    }  # fmt: skip
+    headers = {name: (FOLDER / name).read_text(encoding="utf-8") for name in HEADERS}
+    headers["constants.h"] = "#pragma once\n" + "".join(
+        f"constexpr int {name} = {value};\n" for name, value in constants.items()
+    )
+    headers["variants.h"] = f"#pragma once\n{names}\n#define TILERT_VARIANTS(X) {cases}\n"
+    return Source((FOLDER / "kernel.cu").read_text(encoding="utf-8"), headers, variants)
+
+
+def _type(program: Program, op: Op) -> str:
+    """The instantiation of an op: its shape without addresses."""
+    if isinstance(op, Linear):
+        return _linear(program, op)
+    if isinstance(op, Attend):
+        _check_heads(program, op)
+        norms = ", ".join(_weight(program, b) for b in (op.q_norm, op.k_norm))
+        return (
+            f"Attend<{op.heads}, {op.kv_heads}, {op.head_dim}, {op.window}, {op.splits}, {norms},"
+            f" {_bits(op.eps)}, {_bits(op.scale)}>"
+        )
+    if isinstance(op, Embed):
+        return f"Embed<{op.width}, {_weight(program, op.table)}>"
+    if isinstance(op, Argmax):
+        return f"Argmax<{op.vocab}, {op.chunk}>"
+    assert isinstance(op, NextToken), f"{type(op).__name__} has no CUDA form"
+    return f"NextToken<{op.chunks}>"
+
+
+def _check_heads(program: Program, op: Attend) -> None:
+    d, slot = op.head_dim, program.machine.slot_bytes
+    if d % 16 or not 16 <= d <= 128 or 2 * PAGE * d > slot or op.group > 16:
+        raise UserError(
+            f"the model has heads of {d} elements, {op.group} for each kv head; the back end 'cuda' accepts"
+            f" multiples of 16 up to {min(128, slot // (2 * PAGE))}, and up to 16 for each; 'cpu' runs it"
+        )
+
+
+def _linear(program: Program, op: Linear) -> str:
+    assert op.rows == 1, f"steps of {op.rows} tokens have no CUDA form yet"
+    assert op.expert == NONE and program.buffers[op.w].scale == NONE, (
+        "neither experts nor scales yet"
+    )
+    source = "Plain"
+    if op.norm != NONE:
+        source = f"Normed<{_weight(program, op.norm)}, {_bits(op.eps)}>"
+    elif op.splits > 1:
+        window = next(o.window for o in program.ops if isinstance(o, Attend) and o.y == op.x)
+        source = f"Merged<{op.splits}, {op.group}, {op.head_dim}, {window}>"
+    epilogue = ("kStore", "kAdd", "kGate")[op.epilogue]
+    return (
+        f"Linear<{op.k}, {_weight(program, op.w)}, {op.tile_rows}, {epilogue}, {source},"
+        f" {_weight(program, op.bias)}>"
+    )
+
+
+def _weight(program: Program, buf: Buf) -> str:
+    if buf == NONE:
+        return "None"
+    names = {DType.BF16: "BF16", DType.F16: "F16", DType.F32: "F32"}
+    dtype = program.buffers[buf].dtype
+    assert dtype in names, f"weights of type {dtype.name} have no CUDA form yet"
+    return names[dtype]
+
+
+def _bits(value: float) -> str:
+    return f"0x{struct.unpack('<I', struct.pack('<f', value))[0]:08x}u"

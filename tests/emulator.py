@@ -1,0 +1,114 @@
+"""A device for the CUDA back end where there is none: the kernel itself, compiled for the CPU.
+
+emulator.h stands in for ptx.cuh; emulator.cpp runs all threads as fibers in an order that a seed picks.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import platform
+import shutil
+import subprocess
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tilert.backends.cuda.source import Source
+from tilert.ir.dtype import DType
+from tilert.ir.machine import Machine
+
+HERE = Path(__file__).parent
+THREADS = 384
+SUPPORTED = platform.machine() == "x86_64" and shutil.which("g++") is not None
+
+
+class Memory:
+    """Bytes of the host that stand for memory of the device."""
+
+    def __init__(self, size: int) -> None:
+        raw = np.zeros(size + 256, np.uint8)
+        self.bytes = raw[-raw.ctypes.data % 256 :][:size]
+        self.address = self.bytes.ctypes.data
+
+    def write(self, values: np.ndarray) -> None:
+        raw = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+        self.bytes[: raw.size] = raw
+
+    def read(self, begin: int, count: int, dtype: Any) -> np.ndarray:
+        size = count * np.dtype(dtype).itemsize
+        return self.bytes[begin : begin + size].copy().view(dtype)
+
+    def clear(self) -> None:
+        self.bytes[:] = 0
+
+
+class Kernel:
+    """A launch is a thread of the host that plays all threads of all blocks."""
+
+    def __init__(self, library: ctypes.CDLL, shared_bytes: int, device: EmulatedDevice) -> None:
+        self.library, self.shared_bytes, self.device = library, shared_bytes, device
+        self.thread: threading.Thread | None = None
+        self.stuck = False
+
+    def launch(self, blocks: int, params: ctypes.Structure) -> None:
+        def play() -> None:
+            seed = self.device.seed
+            arguments = ctypes.byref(params), blocks, THREADS, self.shared_bytes, seed
+            self.stuck = self.library.emulate(*arguments) != 0
+
+        self.thread = threading.Thread(target=play, daemon=True)
+        self.thread.start()
+
+    def done(self) -> bool:
+        return self.thread is None or not self.thread.is_alive()
+
+    def wait(self) -> None:
+        if self.thread is not None:
+            self.thread.join()
+        assert not self.stuck, "no thread of the kernel could go on"
+
+
+class EmulatedDevice:
+    """Compiles into `folder`, where equal sources are found again."""
+
+    def __init__(self, folder: Path, shared_bytes: int = 232448, seed: int = 0) -> None:
+        self.folder, self.shared_bytes, self.seed = folder, shared_bytes, seed
+
+    name = "emulated GPU"
+
+    @property
+    def machine(self) -> Machine:
+        return Machine("emulated", 4, slots=4, slot_bytes=4096, window=2, read_bandwidth=4e9,
+                       worker_bandwidth=2e9, worker_flops=1e9, cache_dtype=DType.BF16)  # fmt: skip
+
+    def free_bytes(self) -> int:
+        return 2 << 30
+
+    def prompt_runner(self, *_: Any) -> None:
+        return None
+
+    def allocate(self, size: int) -> Memory:
+        return Memory(size)
+
+    def pinned(self, words: int) -> np.ndarray:
+        return np.zeros(words, np.uint32)
+
+    def load(self, source: Source, kernel: str, shared_bytes: int) -> Kernel:
+        own = {name: (HERE / name).read_text() for name in ("emulator.h", "emulator.cpp")}
+        files = {**source.headers, **own, "kernel.cu": source.text}
+        files["ptx.cuh"] = '#include "emulator.h"\n'
+        digest = hashlib.sha256(repr(sorted(files.items())).encode()).hexdigest()[:16]
+        folder = self.folder / digest
+        if not (folder / "done").exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            for name, text in files.items():
+                (folder / name).write_text(text)
+            command = ["g++", "-std=c++20", "-O1", "-shared", "-fPIC", "-Wno-unknown-pragmas",
+                       "-o", str(folder / "kernel.so"), str(folder / "emulator.cpp")]  # fmt: skip
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stderr[-4000:]
+            (folder / "done").touch()
+        return Kernel(ctypes.CDLL(str(folder / "kernel.so")), shared_bytes, self)

@@ -1,0 +1,165 @@
+"""Compiling for GPUs without one: every kernel for every target, the cache, and what goes wrong."""
+
+from __future__ import annotations
+
+import re
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tilert.backends.cuda import jit
+from tilert.backends.cuda.jit import TARGETS, compile_cubin
+from tilert.backends.cuda.limits import fitting_slots
+from tilert.backends.cuda.source import KERNEL, Source, generate
+from tilert.compiler import Limits, build
+from tilert.errors import UserError
+from tilert.ir import machine
+from tilert.ir.dtype import DType
+from tilert.models import load_config
+from tilert.models.decoder import ROPE_TABLE
+from tilert.models.decoder import build as build_graph
+
+pytest.importorskip("cuda.bindings.nvrtc")
+
+SOURCE = '#include "n.h"\nextern "C" __global__ void twice(float* x) { x[threadIdx.x] *= N; }\n'
+BASE: dict[str, Any] = {"model_type": "llama", "rms_norm_eps": 1e-5, "num_hidden_layers": 1,
+                        "max_position_embeddings": 8192, "vocab_size": 4096}  # fmt: skip
+# One layer of each shape; the vocabulary is cut, for only its product depends on it.
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama-1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32,
+                 "num_key_value_heads": 8},
+    "llama-8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32,
+                 "num_key_value_heads": 8},
+    "qwen3-0.6b": {"model_type": "qwen3", "hidden_size": 1024, "intermediate_size": 3072,
+                   "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128},
+    "qwen3-4b": {"model_type": "qwen3", "hidden_size": 2560, "intermediate_size": 9728,
+                 "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128},
+    "qwen2-7b": {"model_type": "qwen2", "hidden_size": 3584, "intermediate_size": 18944,
+                 "num_attention_heads": 28, "num_key_value_heads": 4},
+    "mistral-7b": {"model_type": "mistral", "hidden_size": 4096, "intermediate_size": 14336,
+                   "num_attention_heads": 32, "num_key_value_heads": 8, "sliding_window": 4096},
+    "smollm2": {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9,
+                "num_key_value_heads": 3},
+}  # fmt: skip
+
+
+def twice(cache: Path, **changes: Any) -> jit.Cubin:
+    given: dict[str, Any] = {
+        "source": SOURCE, "name": "twice", "arch": "sm_90a", "headers": {"n.h": "#define N 2.0f\n"},
+        "cache": cache,
+    }  # fmt: skip
+    return compile_cubin(**given | changes)
+
+
+def source_of(name: str, arch: str) -> Source:
+    graph = build_graph(load_config({**BASE, **SHAPES[name]}), 8192)
+    dtypes = {w: DType.BF16 for w in graph.weights if w != ROPE_TABLE}
+    target = machine.B200 if arch == "sm_100a" else machine.H200
+    program = build(graph, target, Limits(1, 1, 1, 8192), dtypes)
+    return generate(program, fitting_slots(program, TARGETS[arch]))
+
+
+@pytest.mark.parametrize("arch", TARGETS)
+@pytest.mark.parametrize("name", SHAPES)
+def test_kernels_compile_for_every_target(name: str, arch: str, tmp_path: Path) -> None:
+    """What little is spilled lives from one op to the next; see the test below."""
+    source = source_of(name, arch)
+    cubin = compile_cubin(
+        source.text, name=KERNEL, arch=arch, headers=source.headers, cache=tmp_path
+    )
+    used = cubin.resources[KERNEL]
+    assert used.registers <= 168
+    assert max(used.stack, used.spill_stores) <= 128, used
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_no_op_spills_in_its_loops(name: str, tmp_path: Path) -> None:
+    """A kernel of one variant has no values to keep for others, so all that it spilled would be its own."""
+    source = source_of(name, "sm_90a")
+    variants = source.headers["variants.h"]
+    for number in sorted(set(source.variants)):
+        alone = re.sub(r"(?<=VARIANTS\(X\)).*", f" X({number})", variants)
+        cubin = compile_cubin(
+            source.text, name=KERNEL, arch="sm_90a", headers={**source.headers, "variants.h": alone},
+            cache=tmp_path,
+        )  # fmt: skip
+        used = cubin.resources[KERNEL]
+        assert used.stack == used.spill_stores == used.spill_loads == 0, (number, used)
+
+
+SPILLS = """
+__device__ __noinline__ float far(const float* x, int n) {
+  float kept[400];
+  for (int i = 0; i < 400; ++i) kept[i] = x[i * n];
+  float sum = 0;
+  for (int i = 0; i < n; ++i) sum += kept[(i * 7) % 400];
+  return sum;
+}
+typedef float (*Function)(const float*, int);
+__device__ Function pointer = far;
+extern "C" __global__ void calls(float* x, int n) { x[threadIdx.x] = pointer(x, n); }
+extern "C" __global__ void plain(float* x) { x[threadIdx.x] += 1; }
+"""
+
+
+def test_local_memory_of_called_functions_is_seen(tmp_path: Path) -> None:
+    resources = twice(tmp_path, source=SPILLS).resources
+    assert resources["calls"].stack >= 1600
+    assert resources["plain"].stack == resources["plain"].spill_stores == 0
+
+
+def test_an_equal_compile_is_found(tmp_path: Path) -> None:
+    said: list[str] = []
+    first = twice(tmp_path, progress=said.append)
+    second = twice(tmp_path, progress=said.append)
+    assert said == ["compiling twice for sm_90a (once; a few seconds)"]
+    assert first.seconds > 0
+    assert second == replace(first, seconds=0.0)
+    assert first.resources["twice"].registers > 0
+    changed = twice(tmp_path, headers={"n.h": "#define N 3.0f\n"}, progress=said.append)
+    assert len(said) == 2
+    assert changed.data != first.data
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda b: b[:-9], lambda b: b"", lambda b: b[:80] + b"x" + b[81:]]
+)
+def test_a_damaged_file_is_compiled_again(tmp_path: Path, damage: Any) -> None:
+    first = twice(tmp_path)
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(damage(path.read_bytes()))
+    assert twice(tmp_path).data == first.data
+    assert twice(tmp_path).seconds == 0
+
+
+def test_several_at_once_leave_one_file(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(4) as threads:
+        made = list(threads.map(lambda _: twice(tmp_path).data, range(4)))
+    assert len(set(made)) == len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("no folder")
+    assert twice(blocked / "cache").data
+
+
+def test_a_refused_source_leaves_its_log(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"refused twice for sm_90a; its log is .*\.log$") as caught:
+        twice(tmp_path, source="nonsense")
+    log = Path(str(caught.value).rsplit(" ", 1)[1])
+    assert "nonsense" in log.read_text()
+    with pytest.raises(UserError, match="'sm_80' is not known; accepted are sm_90a"):
+        twice(tmp_path, arch="sm_80")
+
+
+def test_without_the_packages_there_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    with pytest.raises(UserError, match=r"pip install 'tilert\[cuda\]'"):
+        twice(tmp_path)

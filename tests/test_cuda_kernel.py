@@ -1,0 +1,209 @@
+"""The CUDA kernel itself, run by the emulator: against the interpreter, in many orders, with faults."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from emulator import SUPPORTED, EmulatedDevice, Memory
+
+from tilert.backends.cuda import backend as cuda
+from tilert.backends.cuda.backend import CudaBackend, LaunchError
+from tilert.backends.interpreter import Interpreter, allocate_caches
+from tilert.compiler import Limits, build
+from tilert.errors import UserError
+from tilert.ir.dtype import DType
+from tilert.ir.machine import Machine
+from tilert.ir.program import PAGE, Program, Wait
+from tilert.models import load_config
+from tilert.models.decoder import ROPE_TABLE
+from tilert.models.decoder import build as build_graph
+from tilert.models.rotary import rotary_table
+from tilert.ops import Attend
+
+pytestmark = pytest.mark.skipif(not SUPPORTED, reason="the emulator needs g++ on x86-64")
+
+CONTEXT, PAGES = 256, 6
+TABLE = [5, 0, 3, 1]  # physical pages of the sequence
+BASE: dict[str, Any] = {
+    "model_type": "llama", "rms_norm_eps": 1e-5, "max_position_embeddings": 1024, "vocab_size": 96,
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "tie_word_embeddings": True,
+}  # fmt: skip
+# name: (changes of the config, type of the weights, workers, changes of the machine)
+MODELS: dict[str, tuple[dict[str, Any], DType, int, dict[str, int]]] = {
+    "llama": ({}, DType.BF16, 3, {}),
+    "llama-untied-head-64": ({"tie_word_embeddings": False, "head_dim": 64}, DType.BF16, 2,
+                             {"slot_bytes": 8192}),
+    "llama-group-of-3": ({"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 144},
+                         DType.BF16, 5, {}),
+    "llama-head-128": ({"head_dim": 128, "num_attention_heads": 2, "num_key_value_heads": 1},
+                       DType.BF16, 9, {"slot_bytes": 16384}),
+    "llama-f16": ({}, DType.F16, 2, {}),
+    "llama-f32": ({}, DType.F32, 2, {}),
+    "odd-rows-f16": ({"intermediate_size": 341, "vocab_size": 101}, DType.F16, 4, {}),
+    "rows-beyond-a-slot": ({"hidden_size": 520, "intermediate_size": 1032}, DType.F32, 3,
+                           {"slot_bytes": 2048}),
+    "one-slot-in-flight": ({"intermediate_size": 512}, DType.BF16, 2, {"slots": 2, "window": 1}),
+    "qwen2": ({"model_type": "qwen2", "head_dim": None, "hidden_size": 64}, DType.BF16, 3, {}),
+    "qwen3": ({"model_type": "qwen3"}, DType.BF16, 4, {}),
+    "mistral-window": ({"model_type": "mistral", "sliding_window": 40}, DType.BF16, 3, {}),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where emulated kernels are compiled, once for each source."""
+    return tmp_path_factory.mktemp("emulator")
+
+
+def compiled(name: str) -> tuple[Program, dict[str, np.ndarray]]:
+    """A program for a small machine with rings, and random weights for it."""
+    changes, dtype, workers, machine = MODELS[name]
+    fields: dict[str, Any] = {"slots": 4, "slot_bytes": 4096, "window": 2, **machine}
+    target = Machine("small", workers, read_bandwidth=4e9, worker_bandwidth=2e9, worker_flops=1e9,
+                     cache_dtype=DType.BF16, **fields)  # fmt: skip
+    config = load_config({k: v for k, v in {**BASE, **changes}.items() if v is not None})
+    graph = build_graph(config, CONTEXT)
+    rng = np.random.default_rng(7)
+    weights: dict[str, np.ndarray] = {}
+    for weight, value in graph.weights.items():
+        if weight == ROPE_TABLE:
+            weights[weight] = np.concatenate(rotary_table(config, CONTEXT), axis=1)
+            continue
+        assert isinstance(value.rows, int)
+        random = rng.standard_normal((value.rows, value.cols))
+        scaled = 1 + 0.1 * random if "norm" in weight else random * value.cols**-0.5
+        weights[weight] = scaled.astype(dtype.numpy)
+    dtypes = {weight: DType.of(array) for weight, array in weights.items()}
+    return build(graph, target, Limits(1, 1, 1, CONTEXT), dtypes), weights
+
+
+def loaded(
+    program: Program, weights: dict[str, np.ndarray], device: EmulatedDevice
+) -> tuple[CudaBackend, Interpreter]:
+    """The same program on the emulator and on the interpreter, with the same random past."""
+    rng = np.random.default_rng(3)
+    interpreter = Interpreter(program, weights, allocate_caches(program, PAGES))
+    homes = {name: Memory(array.nbytes) for name, array in weights.items()}
+    for name, array in weights.items():
+        homes[name].write(array)
+    for name, shape in cuda.cache_shapes(program, PAGES).items():
+        past = (0.5 * rng.standard_normal(shape)).astype(ml_dtypes.bfloat16)
+        homes[name] = Memory(past.nbytes)
+        columns = np.broadcast_to(cuda.swizzle(shape[3]), shape)
+        homes[name].write(np.take_along_axis(past, columns, axis=3))
+        cache = interpreter.memory.arrays[program.buffer_ids[name]]
+        cache[:] = past.transpose(0, 2, 1, 3).reshape(PAGES, PAGE, -1)
+    addresses = {name: home.address for name, home in homes.items()}
+    made = CudaBackend(program, addresses, addresses, device)
+    made.__dict__["homes"] = homes
+    for each in (made, interpreter):
+        each.state["counts"][0] = 1, 1
+        each.state["pages"][0, : len(TABLE)] = TABLE
+    return made, interpreter
+
+
+def begin(backend: CudaBackend | Interpreter, token: int, position: int) -> None:
+    backend.state["tokens"][0, 0], backend.state["positions"][0, 0] = token, position
+
+
+@pytest.mark.parametrize("position", [0, 62, 200])
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_equal_the_interpreter(name: str, position: int, folder: Path) -> None:
+    """Three tokens from each position, page borders among them; queries and weights of attention are
+    rounded to bf16 on the device."""
+    device = EmulatedDevice(folder, seed=position)
+    made, interpreter = loaded(*compiled(name), device)
+    for each in (made, interpreter):
+        begin(each, 3, position)
+    for _ in range(3):
+        (expected,) = interpreter.steps(1)
+        (token,) = made.steps(1)
+        logits, wanted = made.read("logits")[0], interpreter.read("logits")[0]
+        assert np.abs(logits - wanted).max() < 0.01 * np.abs(wanted).max()
+        assert token[0] == logits.argmax()
+        made.state["tokens"][0, 0] = expected[0]
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "one-slot-in-flight"])
+def test_any_order_of_threads_gives_the_same_bits(name: str, folder: Path) -> None:
+    program, weights = compiled(name)
+    results = []
+    for seed in range(4):
+        made, _ = loaded(program, weights, EmulatedDevice(folder, seed=seed))
+        begin(made, 5, 60)
+        tokens = [int(t[0]) for t in made.steps(12)]
+        results.append((tokens, made.read("logits").tobytes()))
+    assert all(result == results[0] for result in results)
+
+
+def test_one_launch_equals_many(folder: Path) -> None:
+    program, weights = compiled("llama")
+    made, _ = loaded(program, weights, EmulatedDevice(folder))
+    begin(made, 5, 0)
+    together = [int(t[0]) for t in made.steps(70)]
+    made, _ = loaded(program, weights, EmulatedDevice(folder))
+    begin(made, 5, 0)
+    assert [int(t[0]) for _ in range(70) for t in made.steps(1)] == together
+
+
+def test_a_stop_id_ends_the_launch(folder: Path) -> None:
+    made, _ = loaded(*compiled("llama"), EmulatedDevice(folder))
+    begin(made, 5, 0)
+    free = [int(t[0]) for t in made.steps(20)]
+    stop = free[6]
+    made, _ = loaded(*compiled("llama"), EmulatedDevice(folder))
+    made.stop_ids = (94, stop)
+    begin(made, 5, 0)
+    assert [int(t[0]) for t in made.steps(20)] == free[: free.index(stop) + 1]
+
+
+def test_closing_cancels_within_one_token(folder: Path) -> None:
+    made, _ = loaded(*compiled("llama"), EmulatedDevice(folder))
+    begin(made, 5, 0)
+    steps = made.steps(2000)
+    first = [int(next(steps)[0]) for _ in range(3)]
+    steps.close()
+    assert np.count_nonzero(made.mailbox[:2000] != cuda.UNSET) < 2000
+    begin(made, 5, 0)
+    assert [int(t[0]) for t in made.steps(3)] == first  # and the device can be used again
+
+
+def test_a_wait_that_never_holds_names_waiter_and_counter(folder: Path) -> None:
+    program, weights = compiled("llama")
+    queues = [list(queue) for queue in program.queues]
+    place, run = next((i, r) for i, r in enumerate(queues[1]) if r.waits)
+    wait = run.waits[0]
+    broken = Wait(wait.counter, wait.threshold + 1, wait.lag)
+    queues[1][place] = replace(run, waits=(broken, *run.waits[1:]))
+    made, _ = loaded(
+        dataclasses.replace(program, queues=tuple(map(tuple, queues))),
+        weights,
+        EmulatedDevice(folder),
+    )
+    begin(made, 5, 0)
+    with pytest.raises(
+        LaunchError, match=rf"worker 1, run {place} .*counter {wait.counter}: it has"
+    ):
+        list(made.steps(3))
+
+
+def test_what_the_kernel_cannot_run_is_refused(folder: Path) -> None:
+    program, _ = compiled("llama")
+    device = SimpleNamespace(shared_bytes=9000)
+    with pytest.raises(
+        UserError, match=r"bytes of shared memory per block, but the device has 9000"
+    ):
+        CudaBackend(program, {}, {}, device)  # type: ignore[arg-type]
+    heads = [replace(o, head_dim=24) if isinstance(o, Attend) else o for o in program.ops]
+    with pytest.raises(UserError, match=r"heads of 24 elements, 2 for each kv head; .* up to 32"):
+        CudaBackend(replace(program, ops=tuple(heads)), {}, {}, EmulatedDevice(folder))
+    with pytest.raises(AssertionError, match="steps of 4 tokens"):
+        CudaBackend(replace(program, tokens=4), {}, {}, EmulatedDevice(folder))

@@ -1,0 +1,101 @@
+"""Prompts through PyTorch, on the CPU: against transformers, in pieces, with pages in any order."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import families
+import numpy as np
+import pytest
+import torch
+from test_models import tokens_for
+
+from tilert.backends.cuda import prompt
+from tilert.backends.cuda.backend import swizzle
+from tilert.backends.cuda.prompt import PromptRunner
+from tilert.ir.graph import Graph
+from tilert.models import load_config
+from tilert.models.decoder import build
+from tilert.models.load import bind
+from tilert.weights import open_checkpoint
+
+PAGES = [5, 2, 7, 0]
+
+
+def loaded(folder: Path, dtype: torch.dtype = torch.float32) -> PromptRunner:
+    checkpoint = open_checkpoint(folder)
+    config = load_config(checkpoint.config, checkpoint.generation_config)
+    graph = build(config, 256)
+    arrays = bind(graph, config, 256, checkpoint.tensors)
+    weights = {name: torch.tensor(array.astype(np.float32)) for name, array in arrays.items()}
+    weights = {n: w if n == "tilert.rope_table" else w.to(dtype) for n, w in weights.items()}
+    shape = (8, config.num_key_value_heads, 64, config.head_dim)
+    names = [f"layers.{i}.{kv}_cache" for i in range(config.num_hidden_layers) for kv in "kv"]
+    return PromptRunner(
+        graph, weights, {name: torch.full(shape, 9.0, dtype=dtype) for name in names}
+    )
+
+
+# A head of 6 elements has no whole pieces; the kernel refuses it as well.
+@pytest.mark.parametrize("name", [name for name in families.FAMILIES if name != "llama-odd"])
+def test_logits_equal_transformers(name: str, tmp_path: Path) -> None:
+    model = families.make(name, tmp_path)
+    limit = model.config.max_position_embeddings
+    tokens = tokens_for(min(150, limit if "dynamic" in name else 60 if "longrope" in name else 150))
+    expected = families.logits(model, tokens)
+    rows = [0, 3, len(tokens) - 1]
+    got = loaded(tmp_path).run(tokens, 0, PAGES, rows)
+    assert np.abs(got.numpy() - expected[rows]).max() < 1e-3
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "mistral"])
+def test_pieces_give_the_same(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    families.make(name, tmp_path)
+    tokens = tokens_for(150)
+    whole = loaded(tmp_path)
+    expected = whole.run(tokens, 0, PAGES, [149])
+    pieces = loaded(tmp_path)
+    for begin, end in ((0, 1), (1, 70), (70, 149)):
+        assert pieces.run(tokens[begin:end], begin, PAGES, []).shape == (0, expected.shape[1])
+    assert (pieces.run(tokens[149:], 149, PAGES, [0]) - expected).abs().max() < 1e-4
+    monkeypatch.setattr(prompt, "CHUNK", 37)
+    chunks = loaded(tmp_path)
+    got = chunks.run(tokens, 0, PAGES, [149, 40, 39])
+    assert (got[:1] - expected).abs().max() < 1e-4
+    assert (got[1:] - whole.run(tokens, 0, PAGES, [40, 39])).abs().max() < 1e-4
+    for cache, other in zip(whole.caches.values(), chunks.caches.values(), strict=True):
+        assert (cache - other).abs().max() < 1e-4
+        assert (cache[[1, 3, 4, 6]] == 9).all()  # pages of others
+        assert (cache[7, :, 22:] == 9).all()  # positions that have not come
+
+
+def test_pages_are_stored_as_the_kernel_reads_them(tmp_path: Path) -> None:
+    families.make("llama-tied", tmp_path)  # head_dim 16
+    runner = loaded(tmp_path)
+    runner.run(tokens_for(70), 0, PAGES, [])
+    plain = torch.gather(
+        runner.caches["layers.0.v_cache"], 3,
+        torch.from_numpy(swizzle(16)).expand(8, 2, 64, 16),
+    )  # fmt: skip
+    step: Any = prompt._Step(
+        0, torch.zeros(70, dtype=torch.long), torch.tensor(PAGES), torch.zeros(0)
+    )
+    read = runner._cached(step, "layers.0.v_cache", 0)
+    assert torch.equal(read[:, :64], plain[5])
+    assert torch.equal(read[:, 64:70], plain[2][:, :6])
+
+
+def test_half_precision_is_close(tmp_path: Path) -> None:
+    families.make("llama", tmp_path)
+    tokens = tokens_for(100)
+    exact = loaded(tmp_path).run(tokens, 0, PAGES, [99])
+    rounded = loaded(tmp_path, torch.bfloat16).run(tokens, 0, PAGES, [99])
+    assert (rounded - exact).abs().max() < 0.05 * exact.abs().max()
+
+
+def test_an_op_that_it_does_not_know_is_refused() -> None:
+    graph = Graph("none")
+    graph._add("conv", "y", "outputs", 4, {})
+    with pytest.raises(AssertionError, match="cannot compute conv"):
+        PromptRunner(graph, {"w": torch.zeros(1)}, {})
