@@ -66,10 +66,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def make(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+def make(name: str, folder: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
     """Write the model into `folder` in the Hugging Face layout; returns the transformers model."""
     kind, options = FAMILIES[name]
-    config = getattr(transformers, kind)(**{**SIZES, **options})
+    config = getattr(transformers, kind)(**{**SIZES, **options, **changes})
     torch.manual_seed(sum(map(ord, name)))
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").to(dtype).eval()
     with torch.no_grad():

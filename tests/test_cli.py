@@ -10,7 +10,9 @@ import sys
 import time
 from pathlib import Path
 
+import families
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from tilert.text import write_gguf_tokenizer
 from tilert.weights import resolve_model
@@ -120,6 +122,38 @@ def test_bad_requests_are_one_sentence_and_exit_2(
     assert done.returncode == 2
     assert message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("out", ["file.txt/x", ".", "x" * 300, "none/x"])
+def test_an_output_that_cannot_be_written(smollm2: Path, tmp_path: Path, out: str) -> None:
+    (tmp_path / "file.txt").write_text("a file")
+    done = tilert("compile", smollm2, "--out", tmp_path / out)
+    assert done.returncode == 2
+    assert done.stderr.startswith("tilert compile: cannot write")
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("closing", ["<&-", ">&-", ">/dev/full"])
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_standard_streams_that_cannot_be_used(smollm2: Path, command: str, closing: str) -> None:
+    prompt = "" if closing == "<&-" or command == "chat" else "--prompt hi --max-tokens 2"
+    line = f"echo hi | {sys.executable} -m tilert {command} {smollm2} {prompt} {closing}"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False)
+    assert "Traceback" not in done.stderr
+    assert done.returncode == (0 if command == "chat" and closing == "<&-" else 2)
+
+
+def test_compile_and_inspect_check_the_tensors(tmp_path: Path) -> None:
+    families.make("llama", tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.embed_tokens.weight"]
+    save_file(tensors, file)
+    for command in ("inspect", "compile"):
+        done = tilert(command, tmp_path)
+        assert done.returncode == 2
+        assert "lacks the tensor 'model.embed_tokens.weight'" in done.stderr
+    assert tilert("compile", tmp_path, "--context", "0").returncode == 2
 
 
 def test_a_file_that_is_not_utf8(smollm2: Path, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def load(folder: Path, **options: Any) -> LLM:
-    return LLM(folder, skip_tokenizer_init=True, threads=2, **options)
+    return LLM(folder, **{"skip_tokenizer_init": True, "threads": 2, **options})
 
 
 def prompt(length: int, seed: int = 0) -> dict[str, Any]:
@@ -120,6 +120,47 @@ def test_a_closed_stream_cancels_and_leaves_nothing_behind(folder: Path) -> None
     assert answer(llm, prompt(40)) == expected
 
 
+def test_streams_can_be_read_in_turn(folder: Path) -> None:
+    llm = load(folder)
+    first, second = prompt(30), prompt(9)
+    expected = [answer(load(folder), p) for p in (first, second)]
+    pairs = zip(llm.stream(first, GREEDY), llm.stream(second, GREEDY), strict=True)
+    got = list(zip(*((a.token_id, b.token_id) for a, b in pairs), strict=True))
+    assert [list(tokens) for tokens in got] == expected
+    open_stream = llm.stream(first, GREEDY)
+    begun = [next(open_stream).token_id for _ in range(3)]
+    assert answer(llm, second) == expected[1]  # another request beside it
+    assert begun + [delta.token_id for delta in open_stream] == expected[0]
+    llm.stream(first, GREEDY)  # never read: nothing happens
+    assert answer(llm, second) == expected[1]
+    assert not llm.engine.running
+    assert not llm.engine.waiting
+
+
+def test_a_refused_prompt_leaves_nothing_behind(folder: Path) -> None:
+    llm = load(folder)
+    with pytest.raises(UserError, match="empty"):
+        llm.generate([prompt(5), {"prompt_token_ids": []}], GREEDY)
+    assert answer(llm, prompt(5)) == answer(load(folder), prompt(5))
+
+
+def test_logits_have_storage_of_their_own(tmp_path: Path) -> None:
+    """A vocabulary as wide as another activation: shapes alone would let them share."""
+    families.make("llama", tmp_path, vocab_size=68, intermediate_size=68)
+    llm = load(tmp_path)
+    ids = [int(t) for t in np.random.default_rng(0).integers(3, 67, 12)]
+    assert len(answer(llm, {"prompt_token_ids": ids})) == 20
+
+
+def test_weights_that_are_no_numbers_are_refused(folder: Path) -> None:
+    llm = load(folder)
+    broken = {k: v.copy() for k, v in llm.runner.weights.items()}
+    broken["model.norm.weight"][:] = np.nan
+    llm.runner.weights = broken
+    with pytest.raises(UserError, match="largest logit is nan: its weights are damaged"):
+        answer(llm, prompt(5))
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -130,6 +171,9 @@ def test_a_closed_stream_cancels_and_leaves_nothing_behind(folder: Path) -> None
         ({"prompt_token_ids": "abc"}, "list of ints"),
         ({}, "list of ints"),
         ("text", "needs the tokenizer"),
+        ([1, 2, 3], "a prompt must be text"),
+        (None, "prompts is a NoneType"),
+        ({"prompt_token_ids": [True]}, "list of ints"),
     ],
 )
 def test_bad_prompts_are_refused_in_one_sentence(folder: Path, given: Any, message: str) -> None:
@@ -145,12 +189,21 @@ def test_bad_prompts_are_refused_in_one_sentence(folder: Path, given: Any, messa
     [
         ({"max_model_len": 257}, "accepts 1 to 256"),
         ({"max_num_seqs": 9}, "accepted are 1 to 8"),
-        ({"backend": "gpu"}, "cpu and interpreter"),
+        ({"backend": "interpreter", "threads": -5}, "threads is -5; accepted are 1 to 1024"),
+        ({"backend": "gpu"}, "cpu, cuda and interpreter"),
     ],
 )
 def test_bad_options_are_refused(folder: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         load(folder, **options)
+
+
+def test_params_may_be_a_dict(folder: Path) -> None:
+    llm = load(folder)
+    given = {"temperature": 0, "max_tokens": 20, "ignore_eos": True}
+    assert answer(llm, prompt(4), given) == answer(llm, prompt(4))  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="sampling_params is a str"):
+        answer(llm, prompt(4), "greedy")  # type: ignore[arg-type]
 
 
 def test_page_cache_keeps_shared_pages_until_the_last_user_is_gone() -> None:

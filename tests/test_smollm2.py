@@ -77,6 +77,17 @@ def test_a_stop_string_that_straddles_tokens_ends_the_text_before_it(f32: Path) 
     assert len(cut.token_ids) < len(free.token_ids)
 
 
+def test_min_tokens_holds_stop_strings_back(f32: Path) -> None:
+    llm = LLM(f32, threads=2)
+    given = {"temperature": 0, "max_tokens": 12, "stop": [" "]}
+    early = llm.generate("The sea is", SamplingParams(**given))[0].outputs[0]
+    assert (early.text, early.finish_reason) == ("", "stop")
+    late = llm.generate("The sea is", SamplingParams(**given, min_tokens=5))[0].outputs[0]
+    assert len(late.token_ids) == 6
+    assert late.text.count(" ") == 5
+    assert (late.finish_reason, late.stop_reason) == ("stop", " ")
+
+
 def test_logprobs_are_those_of_the_logits(f32: Path, reference: Any) -> None:
     llm = LLM(f32, threads=2)
     params = SamplingParams(temperature=0, max_tokens=4, logprobs=3, ignore_eos=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 
@@ -97,7 +97,7 @@ class Engine:
         self.waiting.append(sequence)
         return sequence.id
 
-    def events(self) -> Iterator[Event]:
+    def events(self) -> Generator[Event, None, None]:
         """Tokens of all sequences as they are made, until every one has ended."""
         while self.waiting or self.running:
             yield from self.step()

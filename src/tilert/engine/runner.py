@@ -7,17 +7,21 @@ any sequences) and `prompt` (many tokens of one sequence). Each is compiled when
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from tilert.backends.cpu import CpuBackend, Pool
 from tilert.backends.interpreter import Interpreter, allocate_caches
 from tilert.compiler import Limits, build
+from tilert.engine.sampling import check_finite
 from tilert.ir.dtype import DType
 from tilert.ir.graph import Graph
 from tilert.ir.machine import Machine
-from tilert.ir.program import PAGE, Kind, Program
+from tilert.ir.program import PAGE, Program
+
+if TYPE_CHECKING:
+    from tilert.backends.cuda.runtime import CudaRuntime
 
 FEW, PROMPT = 8, 256  # most tokens of a step of the two larger programs
 
@@ -46,13 +50,16 @@ class Row:
 
 
 class Runner:
-    """Compiles and runs the programs of `graph` for up to `sequences` sequences at a time."""
+    """Compiles and runs the programs of `graph` for up to `sequences` sequences at a time.
+
+    place: threads for the CPU back end, a GPU with the model on it, or None for the interpreter.
+    """
 
     def __init__(
         self, graph: Graph, weights: Mapping[str, np.ndarray], machine: Machine, *, context: int,
-        sequences: int, num_pages: int, pool: Pool | None,
+        sequences: int, num_pages: int, place: Pool | CudaRuntime | None,
     ) -> None:  # fmt: skip
-        self.graph, self.weights, self.machine, self.pool = graph, weights, machine, pool
+        self.graph, self.weights, self.machine, self.place = graph, weights, machine, place
         self.context, self.sequences, self.num_pages = context, sequences, num_pages
         self.page_table = np.zeros((sequences, -(-context // PAGE)), dtype=np.int32)
         self.programs: dict[str, Program] = {}
@@ -72,13 +79,16 @@ class Runner:
     def backend(self, kind: str) -> Backend:
         """The back end that holds the program of that kind."""
         if kind not in self._backends:
-            program = self.program(kind)
-            if self.pool is None:
+            if self.place is None:
+                program = self.program(kind)
                 self._caches = self._caches or allocate_caches(program, self.num_pages)
                 self._backends[kind] = Interpreter(program, self.weights, self._caches)
-            else:
+            elif isinstance(self.place, Pool):
+                program = self.program(kind)
                 self._caches = self._caches or CpuBackend.allocate_caches(program, self.num_pages)
-                self._backends[kind] = CpuBackend(program, self.weights, self._caches, self.pool)
+                self._backends[kind] = CpuBackend(program, self.weights, self._caches, self.place)
+            else:
+                self._backends[kind] = self.place.backend(kind, self.program)
         return self._backends[kind]
 
     def set_pages(self, slot: int, pages: Sequence[int]) -> None:
@@ -97,10 +107,14 @@ class Runner:
         return sampled, backend.read("logits")[: len(outputs)]
 
     def loop(self, row: Row, steps: int) -> Generator[int, None, None]:
-        """Greedy tokens of one sequence, up to `steps`, chosen and fed back on the device."""
+        """Greedy tokens of one sequence, up to `steps`, chosen and fed back on the device.
+
+        Raises UserError at the end when the logits are no numbers.
+        """
         backend = self._prepare("decode", [row], [0])
         for sampled in backend.steps(steps):
             yield int(sampled[0])
+        check_finite(backend.read("logits")[0].max())
 
     def _prepare(self, kind: str, rows: Sequence[Row], outputs: Sequence[int]) -> Backend:
         backend = self.backend(kind)
@@ -112,8 +126,3 @@ class Runner:
         state["counts"][0] = n, len(outputs)
         state["pages"][:] = self.page_table
         return backend
-
-    def cache_page_bytes(self) -> int:
-        """Bytes that one page takes in all layers together."""
-        program = self.program("decode")
-        return sum(b.cols * PAGE * 4 for b in program.buffers if b.kind is Kind.CACHE)

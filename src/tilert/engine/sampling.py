@@ -31,6 +31,14 @@ class SampledToken(NamedTuple):
     top: list[tuple[int, float, int]]
 
 
+def check_finite(logit: float) -> None:
+    """Raises UserError when the largest logit of a row is not a number that can be."""
+    if not np.isfinite(logit):
+        raise UserError(
+            f"the model's largest logit is {logit}: its weights are damaged, or overflow in their type"
+        )
+
+
 class Sampler:
     """The state of one output sequence: counts of tokens for penalties, and its random stream.
 
@@ -94,7 +102,7 @@ class Sampler:
         logits = np.asarray(logits, dtype=np.float32)
         adjusted = self._adjust(logits)
         best = int(adjusted.argmax())  # of a NaN, if there is one
-        assert np.isfinite(adjusted[best]), f"the best logit is {adjusted[best]}, token {best}"
+        check_finite(adjusted[best])
         token = best if self.params.greedy else self._draw(adjusted, adjusted[best])
         self._count(token)
         if self.params.logprobs is None:

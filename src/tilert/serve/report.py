@@ -33,11 +33,13 @@ def stats(request: RequestOutput, load_seconds: float) -> str:
 def inspect(folder: Path, config: DecoderConfig, checkpoint: Checkpoint) -> str:
     """What the model is, how many bytes a token reads, and how long that takes on known machines."""
     tensors = checkpoint.tensors
+    if config.tie_word_embeddings:  # a copy of the embedding is not used
+        tensors = {name: array for name, array in tensors.items() if name != "lm_head.weight"}
     parameters = sum(array.size for array in tensors.values())
     stored = sum(array.nbytes for array in tensors.values())
     embedding = tensors["model.embed_tokens.weight"]
     per_token = stored - (0 if config.tie_word_embeddings else embedding.nbytes)
-    kv = config.num_hidden_layers * 2 * config.num_key_value_heads * config.head_dim * 4
+    kv = config.num_hidden_layers * 2 * config.num_key_value_heads * config.head_dim  # per position
     dtypes = ", ".join(sorted({str(array.dtype) for array in tensors.values()}))
     lines = [
         f"{folder}",
@@ -48,12 +50,12 @@ def inspect(folder: Path, config: DecoderConfig, checkpoint: Checkpoint) -> str:
         f"context {config.max_position_embeddings}, tied head {config.tie_word_embeddings},"
         f" sliding_window {config.sliding_window}, rope {config.rope_scaling.rope_type}",
         f"parameters {parameters:,} ({dtypes}), {stored / GIB:.3f} GiB",
-        f"a token reads {per_token / 1e6:.1f} MB of weights and {kv / 1e3:.1f} KB per position of"
-        " context (f32)",
+        f"a token reads {per_token / 1e6:.1f} MB of weights and {kv * 4 / 1e3:.1f} KB per position of"
+        f" context on a CPU (f32), {kv * 2 / 1e3:.1f} KB on a GPU (bf16)",
         "",
         "machine   reads   floor per token   weights + full context",
     ]
-    total = stored + kv * config.max_position_embeddings
+    total = stored + 2 * kv * config.max_position_embeddings
     for m in (machine.H100, machine.H200, machine.B200):
         fits = "fits" if total < 0.95 * CARD_BYTES[m.name] else "does not fit"
         lines.append(

@@ -109,7 +109,7 @@ def record(llm: LLM, prompt: Any, params: SamplingParams) -> Recorded:
     """
     backend = llm.runner.backend("decode")
     if llm.pool is None or not isinstance(backend, CpuBackend):
-        raise UserError("a trace needs the back end 'cpu'; the interpreter has no clock")
+        raise UserError("a trace needs the back end 'cpu'; the others keep no times yet")
     program = backend.program
     arrays = [llm.runner.weights[b.name] for b in program.buffers if b.kind is Kind.WEIGHT]
     before = _read_rates(llm.pool, arrays)

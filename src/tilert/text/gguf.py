@@ -165,8 +165,8 @@ def write_gguf_tokenizer(metadata: Mapping[str, object], out_dir: Path) -> None:
     `metadata` maps GGUF keys to plain values: strings, numbers, bools, sequences of them.
     Raises UserError for a tokenizer that is not supported, or metadata that is incomplete.
     """
-    vocabulary = _read_vocabulary(metadata)
     try:
+        vocabulary = _read_vocabulary(metadata)
         if vocabulary.model == "gpt2":
             tokenizer = _byte_level_bpe(vocabulary)
         else:

@@ -255,12 +255,20 @@ class Detokenizer:
             self._emitted = ["".join(self._emitted)]
         return self._emitted[0] if self._emitted else ""
 
-    def push(self, token_id: int) -> str:
-        """Takes the next token; returns the text that is final now, which may be empty."""
+    def push(self, token_id: int, may_stop: bool = True) -> str:
+        """Takes the next token; returns the text that is final now, which may be empty.
+
+        may_stop False: no stop string is looked for in this token's text or in what was held back.
+        """
         assert not self._finished, f"token {token_id} pushed after finish"
         if self.stopped is not None:
             return ""
-        return self._emit(self._decoding.push(token_id), last=False)
+        new = self._decoding.push(token_id)
+        if not may_stop:
+            new, self._held = self._held + new, ""
+            self._emitted += [new] if new else []
+            return new
+        return self._emit(new, last=False)
 
     def finish(self) -> str:
         """Ends the sequence; returns what was held back."""

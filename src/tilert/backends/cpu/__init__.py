@@ -68,7 +68,10 @@ def make_pool(threads: int | None = None) -> Pool:
         raise UserError(
             f"TILERT_CPU_ISA is '{wanted}'; this machine accepts {', '.join(good)}, or none for the best"
         )
-    return Pool(threads, isa)
+    try:
+        return Pool(threads, isa)
+    except RuntimeError as error:
+        raise UserError(f"cannot start {threads} threads: {error}") from error
 
 
 def cache_shapes(program: Program) -> dict[str, tuple[int, int, int]]:

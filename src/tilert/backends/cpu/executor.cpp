@@ -11,7 +11,8 @@ namespace tilert {
 namespace {
 
 constexpr int64_t kCancelled = int64_t{1} << 62;
-constexpr uint32_t kPollsPerLook = 64;  // polls of a counter between looks at the clock
+constexpr uint32_t kPollsPerLook = 64;           // polls of a counter between looks at the clock
+constexpr int64_t kLongestLook = 1'000'000'000;  // ns; more between two looks is a stop, not a wait
 
 std::string number(int64_t value) { return std::to_string(value); }
 
@@ -197,13 +198,17 @@ void Executor::hold(const Wait& wait, int64_t step) const {
   if (step < wait.lag) return;
   const int64_t want = (step - wait.lag) * wait.total + wait.threshold;
   if (wait.counter->value.load(std::memory_order_acquire) >= want) return;
-  const int64_t begin = now_ns();
+  int64_t waited = 0, seen = now_ns();
   for (Backoff backoff;; backoff.pause()) {
     const int64_t have = wait.counter->value.load(std::memory_order_acquire);
     if (have >= want) return;
     if (aborted_.load(std::memory_order_relaxed)) throw Aborted{};
     if (backoff.count() % kPollsPerLook != 0) continue;
-    if (now_ns() - begin > wait_limit_ns_) {
+    const int64_t now = now_ns();
+    waited +=
+        std::min(now - seen, kLongestLook);  // time in which the process was stopped is no wait
+    seen = now;
+    if (waited > wait_limit_ns_) {
       throw std::runtime_error("waited " + seconds(wait_limit_ns_) + " s for counter " +
                                number(wait.counter - counters_.get()) + ": it has " + number(have) +
                                ", wants " + number(want));

@@ -57,7 +57,13 @@ void Backoff::pause() {
 Pool::Pool(int threads) : process_(getpid()) {
   if (threads < 1) throw std::runtime_error("a pool needs at least one thread");
   threads_.reserve(threads);
-  for (int i = 0; i < threads; ++i) threads_.emplace_back([this, i] { serve(i); });
+  try {
+    for (int i = 0; i < threads; ++i) threads_.emplace_back([this, i] { serve(i); });
+  } catch (const std::system_error&) {
+    stop();
+    throw std::runtime_error("the system gives " + std::to_string(threads_.size()) +
+                             " threads only");
+  }
 #if defined(__linux__)
   const std::vector<int> cpus = allowed_cpus();
   if (cpus.size() >= threads_.size()) {
@@ -72,6 +78,10 @@ Pool::~Pool() {
     return;
   }
   join();
+  stop();
+}
+
+void Pool::stop() {
   stop_ = true;
   epoch_.fetch_add(1, std::memory_order_release);
   epoch_.notify_all();

@@ -46,6 +46,7 @@ class Pool {
 
   // Blocks until the current job, if any, has ended on all threads.
   void join();
+  void stop();  // ends the threads; for the constructor and the destructor
 
  private:
   void serve(int thread);

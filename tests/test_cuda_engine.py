@@ -1,0 +1,75 @@
+"""The CUDA back end under the engine: a real model, its kernel run by the emulator."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from emulator import SUPPORTED, EmulatedDevice
+from test_glassllm import convert
+
+from tilert import LLM, SamplingParams
+from tilert.backends.cuda import open_device
+from tilert.errors import UserError
+from tilert.serve import llm as serving
+
+pytestmark = pytest.mark.skipif(not SUPPORTED, reason="the emulator needs g++ on x86-64")
+PROMPTS = [[5, 9, 33, 7, 260, 12], [1, 2, 3]]
+
+
+@pytest.fixture(scope="module")
+def glassllm(glassllm_wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """glassllm as a Hugging Face folder."""
+    folder = tmp_path_factory.mktemp("glassllm")
+    convert(np.load(glassllm_wheel / "glassllm" / "weights" / "en.npz"), folder)
+    return folder
+
+
+@pytest.fixture
+def device(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> EmulatedDevice:
+    made = EmulatedDevice(tmp_path_factory.getbasetemp() / "kernels")
+    monkeypatch.setattr(serving, "open_device", lambda notify: made)
+    return made
+
+
+def answers(model: LLM, params: SamplingParams) -> list[list[int]]:
+    prompts = [{"prompt_token_ids": ids} for ids in PROMPTS]
+    return [result.outputs[0].token_ids for result in model.generate(prompts, params)]
+
+
+def test_tokens_equal_the_cpu(glassllm: Path, device: EmulatedDevice) -> None:
+    cpu = LLM(glassllm, skip_tokenizer_init=True, max_model_len=64)
+    gpu = LLM(glassllm, skip_tokenizer_init=True, max_model_len=64, backend="cuda")
+    for params in (
+        SamplingParams(temperature=0, max_tokens=12, ignore_eos=True),
+        SamplingParams(temperature=0.8, seed=3, max_tokens=6, ignore_eos=True),
+    ):
+        assert answers(gpu, params) == answers(cpu, params)
+
+
+def test_streaming_can_be_stopped(glassllm: Path, device: EmulatedDevice) -> None:
+    gpu = LLM(glassllm, skip_tokenizer_init=True, max_model_len=64, backend="cuda")
+    params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+    whole = [d.token_id for d in gpu.stream({"prompt_token_ids": PROMPTS[0]}, params)]
+    stream: Any = gpu.stream({"prompt_token_ids": PROMPTS[0]}, params)
+    assert [next(stream).token_id for _ in range(5)] == whole[:5]
+    stream.close()
+    again = [d.token_id for d in gpu.stream({"prompt_token_ids": PROMPTS[0]}, params)]
+    assert again == whole
+
+
+def test_a_model_that_does_not_fit_is_refused(
+    glassllm: Path, device: EmulatedDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device, "free_bytes", lambda: 600_000_000)
+    with pytest.raises(UserError, match=r"emulated GPU has 0\.6 GB free: 0\.0 GB are missing"):
+        LLM(glassllm, skip_tokenizer_init=True, backend="cuda")
+
+
+def test_without_a_gpu_there_is_one_sentence() -> None:
+    with pytest.raises(UserError, match=r"no CUDA device|needs the package"):
+        open_device()
