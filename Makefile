@@ -11,6 +11,7 @@ SHELL := /bin/bash
 bin := $(VENV)/bin
 pip := $(bin)/python -m pip --disable-pip-version-check
 native := $(wildcard src/tilert/backends/cpu/*.cpp src/tilert/backends/cpu/*.h)
+device := $(wildcard src/tilert/backends/cuda/*.cu*) tests/emulator.h tests/emulator.cpp
 declarations := $(wildcard src/tilert/ir/*.py src/tilert/ops/*.py)
 
 demo: $(VENV)/installed
@@ -23,7 +24,7 @@ test: $(VENV)/with-test
 lint: $(VENV)/with-dev
 	$(bin)/ruff check .
 	$(bin)/ruff format --check .
-	$(bin)/clang-format --dry-run -Werror $(native)
+	$(bin)/clang-format --dry-run -Werror $(native) $(device)
 	$(bin)/pyright --pythonpath $(bin)/python
 
 bench: $(VENV)/with-bench

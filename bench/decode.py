@@ -80,7 +80,7 @@ class LlamaCpp:
     name = "llama.cpp"
 
     def __init__(self, path: Path, threads: int) -> None:
-        import llama_cpp
+        import llama_cpp  # type: ignore[import-not-found]  # of the extra `bench` only
 
         self.api = llama_cpp
         self.llama = llama_cpp.Llama(
