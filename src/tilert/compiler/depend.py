@@ -10,14 +10,16 @@ the step before becomes a wait with lag 1.
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import groupby
+from typing import Any
 
 import numpy as np
 
 from tilert.ir.program import Buffer, Counter, Kind, Op, Region, Run, Wait
 from tilert.ir.regions import Cells
 
-Need = tuple[int, int]  # (op, lag)
+Ints = np.ndarray[Any, np.dtype[np.int64]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +37,7 @@ def depend(
 ) -> tuple[tuple[Counter, ...], tuple[tuple[Run, ...], ...]]:
     """Counters, and the queues with waits and signals."""
     places = _in_op_order(queues)
-    needs = _Walk(buffers, ops, queues, places).needs()
-    return _assign_counters(places, needs, queues)
+    return _assign_counters(places, _Walk(buffers, ops, queues, places).run(), queues)
 
 
 def _in_op_order(queues: list[list[Run]]) -> list[_Place]:
@@ -47,8 +48,21 @@ def _in_op_order(queues: list[list[Run]]) -> list[_Place]:
     return [_Place(n, w, i, r) for n, (_, _, w, i, r) in enumerate(flat)]
 
 
+@dataclass(slots=True)
+class _Group:
+    """Runs of one op, of this step or the one before, that some runs wait for as a whole."""
+
+    lag: int
+    numbers: Ints  # in op order
+    waiters: list[int] = field(default_factory=list[int])
+
+
 class _Walk:
-    """Two steps in op order, collecting for each run of the second step what it must wait for."""
+    """Two steps in op order, collecting for each run of the second step what it must wait for.
+
+    Runs of one op do not depend on each other, so all of them see the tables as the op found them;
+    and most of them touch the same regions, so what a region needs is worked out once.
+    """
 
     def __init__(
         self,
@@ -57,7 +71,7 @@ class _Walk:
         queues: list[list[Run]],
         places: list[_Place],
     ) -> None:
-        self.buffers, self.places, self.lengths = buffers, places, [len(q) for q in queues]
+        self.buffers, self.places = buffers, places
         changing = {r.buffer for p in places for r in ops[p.run.op].writes(p.run.lo, p.run.hi)}
         self.reads = [
             self._changing(ops[p.run.op].reads(p.run.lo, p.run.hi), changing) for p in places
@@ -69,63 +83,79 @@ class _Walk:
         self.last_read = np.full(shape, -1, dtype=np.int64)
         self.clock = np.full((2 * len(places), len(queues)), -1, dtype=np.int64)
         self.newest = [-1] * len(queues)  # number of the latest run of each worker
+        # Of each run number of both steps: its op, its worker, its place in that worker's two steps.
+        self.op = np.tile(np.asarray([p.run.op for p in places]), 2)
+        self.worker = np.tile(np.asarray([p.worker for p in places]), 2)
+        length = np.asarray([len(queues[p.worker]) for p in places])
+        position = np.asarray([p.position for p in places])
+        self.at = np.concatenate([position, position + length])
+        self.groups: dict[tuple[int, bytes], _Group] = {}
 
     @staticmethod
     def _changing(regions: list[Region], changing: set[int]) -> list[Region]:
         return [r for r in regions if r.buffer in changing]
 
-    def needs(self) -> list[dict[Need, list[int]]]:
-        """Per run: (op, lag) -> numbers of the runs of that op to wait for."""
-        n = len(self.places)
-        found: list[dict[Need, list[int]]] = []
+    def run(self) -> list[_Group]:
+        """Everything that runs of a step wait for."""
         for step in range(2):
-            for place in self.places:
-                wanted = self._visit(step, place)
-                if step == 1:
-                    found.append(wanted)
+            for _, run in groupby(self.places, key=lambda place: place.run.op):
+                self._visit_op(step, list(run))
             self._shift_caches()
-        assert len(found) == n
-        return found
+        return list(self.groups.values())
 
-    def _visit(self, step: int, place: _Place) -> dict[Need, list[int]]:
-        n, me = len(self.places), step * len(self.places) + place.number
-        read = [self.cells.of(r) for r in self.reads[place.number]]
-        written = [self.cells.of(r) for r in self.writes[place.number]]
-        earlier = [self.last_write[c] for c in (*read, *written)] + [
-            self.last_read[c] for c in written
-        ]
-        flat = np.concatenate([e.ravel() for e in earlier])
-        numbers = np.unique(flat[flat >= 0])
+    def _visit_op(self, step: int, places: list[_Place]) -> None:
+        earlier: dict[tuple[Region, bool], Ints] = {}
+        joined: dict[bytes, Ints] = {}  # clocks after waiting for a group
+        for place in places:
+            needs = [(r, False) for r in self.reads[place.number]]
+            needs += [(r, True) for r in self.writes[place.number]]
+            for need in needs:
+                if need not in earlier:
+                    earlier[need] = self._earlier(*need)
+            found = [earlier[need] for need in needs if earlier[need].size]
+            numbers = found[0] if len(found) == 1 else _union(found)
+            self._visit(step, place, numbers, joined)
+        for place in places:
+            self._note(step * len(self.places) + place.number, place)
+
+    def _earlier(self, region: Region, written: bool) -> Ints:
+        """Runs that a reader of the region must wait for, or a writer."""
+        cells = self.cells.of(region)
+        found = [self.last_write[cells], self.last_read[cells]][: 1 + written]
+        return _union([table[table >= 0] for table in found])
+
+    def _visit(self, step: int, place: _Place, numbers: Ints, joined: dict[bytes, Ints]) -> None:
+        me = step * len(self.places) + place.number
         clock = self.clock[me]
         previous = self.newest[place.worker]
         if previous >= 0:
             clock[:] = self.clock[previous]
-        groups: dict[tuple[int, int], list[int]] = defaultdict(list)
-        for number in map(int, numbers):
-            before, index = divmod(number, n)
-            groups[before, self.places[index].run.op].append(number)
-        wanted: dict[Need, list[int]] = {}
-        for before, op in sorted(groups, reverse=True):
-            group = groups[before, op]
-            if all(self._at(k) <= clock[self.places[k % n].worker] for k in group):
+        # Latest first: what an op waited for itself need not be waited for again.
+        kind = numbers // len(self.places) * len(self.op) + self.op[numbers]  # step and op, rising
+        cuts = np.flatnonzero(kind[1:] != kind[:-1])
+        for group in np.split(numbers, cuts + 1)[::-1]:
+            if (self.at[group] <= clock[self.worker[group]]).all():
                 continue
-            wanted[op, step - before] = [k % n for k in group]
-            np.maximum(clock, self.clock[group].max(axis=0), out=clock)
-        clock[place.worker] = self._at(me)
+            name = group.tobytes()
+            if name not in joined:
+                joined[name] = self.clock[group].max(axis=0)
+            np.maximum(clock, joined[name], out=clock)
+            if step == 1:
+                lag = 1 - int(group[0]) // len(self.places)
+                made = self.groups.setdefault((lag, name), _Group(lag, group % len(self.places)))
+                made.waiters.append(place.number)
+        clock[place.worker] = self.at[me]
         self.newest[place.worker] = me
-        for cells in read:
-            self.last_read[cells, place.worker] = me
-        for cells in written:
+
+    def _note(self, me: int, place: _Place) -> None:
+        """Leave the traces of a run for those that come after its op."""
+        for region in self.reads[place.number]:
+            self.last_read[self.cells.of(region), place.worker] = me
+        for region in self.writes[place.number]:
+            cells = self.cells.of(region)
             self.last_write[cells] = -1
             self.last_read[cells] = -1
             self.last_write[cells, place.worker] = me
-        return wanted
-
-    def _at(self, number: int) -> int:
-        """Position of a run in its worker's queue, counted through both steps."""
-        step, index = divmod(number, len(self.places))
-        place = self.places[index]
-        return step * self.lengths[place.worker] + place.position
 
     def _shift_caches(self) -> None:
         """Positions of this step are past ones of the next: every row takes the latest of all rows."""
@@ -136,27 +166,39 @@ class _Walk:
                     table[grid] = table[grid].max(axis=0, keepdims=True)
 
 
+def _union(found: list[Ints]) -> Ints:
+    """All numbers of some arrays, sorted, each once."""
+    numbers = np.sort(np.concatenate(found)) if found else np.empty(0, np.int64)
+    return (
+        numbers[np.concatenate([[True], numbers[1:] != numbers[:-1]])] if numbers.size else numbers
+    )
+
+
 def _assign_counters(
-    places: list[_Place], needs: list[dict[Need, list[int]]], queues: list[list[Run]]
+    places: list[_Place], groups: list[_Group], queues: list[list[Run]]
 ) -> tuple[tuple[Counter, ...], tuple[tuple[Run, ...], ...]]:
-    """One counter per set of runs that is waited for as a whole."""
-    waiters: dict[int, set[tuple[int, int]]] = defaultdict(set)
-    for waiter, wanted in enumerate(needs):
-        for (_, lag), numbers in wanted.items():
-            for number in numbers:
-                waiters[number].add((waiter, lag))
-    classes: dict[tuple[int, frozenset[tuple[int, int]]], list[int]] = defaultdict(list)
-    for number in sorted(waiters):
-        classes[places[number].run.op, frozenset(waiters[number])].append(number)
+    """One counter per set of runs that is waited for as a whole.
+
+    A run waits for one group of an op and step at most, so runs that are in the same groups are those
+    that the same runs wait for.
+    """
+    member: dict[int, list[int]] = defaultdict(list)  # run to groups
+    for index, group in enumerate(groups):
+        for number in group.numbers.tolist():
+            member[number].append(index)
+    classes: dict[tuple[int, tuple[int, ...]], list[int]] = defaultdict(list)
+    for number in sorted(member):
+        classes[places[number].run.op, tuple(member[number])].append(number)
     signal: dict[int, int] = {}
     waits: dict[int, list[Wait]] = defaultdict(list)
     counters: list[Counter] = []
-    for (_, who), numbers in classes.items():
+    for (_, among), numbers in classes.items():
         counter = len(counters)
         counters.append(Counter(len(numbers)))
         signal.update(dict.fromkeys(numbers, counter))
-        for waiter, lag in who:
-            waits[waiter].append(Wait(counter, len(numbers), lag))
+        for group in (groups[index] for index in among):
+            for waiter in group.waiters:
+                waits[waiter].append(Wait(counter, len(numbers), group.lag))
     out = [list(queue) for queue in queues]
     for p in places:
         out[p.worker][p.position] = replace(
