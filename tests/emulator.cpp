@@ -3,7 +3,7 @@
 
 #include "kernel.cu"
 
-Index threadIdx, blockIdx, blockDim;
+Index threadIdx, blockIdx, blockDim, gridDim;
 
 namespace emulator {
 
@@ -71,7 +71,7 @@ extern "C" int emulate(const Params* params, int num_blocks, int num_threads, in
                        unsigned seed) {
   std::mt19937 random(seed);
   launch_params = params;
-  blockDim.x = num_threads;
+  blockDim.x = num_threads, gridDim.x = num_blocks;
   copies.clear();
   blocks = std::vector<BlockState>(num_blocks);
   std::vector<Fiber> fibers(num_blocks * num_threads);

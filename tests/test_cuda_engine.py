@@ -14,6 +14,7 @@ from tilert import LLM, SamplingParams
 from tilert.backends.cuda import open_device
 from tilert.errors import UserError
 from tilert.serve import llm as serving
+from tilert.serve import trace
 
 pytestmark = pytest.mark.skipif(not SUPPORTED, reason="the emulator needs g++ on x86-64")
 PROMPTS = [[5, 9, 33, 7, 260, 12], [1, 2, 3]]
@@ -60,6 +61,17 @@ def test_streaming_can_be_stopped(glassllm: Path, device: EmulatedDevice) -> Non
     stream.close()
     again = [d.token_id for d in gpu.stream({"prompt_token_ids": PROMPTS[0]}, params)]
     assert again == whole
+
+
+def test_a_trace_shows_the_gpu(glassllm: Path, device: EmulatedDevice) -> None:
+    gpu = LLM(glassllm, skip_tokenizer_init=True, max_model_len=64, backend="cuda")
+    params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+    recorded = trace.record(gpu, {"prompt_token_ids": PROMPTS[1]}, params)
+    runs = sum(map(len, recorded.program.queues))
+    assert all(len(step.spans) == runs for step in recorded.steps)
+    assert recorded.processor == "emulated GPU, ring of 4 slots"
+    assert "emulated GPU" in trace.page(recorded)
+    assert "gate_proj" in trace.summary(recorded)
 
 
 def test_a_model_that_does_not_fit_is_refused(

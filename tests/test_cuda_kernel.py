@@ -176,6 +176,29 @@ def test_closing_cancels_within_one_token(folder: Path) -> None:
     assert [int(t[0]) for t in made.steps(3)] == first  # and the device can be used again
 
 
+def test_a_trace_has_every_run_in_its_order(folder: Path) -> None:
+    program, weights = compiled("llama")
+    made, _ = loaded(program, weights, EmulatedDevice(folder))
+    begin(made, 5, 60)
+    plain = [int(t[0]) for t in made.steps(5)]
+    assert len(made.records()) == 0
+    made, _ = loaded(program, weights, EmulatedDevice(folder))
+    made.trace(True)
+    begin(made, 5, 60)
+    assert [int(t[0]) for t in made.steps(5)] == plain
+    records = made.records()
+    assert len(records) == 5 * sum(map(len, program.queues))
+    assert (np.diff(records[:, 3:]) >= 0).all()  # wait, start, end
+    for worker, queue in enumerate(program.queues):
+        own = records[records[:, 0] == worker]
+        assert own[:, 1].tolist() == [*range(len(queue))] * 5
+        assert (np.diff(own[:, 3:].ravel()) >= 0).all()  # one run after another
+    made.trace(False)
+    begin(made, 5, 60)
+    assert [int(t[0]) for t in made.steps(5)] == plain
+    assert len(made.records()) == 0
+
+
 def test_a_wait_that_never_holds_names_waiter_and_counter(folder: Path) -> None:
     program, weights = compiled("llama")
     queues = [list(queue) for queue in program.queues]

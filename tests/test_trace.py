@@ -196,7 +196,7 @@ def test_nothing_to_record_is_a_user_error(llm: LLM, tmp_path: Path) -> None:
         trace.record(llm, PROMPT, replace(GREEDY, max_tokens=1))
     families.make("llama", tmp_path)
     slow = LLM(tmp_path, skip_tokenizer_init=True, backend="interpreter")
-    with pytest.raises(UserError, match="keep no times"):
+    with pytest.raises(UserError, match="has no clock"):
         trace.record(slow, PROMPT, GREEDY)
 
 

@@ -2,7 +2,7 @@
 
 A measured step and a simulated one are the same thing here, a Timeline of Spans; the page and the
 Chrome trace are made from timelines alone and know nothing of where they come from. Only `record`
-knows the CPU back end. The page's looks and behaviour are in trace.html.
+knows the back ends. The page's looks and behaviour are in trace.html.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from tilert.backends.cpu import CpuBackend, Pool, make_pool
+from tilert.backends.cpu import CpuBackend, make_pool
+from tilert.backends.cuda.backend import CudaBackend
 from tilert.compiler.simulate import Span, simulate
 from tilert.engine.core import SamplingParams
 from tilert.errors import UserError
@@ -108,15 +109,14 @@ def record(llm: LLM, prompt: Any, params: SamplingParams) -> Recorded:
     Raises UserError when the back end has no clock or when no such step was run.
     """
     backend = llm.runner.backend("decode")
-    if llm.pool is None or not isinstance(backend, CpuBackend):
-        raise UserError("a trace needs the back end 'cpu'; the others keep no times yet")
+    if not isinstance(backend, CpuBackend | CudaBackend):
+        raise UserError("a trace needs the back end 'cpu' or 'cuda'; the interpreter has no clock")
     program = backend.program
-    arrays = [llm.runner.weights[b.name] for b in program.buffers if b.kind is Kind.WEIGHT]
-    before = _read_rates(llm.pool, arrays)
+    before = _read_rates(llm, program)
     with _recording(backend) as launches:
         for _ in llm.stream(prompt, params):
             pass
-    after = _read_rates(llm.pool, arrays)
+    after = _read_rates(llm, program)
     steps = [step for context, rows in launches for step in timelines(rows, context)][-MAX_STEPS:]
     if not steps:
         raise UserError(
@@ -128,7 +128,7 @@ def record(llm: LLM, prompt: Any, params: SamplingParams) -> Recorded:
     rates, worker_rate = before[0] + after[0], statistics.median(before[1] + after[1])
     paper = simulated(program, steps[shown].context, statistics.median(rates), worker_rate)
     return Recorded(
-        model_name(llm.path), f"{processor()}, {llm.pool.isa} kernels", program, steps, shown, paper,
+        model_name(llm.path), _place(llm, backend), program, steps, shown, paper,
         rates, worker_rate,
     )  # fmt: skip
 
@@ -141,7 +141,7 @@ def simulated(program: Program, context: int, read_rate: float, worker_rate: flo
 
 
 @contextmanager
-def _recording(backend: CpuBackend) -> Iterator[list[tuple[int, np.ndarray]]]:
+def _recording(backend: CpuBackend | CudaBackend) -> Iterator[list[tuple[int, np.ndarray]]]:
     """Collect (past positions of the first step, records) of every launch."""
     launches: list[tuple[int, np.ndarray]] = []
     steps = backend.steps
@@ -187,8 +187,18 @@ def timelines(records: np.ndarray, context: int) -> list[Timeline]:
     return out
 
 
-def _read_rates(pool: Pool, arrays: list[np.ndarray]) -> tuple[list[float], list[float]]:
-    """Bytes per second of all workers together and of one alone, READS times each."""
+def _place(llm: LLM, backend: CpuBackend | CudaBackend) -> str:
+    if isinstance(backend, CudaBackend):
+        return f"{backend.device.name}, ring of {backend.slots} slots"
+    return f"{processor()}, {llm.pool.isa if llm.pool else 'no'} kernels"
+
+
+def _read_rates(llm: LLM, program: Program) -> tuple[list[float], list[float]]:
+    """Bytes per second of all workers together and of one alone: measured READS times each on a CPU,
+    what the machine's description says of a GPU."""
+    if (pool := llm.pool) is None:
+        return [program.machine.read_bandwidth], [program.machine.worker_bandwidth]
+    arrays = [llm.runner.weights[b.name] for b in program.buffers if b.kind is Kind.WEIGHT]
     every = [pool.measure_read_rate(arrays) for _ in range(READS)]
     if pool.size == 1:
         return every, every

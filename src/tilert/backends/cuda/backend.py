@@ -69,6 +69,7 @@ class Kernel(Protocol):
 class Device(Protocol):
     """What the back end needs of a GPU. There are two: device.py, and the emulator of the tests."""
 
+    name: str
     shared_bytes: int  # of a block, at most
 
     def allocate(self, size: int) -> Memory:
@@ -92,7 +93,7 @@ class _Params(ctypes.Structure):
     _fields_ = [
         (name, ctypes.c_void_p)
         for name in ("runs", "run_begin", "waits", "wait_begin", "totals", "counters", "arena", "tokens",
-                     "pages", "stop_ids", "mailbox", "cancel", "verdict", "failures")
+                     "pages", "stop_ids", "mailbox", "cancel", "verdict", "failures", "stamps", "clocks")
     ] + [("position", ctypes.c_uint32), ("steps", ctypes.c_uint32)]  # fmt: skip
 
 
@@ -134,9 +135,13 @@ class CudaBackend:
     ) -> None:
         assert program.tokens == 1, f"steps of {program.tokens} tokens have no CUDA form yet"
         self.program, self.device = program, device
-        slots = fitting_slots(program, device.shared_bytes)
-        source = generate(program, slots)
-        self.kernel = device.load(source, KERNEL, shared_bytes(program, slots))
+        self.slots = fitting_slots(program, device.shared_bytes)
+        source = generate(program, self.slots)
+        self.kernel = self._load(source)
+        self._traced: tuple[Memory, Memory, int] | None = (
+            None  # stamps, clocks, steps of the launch
+        )
+        self._tracing = False
         states = (b for b in program.buffers if b.kind is Kind.STATE)
         self.state = {b.name: np.zeros((b.rows, b.cols), np.int32) for b in states}
         self.stop_ids: tuple[int, ...] = ()
@@ -150,6 +155,43 @@ class CudaBackend:
         # Token id, stop ids, page table of the sequence.
         self.inputs = device.allocate(4 * (1 + MAX_STOPS + self.state["pages"].shape[1]))
         self.mailbox = device.pinned(MAX_STEPS + 1)  # the last word is the cancel flag
+
+    def _load(self, source: Source) -> Kernel:
+        return self.device.load(source, KERNEL, shared_bytes(self.program, self.slots))
+
+    def trace(self, enabled: bool) -> None:
+        """Record the times of every run from the next launch on, or stop doing so.
+
+        Another kernel does it: the one that does not trace has nothing of it.
+        """
+        self._tracing = enabled
+        self.kernel = self._load(generate(self.program, self.slots, trace=enabled))
+
+    def records(self) -> np.ndarray:
+        """int64 [runs, 6] of the last launch: worker, run, step, wait begin, start, end; times in ns.
+
+        `run` counts from the start of the worker's queue. Each worker's cycles are laid over the clock
+        that all share by two readings of both. Empty when the launch was not traced or was cut short.
+        """
+        if self._traced is None:
+            return np.zeros((0, 6), np.int64)
+        stamps, clocks, steps = self._traced
+        workers, lengths = len(self.program.queues), [len(q) for q in self.program.queues]
+        total = sum(lengths)
+        cycles = stamps.read(0, 3 * total * steps, np.int64).reshape(steps, total, 3)
+        clock = clocks.read(0, 4 * workers, np.int64).reshape(
+            workers, 2, 2
+        )  # [.., which clock, when]
+        if not (clock[:, :, 1] > 0).all():
+            return np.zeros((0, 6), np.int64)
+        worker = np.repeat(np.arange(workers), lengths)
+        run = np.concatenate([np.arange(length) for length in lengths])
+        rate = np.diff(clock[:, 1])[:, 0] / np.diff(clock[:, 0])[:, 0]  # ns per cycle
+        times = (cycles - clock[worker, 0, 0][:, None]) * rate[worker][:, None]
+        times += (clock[:, 1, 0] - clock[:, 1, 0].min())[worker][:, None]
+        step = np.repeat(np.arange(steps), total)
+        where = np.stack([np.tile(worker, steps), np.tile(run, steps), step], axis=1)
+        return np.concatenate([where, times.reshape(-1, 3).round().astype(np.int64)], axis=1)
 
     def _upload(self, array: np.ndarray) -> Memory:
         memory = self.device.allocate(max(array.nbytes, 16))
@@ -192,12 +234,20 @@ class CudaBackend:
         self.outcome.clear()
         self.mailbox[: steps + 1] = UNSET
         self.mailbox[MAX_STEPS] = 0
+        self._traced = None
+        if self._tracing:
+            workers, runs = len(self.program.queues), sum(map(len, self.program.queues))
+            self._traced = (
+                self.device.allocate(24 * runs * steps), self.device.allocate(32 * workers), steps
+            )  # fmt: skip
         inputs, box = self.inputs.address, self.mailbox.ctypes.data
         params = _Params(
             **{name: memory.address for name, memory in self.tables.items()},
             counters=self.counters.address, arena=self.arena.address, tokens=inputs,
             stop_ids=inputs + 4, pages=inputs + 4 * (1 + MAX_STOPS), mailbox=box,
             cancel=box + 4 * MAX_STEPS, verdict=self.outcome.address,
+            stamps=self._traced[0].address if self._traced else None,
+            clocks=self._traced[1].address if self._traced else None,
             failures=self.outcome.address + 4, position=int(state["positions"][0, 0]), steps=steps,
         )  # fmt: skip
         self.kernel.launch(len(self.program.queues), params)

@@ -24,10 +24,24 @@ __device__ __forceinline__ void load_weights(Block& b) {
   loader.drain();
 }
 
+// With kTrace, by thread 0. Another warp may still finish the last rows of a run; that is not seen.
+__device__ __forceinline__ void note_clock(const Block& b, int which) {
+  Clock& clock = b.params.clocks[blockIdx.x];
+  clock.cycles[which] = cycles();
+  clock.nanoseconds[which] = nanoseconds();
+}
+
+__device__ __forceinline__ void note_run(const Block& b, u64 wait) {
+  const u64 row = u64(b.step) * b.params.run_begin[gridDim.x] + b.params.run_begin[blockIdx.x];
+  b.params.stamps[row + b.number] = {wait, b.started, cycles()};
+}
+
 __device__ __forceinline__ void compute(Block& b) {
+  if (kTrace && thread() == 0) note_clock(b, 0);
   for (b.step = 0; b.step < b.params.steps; ++b.step)
     for (b.number = 0; b.number < b.length; ++b.number) {
       const Run& run = b.queue[b.number];
+      const u64 begin = kTrace ? cycles() : 0;
       bool going = false;
       switch (run.variant) {
 #define TILERT_CASE(i)             \
@@ -38,7 +52,9 @@ __device__ __forceinline__ void compute(Block& b) {
 #undef TILERT_CASE
       }
       if (!going) return;
+      if (kTrace && thread() == 0) note_run(b, begin);
     }
+  if (kTrace && thread() == 0) note_clock(b, 1);
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads + kLoaderThreads, 1)

@@ -44,6 +44,16 @@ struct Failure {
   u32 run, step, counter, have, want;
 };
 
+// With kTrace: when a run began to wait, to work, and when it had ended, in cycles of its block.
+struct Stamps {
+  u64 wait, start, end;
+};
+
+// Two readings of both clocks of a block, at its first and its last run.
+struct Clock {
+  u64 cycles[2], nanoseconds[2];
+};
+
 struct Params {
   const Run* runs;        // of all workers
   const u32* run_begin;   // [workers + 1]
@@ -59,6 +69,8 @@ struct Params {
   const u32* cancel;      // host memory
   u32* verdict;
   Failure* failures;  // [workers]
+  Stamps* stamps;     // [steps, runs of all workers], with kTrace
+  Clock* clocks;      // [workers], with kTrace
   u32 position;       // of the first step's token
   u32 steps;
 };
@@ -92,7 +104,8 @@ struct Block {
   u32 length;                // runs in the queue
   u32 step = 0, number = 0;  // number: of the run in the queue
   Cursor cursor;
-  u32 chunk = 0;  // chunks of rows so far: picks the buffer of partial sums
+  u32 chunk = 0;    // chunks of rows so far: picks the buffer of partial sums
+  u64 started = 0;  // with kTrace: when the inputs of the run were there
 
   __device__ __forceinline__ u8* slot() const { return ring + cursor.slot * kSlotPitch; }
   __device__ __forceinline__ u32 position() const { return params.position + step; }
@@ -160,6 +173,7 @@ __device__ __forceinline__ bool wait_for_inputs(Block& b, const Run& run) {
     if (lane() == 0) store_shared(&b.shared.progress, b.step * b.length + b.number + 1);
   }
   sync_consumers();
+  if constexpr (kTrace) b.started = cycles();
   return load_shared(&b.shared.verdict) == 0;
 }
 

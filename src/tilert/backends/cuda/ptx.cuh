@@ -206,6 +206,13 @@ __device__ __forceinline__ u32 pack_bf16(float low, float high) {
   return v;
 }
 
+// Fine, but each multiprocessor has its own; nanoseconds() is common and coarse.
+__device__ __forceinline__ u64 cycles() {
+  u64 t;
+  asm volatile("mov.u64 %0, %%clock64;" : "=l"(t)::"memory");
+  return t;
+}
+
 __device__ __forceinline__ u64 nanoseconds() {
   u64 t;
   asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(t));

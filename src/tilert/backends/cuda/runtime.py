@@ -22,7 +22,6 @@ Progress = Callable[[str, int, int], None]  # (label, done bytes, total bytes)
 class GpuDevice(Device, Protocol):
     """A device that models can be loaded onto."""
 
-    name: str
     machine: Machine
 
     def free_bytes(self) -> int:

@@ -30,8 +30,8 @@ class Source:
     variants: list[int]
 
 
-def generate(program: Program, slots: int) -> Source:
-    """The source of a program whose ring has `slots` slots.
+def generate(program: Program, slots: int, *, trace: bool = False) -> Source:
+    """The source of a program whose ring has `slots` slots; with `trace` every run leaves its times.
 
     Raises UserError for heads that the kernel has no form of, AssertionError for an op that the compiler
     never emits for such machines.
@@ -50,6 +50,7 @@ def generate(program: Program, slots: int) -> Source:
     headers["constants.h"] = "#pragma once\n" + "".join(
         f"constexpr int {name} = {value};\n" for name, value in constants.items()
     )
+    headers["constants.h"] += f"constexpr bool kTrace = {'true' if trace else 'false'};\n"
     headers["variants.h"] = f"#pragma once\n{names}\n#define TILERT_VARIANTS(X) {cases}\n"
     return Source((FOLDER / "kernel.cu").read_text(encoding="utf-8"), headers, variants)
 
