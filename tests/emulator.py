@@ -76,18 +76,17 @@ class EmulatedDevice:
 
     def __init__(self, folder: Path, shared_bytes: int = 232448, seed: int = 0) -> None:
         self.folder, self.shared_bytes, self.seed = folder, shared_bytes, seed
+        self.machine = Machine(
+            "emulated", 4, slots=4, slot_bytes=4096, window=2, read_bandwidth=4e9,
+            worker_bandwidth=2e9, worker_flops=1e9, cache_dtype=DType.BF16,
+        )  # fmt: skip
 
     name = "emulated GPU"
-
-    @property
-    def machine(self) -> Machine:
-        return Machine("emulated", 4, slots=4, slot_bytes=4096, window=2, read_bandwidth=4e9,
-                       worker_bandwidth=2e9, worker_flops=1e9, cache_dtype=DType.BF16)  # fmt: skip
 
     def free_bytes(self) -> int:
         return 2 << 30
 
-    def prompt_runner(self, *_: Any) -> None:
+    def prompt_runner(self, graph: Any, weights: Any, caches: Any) -> None:
         return None
 
     def allocate(self, size: int) -> Memory:

@@ -1,8 +1,10 @@
-"""The CUDA kernel itself, run by the emulator: against the interpreter, in many orders, with faults."""
+"""The CUDA kernel against the interpreter, with stops, cancels and faults: by the emulator, in many
+thread orders, and on a GPU where there is one."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,10 +13,12 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from emulator import SUPPORTED, EmulatedDevice, Memory
+from emulator import SUPPORTED, EmulatedDevice
 
 from tilert.backends.cuda import backend as cuda
+from tilert.backends.cuda import open_device
 from tilert.backends.cuda.backend import CudaBackend, LaunchError
+from tilert.backends.cuda.runtime import GpuDevice
 from tilert.backends.interpreter import Interpreter, allocate_caches
 from tilert.compiler import Limits, build
 from tilert.errors import UserError
@@ -27,7 +31,7 @@ from tilert.models.decoder import build as build_graph
 from tilert.models.rotary import rotary_table
 from tilert.ops import Attend
 
-pytestmark = pytest.mark.skipif(not SUPPORTED, reason="the emulator needs g++ on x86-64")
+Devices = Callable[..., GpuDevice]  # called with the seed of an order of threads
 
 CONTEXT, PAGES = 256, 6
 TABLE = [5, 0, 3, 1]  # physical pages of the sequence
@@ -63,6 +67,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("emulator")
 
 
+@pytest.fixture(params=["emulator", "gpu"])
+def devices(request: pytest.FixtureRequest, folder: Path) -> Devices:
+    """Makes the device that the kernel runs on."""
+    if request.param == "emulator":
+        if not SUPPORTED:
+            pytest.skip("the emulator needs g++ on x86-64")
+        return lambda seed=0: EmulatedDevice(folder, seed=seed)
+    try:
+        gpu = open_device()
+    except UserError as error:
+        pytest.skip(str(error))
+    return lambda seed=0: gpu
+
+
 def compiled(name: str) -> tuple[Program, dict[str, np.ndarray]]:
     """A program for a small machine with rings, and random weights for it."""
     changes, dtype, workers, machine = MODELS[name]
@@ -86,17 +104,17 @@ def compiled(name: str) -> tuple[Program, dict[str, np.ndarray]]:
 
 
 def loaded(
-    program: Program, weights: dict[str, np.ndarray], device: EmulatedDevice
+    program: Program, weights: dict[str, np.ndarray], device: GpuDevice
 ) -> tuple[CudaBackend, Interpreter]:
     """The same program on the emulator and on the interpreter, with the same random past."""
     rng = np.random.default_rng(3)
     interpreter = Interpreter(program, weights, allocate_caches(program, PAGES))
-    homes = {name: Memory(array.nbytes) for name, array in weights.items()}
+    homes = {name: device.allocate(array.nbytes) for name, array in weights.items()}
     for name, array in weights.items():
         homes[name].write(array)
     for name, shape in cuda.cache_shapes(program, PAGES).items():
         past = (0.5 * rng.standard_normal(shape)).astype(ml_dtypes.bfloat16)
-        homes[name] = Memory(past.nbytes)
+        homes[name] = device.allocate(past.nbytes)
         columns = np.broadcast_to(cuda.swizzle(shape[3]), shape)
         homes[name].write(np.take_along_axis(past, columns, axis=3))
         cache = interpreter.memory.arrays[program.buffer_ids[name]]
@@ -116,10 +134,10 @@ def begin(backend: CudaBackend | Interpreter, token: int, position: int) -> None
 
 @pytest.mark.parametrize("position", [0, 62, 200])
 @pytest.mark.parametrize("name", MODELS)
-def test_logits_equal_the_interpreter(name: str, position: int, folder: Path) -> None:
+def test_logits_equal_the_interpreter(name: str, position: int, devices: Devices) -> None:
     """Three tokens from each position, page borders among them; queries and weights of attention are
     rounded to bf16 on the device."""
-    device = EmulatedDevice(folder, seed=position)
+    device = devices(position)
     made, interpreter = loaded(*compiled(name), device)
     for each in (made, interpreter):
         begin(each, 3, position)
@@ -133,40 +151,40 @@ def test_logits_equal_the_interpreter(name: str, position: int, folder: Path) ->
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "one-slot-in-flight"])
-def test_any_order_of_threads_gives_the_same_bits(name: str, folder: Path) -> None:
+def test_any_order_of_threads_gives_the_same_bits(name: str, devices: Devices) -> None:
     program, weights = compiled(name)
     results = []
     for seed in range(4):
-        made, _ = loaded(program, weights, EmulatedDevice(folder, seed=seed))
+        made, _ = loaded(program, weights, devices(seed))
         begin(made, 5, 60)
         tokens = [int(t[0]) for t in made.steps(12)]
         results.append((tokens, made.read("logits").tobytes()))
     assert all(result == results[0] for result in results)
 
 
-def test_one_launch_equals_many(folder: Path) -> None:
+def test_one_launch_equals_many(devices: Devices) -> None:
     program, weights = compiled("llama")
-    made, _ = loaded(program, weights, EmulatedDevice(folder))
+    made, _ = loaded(program, weights, devices())
     begin(made, 5, 0)
     together = [int(t[0]) for t in made.steps(70)]
-    made, _ = loaded(program, weights, EmulatedDevice(folder))
+    made, _ = loaded(program, weights, devices())
     begin(made, 5, 0)
     assert [int(t[0]) for _ in range(70) for t in made.steps(1)] == together
 
 
-def test_a_stop_id_ends_the_launch(folder: Path) -> None:
-    made, _ = loaded(*compiled("llama"), EmulatedDevice(folder))
+def test_a_stop_id_ends_the_launch(devices: Devices) -> None:
+    made, _ = loaded(*compiled("llama"), devices())
     begin(made, 5, 0)
     free = [int(t[0]) for t in made.steps(20)]
     stop = free[6]
-    made, _ = loaded(*compiled("llama"), EmulatedDevice(folder))
+    made, _ = loaded(*compiled("llama"), devices())
     made.stop_ids = (94, stop)
     begin(made, 5, 0)
     assert [int(t[0]) for t in made.steps(20)] == free[: free.index(stop) + 1]
 
 
-def test_closing_cancels_within_one_token(folder: Path) -> None:
-    made, _ = loaded(*compiled("llama"), EmulatedDevice(folder))
+def test_closing_cancels_within_one_token(devices: Devices) -> None:
+    made, _ = loaded(*compiled("llama"), devices())
     begin(made, 5, 0)
     steps = made.steps(2000)
     first = [int(next(steps)[0]) for _ in range(3)]
@@ -176,13 +194,13 @@ def test_closing_cancels_within_one_token(folder: Path) -> None:
     assert [int(t[0]) for t in made.steps(3)] == first  # and the device can be used again
 
 
-def test_a_trace_has_every_run_in_its_order(folder: Path) -> None:
+def test_a_trace_has_every_run_in_its_order(devices: Devices) -> None:
     program, weights = compiled("llama")
-    made, _ = loaded(program, weights, EmulatedDevice(folder))
+    made, _ = loaded(program, weights, devices())
     begin(made, 5, 60)
     plain = [int(t[0]) for t in made.steps(5)]
     assert len(made.records()) == 0
-    made, _ = loaded(program, weights, EmulatedDevice(folder))
+    made, _ = loaded(program, weights, devices())
     made.trace(True)
     begin(made, 5, 60)
     assert [int(t[0]) for t in made.steps(5)] == plain
@@ -199,7 +217,7 @@ def test_a_trace_has_every_run_in_its_order(folder: Path) -> None:
     assert len(made.records()) == 0
 
 
-def test_a_wait_that_never_holds_names_waiter_and_counter(folder: Path) -> None:
+def test_a_wait_that_never_holds_names_waiter_and_counter(devices: Devices) -> None:
     program, weights = compiled("llama")
     queues = [list(queue) for queue in program.queues]
     place, run = next((i, r) for i, r in enumerate(queues[1]) if r.waits)
@@ -209,7 +227,7 @@ def test_a_wait_that_never_holds_names_waiter_and_counter(folder: Path) -> None:
     made, _ = loaded(
         dataclasses.replace(program, queues=tuple(map(tuple, queues))),
         weights,
-        EmulatedDevice(folder),
+        devices(),
     )
     begin(made, 5, 0)
     with pytest.raises(
@@ -218,7 +236,7 @@ def test_a_wait_that_never_holds_names_waiter_and_counter(folder: Path) -> None:
         list(made.steps(3))
 
 
-def test_what_the_kernel_cannot_run_is_refused(folder: Path) -> None:
+def test_what_the_kernel_cannot_run_is_refused(devices: Devices) -> None:
     program, _ = compiled("llama")
     device = SimpleNamespace(shared_bytes=9000)
     with pytest.raises(
@@ -227,6 +245,6 @@ def test_what_the_kernel_cannot_run_is_refused(folder: Path) -> None:
         CudaBackend(program, {}, {}, device)  # type: ignore[arg-type]
     heads = [replace(o, head_dim=24) if isinstance(o, Attend) else o for o in program.ops]
     with pytest.raises(UserError, match=r"heads of 24 elements, 2 for each kv head; .* up to 32"):
-        CudaBackend(replace(program, ops=tuple(heads)), {}, {}, EmulatedDevice(folder))
+        CudaBackend(replace(program, ops=tuple(heads)), {}, {}, devices())
     with pytest.raises(AssertionError, match="steps of 4 tokens"):
-        CudaBackend(replace(program, tokens=4), {}, {}, EmulatedDevice(folder))
+        CudaBackend(replace(program, tokens=4), {}, {}, devices())
