@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from test_models import tokens_for
+from torch.nn import functional
 
 from tilert.backends.cuda import prompt
 from tilert.backends.cuda.backend import swizzle
@@ -84,6 +85,39 @@ def test_pages_are_stored_as_the_kernel_reads_them(tmp_path: Path) -> None:
     read = runner._cached(step, "layers.0.v_cache", 0)
     assert torch.equal(read[:, :64], plain[5])
     assert torch.equal(read[:, 64:70], plain[2][:, :6])
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_what_an_unwritten_row_holds_does_not_matter(name: str, tmp_path: Path) -> None:
+    families.make(name, tmp_path)
+    tokens = tokens_for(70)
+    expected = loaded(tmp_path).run(tokens, 0, PAGES, [69])
+    runner = loaded(tmp_path)
+    for cache in runner.caches.values():
+        cache.fill_(float("nan"))
+    runner.run(tokens[:30], 0, PAGES, [])
+    assert (runner.run(tokens[30:], 30, PAGES, [39]) - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("begin", [0, 30])
+def test_attention_takes_a_fused_kernel(
+    begin: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one, of math, holds the scores of all heads at once."""
+    families.make("llama", tmp_path)
+    runner, tokens = loaded(tmp_path), tokens_for(70)
+    runner.run(tokens[:begin], 0, PAGES, [])
+    masks: list[bool] = []
+    real = functional.scaled_dot_product_attention
+
+    def attend(q: Any, k: Any, v: Any, **options: Any) -> torch.Tensor:
+        masks.append("attn_mask" in options)
+        assert torch.ops.aten._fused_sdp_choice(q, k, v, **options) != 0
+        return real(q, k, v, **options)
+
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", attend)
+    runner.run(tokens[begin:], begin, PAGES, [])
+    assert masks == [begin > 0] * 3
 
 
 def test_half_precision_is_close(tmp_path: Path) -> None:

@@ -47,6 +47,7 @@ class PromptRunner:
     ) -> None:
         self.graph, self.weights, self.caches = graph, weights, caches
         self.device = next(iter(weights.values())).device
+        self.orders: dict[int, torch.Tensor] = {}  # swizzles by head_dim
         self.ops: dict[str, Callable[[_Step, Node], torch.Tensor]] = {
             "embed": self._embed, "rms_norm": self._rms_norm, "linear": self._linear, "add": self._add,
             "silu_mul": self._silu_mul, "rope": self._rope, "attention": self._attention,
@@ -135,7 +136,10 @@ class PromptRunner:
 
     def _columns(self, head_dim: int) -> torch.Tensor:
         """[64, head_dim / 8] pieces of a row, permuted."""
-        return torch.from_numpy(swizzle(head_dim)[:, ::8] // 8).to(self.device)
+        if head_dim not in self.orders:
+            pieces = torch.from_numpy(swizzle(head_dim)[:, ::8] // 8)
+            self.orders[head_dim] = pieces.to(self.device)
+        return self.orders[head_dim]
 
     def _append(self, step: _Step, name: str, x: torch.Tensor) -> None:
         """x [T, kv_heads, head_dim] at the step's positions."""
@@ -146,28 +150,47 @@ class PromptRunner:
         cache[step.pages[step.positions // PAGE], :, rows] = stored.flatten(-2)
 
     def _cached(self, step: _Step, name: str, first_page: int) -> torch.Tensor:
-        """[kv_heads, positions, head_dim] from a page on to the end of the step."""
-        end = -(-(step.begin + len(step.tokens)) // PAGE)
-        stored = self.caches[name][step.pages[first_page:end]].unflatten(-1, (-1, 8))
+        """[kv_heads, positions, head_dim] from a page on to the last token of the step."""
+        end = step.begin + len(step.tokens)
+        stored = self.caches[name].index_select(0, step.pages[first_page : -(-end // PAGE)])
+        stored = stored.unflatten(-1, (-1, 8))
         order = self._columns(stored.shape[3] * 8)[None, None, :, :, None].expand(stored.shape)
         pages = stored.gather(3, order).flatten(-2)  # [pages, kv_heads, 64, head_dim]
-        return pages.transpose(0, 1).flatten(1, 2)
+        # Rows not yet written may hold anything, and a weight of 0 does not silence a NaN.
+        return pages.transpose(0, 1).flatten(1, 2)[:, : end - first_page * PAGE]
 
     def _attention(self, step: _Step, node: Node) -> torch.Tensor:
         d, layer, window = (int(node.attrs[name]) for name in ("head_dim", "layer", "window"))
         first = max(0, step.begin + 1 - window) // PAGE if window else 0
         k, v = (self._cached(step, f"layers.{layer}.{kv}_cache", first) for kv in "kv")
         q = self._input(step, node, "q").view(len(step.tokens), -1, d).transpose(0, 1).to(k.dtype)
-        at = torch.arange(first * PAGE, first * PAGE + k.shape[1], device=self.device)
-        ago = step.positions[:, None] - at  # how far each key lies behind each query
-        seen = (ago >= 0) & (ago < window) if window else ago >= 0
-        # Several query heads share a kv head: [kv_heads, group * T, d] needs no copies of k and v.
-        heads, kv_heads = q.shape[0], k.shape[0]
-        y = functional.scaled_dot_product_attention(
-            q.reshape(kv_heads, -1, d), k, v, attn_mask=seen.repeat(heads // kv_heads, 1),
-            scale=node.attrs["scale"],
-        )  # fmt: skip
-        return y.reshape(heads, -1, d).transpose(0, 1).reshape(len(step.tokens), -1).float()
+        y = _attend(q, k, v, node.attrs["scale"], self._mask(step, first * PAGE, window))
+        return y.transpose(0, 1).reshape(len(step.tokens), -1).float()
+
+    def _mask(self, step: _Step, first: int, window: int) -> torch.Tensor | None:
+        """[T, keys from `first` on] which keys a query sees; None for all up to its own."""
+        end = step.begin + len(step.tokens)
+        if step.begin == 0 and (window == 0 or end <= window):
+            return None
+        ago = step.positions[:, None] - torch.arange(first, end, device=self.device)
+        return (ago >= 0) & (ago < window) if window else ago >= 0
+
+
+def _attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, mask: torch.Tensor | None
+) -> torch.Tensor:
+    """q [heads, T, d], k and v [kv_heads, S, d] to [heads, T, d].
+
+    Only inputs of four dimensions reach the fused kernels, which do not hold all scores at once.
+    """
+    heads, kv_heads = q.shape[0], k.shape[0]
+    attend = functional.scaled_dot_product_attention
+    if mask is None:
+        return attend(q[None], k[None], v[None], is_causal=True, scale=scale, enable_gqa=True)[0]
+    # Several query heads share a kv head: [1, kv_heads, group * T, d] needs no copies of k and v.
+    rows = mask.repeat(heads // kv_heads, 1)
+    shared = q.reshape(1, kv_heads, -1, q.shape[-1])
+    return attend(shared, k[None], v[None], attn_mask=rows, scale=scale).reshape(q.shape)
 
 
 def _norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
