@@ -231,6 +231,16 @@ inline float float_of_half(u16 h) {
   return f;
 }
 inline float infinity() { return __uint_as_float(0x7f800000u); }
+// e4m3 has no infinity: all ones is a NaN, and 448 the largest value.
+inline void floats_of_e4m3(u32 v, float (&f)[4]) {
+  for (int i = 0; i < 4; ++i, v >>= 8) {
+    u32 exponent = v >> 3 & 15, mantissa = v & 7;
+    float size = exponent ? std::ldexp(8.0f + mantissa, int(exponent) - 10)
+                          : std::ldexp(float(mantissa), -9);
+    if ((v & 127) == 127) size = __uint_as_float(0x7fc00000u);
+    f[i] = v & 128 ? -size : size;
+  }
+}
 inline float exp2_fast(float x) { return std::exp2(x); }
 inline float inverse_root(float x) { return 1 / std::sqrt(x); }
 inline u64 cycles() {

@@ -86,7 +86,7 @@ class EmulatedDevice:
     def free_bytes(self) -> int:
         return 2 << 30
 
-    def prompt_runner(self, graph: Any, weights: Any, caches: Any) -> None:
+    def prompt_runner(self, graph: Any, weights: Any, caches: Any, scales: Any) -> None:
         return None
 
     def allocate(self, size: int) -> Memory:

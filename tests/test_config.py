@@ -252,7 +252,16 @@ def test_ignored_keys_change_nothing(family: str) -> None:
 REFUSED: list[tuple[tuple[str, ...], str, Any, str]] = [
     (EVERY, "hidden_act", "gelu", "hidden_act 'gelu'; accepted are 'silu', 'swish'"),
     (EVERY, "hidden_act", None, "hidden_act null"),
-    (EVERY, "quantization_config", {"quant_method": "awq"}, "accepted is null"),
+    (
+        EVERY,
+        "quantization_config",
+        {"quant_method": "awq"},
+        "quant_method 'awq'; accepted are null",
+    ),
+    (EVERY, "quantization_config", {"quant_method": "fp8", "bits": 8}, "key 'bits'"),
+    (EVERY, "quantization_config", {"quant_method": "fp8", "fmt": "e5m2"}, "fmt 'e5m2'"),
+    (EVERY, "quantization_config", {"quant_method": "fp8", "weight_block_size": 128}, "is 128"),
+    (EVERY, "quantization_config", {"quant_method": "compressed-tensors"}, "format None"),
     (EVERY, "pretraining_tp", 2, "pretraining_tp 2; accepted are 1, null"),
     (EVERY, "pretraining_tp", True, "pretraining_tp true; accepted are 1, null"),
     (EVERY, "partial_rotary_factor", 0.5, "partial_rotary_factor 0.5"),

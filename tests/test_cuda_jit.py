@@ -19,6 +19,7 @@ from tilert.compiler import Limits, build
 from tilert.errors import UserError
 from tilert.ir import machine
 from tilert.ir.dtype import DType
+from tilert.ir.program import Scale
 from tilert.models import load_config
 from tilert.models.decoder import ROPE_TABLE
 from tilert.models.decoder import build as build_graph
@@ -42,6 +43,8 @@ SHAPES: dict[str, dict[str, Any]] = {
                  "num_attention_heads": 28, "num_key_value_heads": 4},
     "mistral-7b": {"model_type": "mistral", "hidden_size": 4096, "intermediate_size": 14336,
                    "num_attention_heads": 32, "num_key_value_heads": 8, "sliding_window": 4096},
+    "qwen3-8b-fp8": {"model_type": "qwen3", "hidden_size": 4096, "intermediate_size": 12288,
+                     "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128},
     "smollm2": {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9,
                 "num_key_value_heads": 3},
 }  # fmt: skip
@@ -59,7 +62,11 @@ def source_of(name: str, arch: str) -> Source:
     graph = build_graph(load_config({**BASE, **SHAPES[name]}), 8192)
     dtypes = {w: DType.BF16 for w in graph.weights if w != ROPE_TABLE}
     target = machine.B200 if arch == "sm_100a" else machine.H200
-    program = build(graph, target, Limits(1, 1, 1, 8192), dtypes)
+    scales: dict[str, Scale] = {}
+    if name.endswith("fp8"):
+        scales = {w: Scale(f"{w}_scale_inv", (128, 128)) for w in dtypes if "_proj" in w}
+        dtypes |= dict.fromkeys(scales, DType.F8E4M3)
+    program = build(graph, target, Limits(1, 1, 1, 8192), dtypes, scales)
     return generate(program, fitting_slots(program, TARGETS[arch]))
 
 

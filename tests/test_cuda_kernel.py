@@ -24,7 +24,7 @@ from tilert.compiler import Limits, build
 from tilert.errors import UserError
 from tilert.ir.dtype import DType
 from tilert.ir.machine import Machine
-from tilert.ir.program import PAGE, Program, Wait
+from tilert.ir.program import PAGE, Program, Scale, Wait
 from tilert.models import load_config
 from tilert.models.decoder import ROPE_TABLE
 from tilert.models.decoder import build as build_graph
@@ -55,6 +55,9 @@ MODELS: dict[str, tuple[dict[str, Any], DType, int, dict[str, int]]] = {
     "rows-beyond-a-slot": ({"hidden_size": 520, "intermediate_size": 1032}, DType.F32, 3,
                            {"slot_bytes": 2048}),
     "one-slot-in-flight": ({"intermediate_size": 512}, DType.BF16, 2, {"slots": 2, "window": 1}),
+    "fp8-blocks": ({"hidden_size": 64, "intermediate_size": 96}, DType.F8E4M3, 3, {}),
+    "fp8-rows": ({"hidden_size": 64, "intermediate_size": 96}, DType.F8E4M3, 3, {}),
+    "fp8-one-scale": ({"hidden_size": 512, "intermediate_size": 96}, DType.F8E4M3, 3, {}),
     "qwen2": ({"model_type": "qwen2", "head_dim": None, "hidden_size": 64}, DType.BF16, 3, {}),
     "qwen3": ({"model_type": "qwen3"}, DType.BF16, 4, {}),
     "mistral-window": ({"model_type": "mistral", "sliding_window": 40}, DType.BF16, 3, {}),
@@ -91,6 +94,7 @@ def compiled(name: str) -> tuple[Program, dict[str, np.ndarray]]:
     graph = build_graph(config, CONTEXT)
     rng = np.random.default_rng(7)
     weights: dict[str, np.ndarray] = {}
+    scales: dict[str, Scale] = {}
     for weight, value in graph.weights.items():
         if weight == ROPE_TABLE:
             weights[weight] = np.concatenate(rotary_table(config, CONTEXT), axis=1)
@@ -98,9 +102,20 @@ def compiled(name: str) -> tuple[Program, dict[str, np.ndarray]]:
         assert isinstance(value.rows, int)
         random = rng.standard_normal((value.rows, value.cols))
         scaled = 1 + 0.1 * random if "norm" in weight else random * value.cols**-0.5
-        weights[weight] = scaled.astype(dtype.numpy)
+        stored = dtype
+        if dtype is DType.F8E4M3 and (value.rows == 1 or "embed" in weight):
+            stored = DType.BF16
+        elif dtype is DType.F8E4M3:
+            block = {"blocks": (32, 32), "rows": (1, value.cols)}.get(
+                name[4:], (value.rows, value.cols)
+            )
+            scales[weight] = Scale(f"{weight}_scale", block)
+            shape = -(-value.rows // block[0]), -(-value.cols // block[1])
+            weights[f"{weight}_scale"] = rng.uniform(0.01, 0.03, shape).astype(np.float32)
+            scaled = scaled * 50
+        weights[weight] = scaled.astype(stored.numpy)
     dtypes = {weight: DType.of(array) for weight, array in weights.items()}
-    return build(graph, target, Limits(1, 1, 1, CONTEXT), dtypes), weights
+    return build(graph, target, Limits(1, 1, 1, CONTEXT), dtypes, scales), weights
 
 
 def loaded(

@@ -34,7 +34,7 @@ def loaded(folder: Path, dtype: torch.dtype = torch.float32) -> PromptRunner:
     shape = (8, config.num_key_value_heads, 64, config.head_dim)
     names = [f"layers.{i}.{kv}_cache" for i in range(config.num_hidden_layers) for kv in "kv"]
     return PromptRunner(
-        graph, weights, {name: torch.full(shape, 9.0, dtype=dtype) for name in names}
+        graph, weights, {name: torch.full(shape, 9.0, dtype=dtype) for name in names}, {}
     )
 
 
@@ -132,4 +132,4 @@ def test_an_op_that_it_does_not_know_is_refused() -> None:
     graph = Graph("none")
     graph._add("conv", "y", "outputs", 4, {})
     with pytest.raises(AssertionError, match="cannot compute conv"):
-        PromptRunner(graph, {"w": torch.zeros(1)}, {})
+        PromptRunner(graph, {"w": torch.zeros(1)}, {}, {})

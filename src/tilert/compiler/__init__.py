@@ -12,19 +12,23 @@ from tilert.compiler.verify import verify
 from tilert.ir.dtype import DType
 from tilert.ir.graph import Graph
 from tilert.ir.machine import Machine
-from tilert.ir.program import Program
+from tilert.ir.program import Program, Scale
 
 __all__ = ["Limits", "build"]
 
 
-def build(graph: Graph, machine: Machine, limits: Limits, dtypes: Mapping[str, DType]) -> Program:
+def build(
+    graph: Graph, machine: Machine, limits: Limits, dtypes: Mapping[str, DType],
+    scales: Mapping[str, Scale] | None = None,
+) -> Program:  # fmt: skip
     """The program that computes `graph` on `machine` in steps of up to `limits.tokens` tokens.
 
-    dtypes: element type of each weight as stored; a name that is absent counts as f32.
+    dtypes: element type of each weight as stored; a name that is absent counts as f32. scales: of the
+    weights that are stored in FP8.
     Deterministic: the same input gives the same bytes. Raises VerifyError when the result is not
     proven sound, which is a fault of the compiler and never of the input.
     """
-    buffers, ops = lower(graph, machine, limits, dtypes)
+    buffers, ops = lower(graph, machine, limits, dtypes, scales or {})
     buffers, ops = place(buffers, ops)
     queues = schedule(machine, buffers, ops)
     counters, queues = depend(buffers, ops, queues)

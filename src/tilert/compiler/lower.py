@@ -13,12 +13,12 @@ from __future__ import annotations
 import math
 from collections import Counter as Tally
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from tilert.ir.dtype import DType
 from tilert.ir.graph import OUTPUTS, Graph, Node, Value
 from tilert.ir.machine import Machine
-from tilert.ir.program import NONE, PAGE, Buf, Buffer, Kind, Op
+from tilert.ir.program import NONE, PAGE, Buf, Buffer, Kind, Op, Scale
 from tilert.ops import Argmax, Attend, Attention, Combine, Embed, Linear, NextToken, Norm, Rope
 from tilert.ops.linear import ADD, GATE, STORE
 
@@ -50,6 +50,7 @@ class Lowering:
     machine: Machine
     limits: Limits
     dtypes: Mapping[str, DType]
+    scales: Mapping[str, Scale]
     buffers: list[Buffer] = field(default_factory=list[Buffer])
     ops: list[Op] = field(default_factory=list[Op])
     ids: dict[str, Buf] = field(default_factory=dict[str, Buf])
@@ -89,7 +90,12 @@ class Lowering:
             return NONE
         assert value.weight and isinstance(value.rows, int), f"{value} is not a weight"
         dtype = self.dtypes.get(value.name, DType.F32)
-        return self.buffer(value.name, Kind.WEIGHT, dtype, value.rows, value.cols)
+        buf = self.buffer(value.name, Kind.WEIGHT, dtype, value.rows, value.cols)
+        if (scale := self.scales.get(value.name)) and self.buffers[buf].scale == NONE:
+            blocks = -(-value.rows // scale.block[0]), -(-value.cols // scale.block[1])
+            of = self.buffer(scale.name, Kind.WEIGHT, DType.F32, *blocks)
+            self.buffers[buf] = replace(self.buffers[buf], scale=of, block=scale.block)
+        return buf
 
     def cache(self, kind: str, layer: int, cols: int) -> Buf:
         """The key or value cache of a layer."""
@@ -116,11 +122,12 @@ class Lowering:
         return value.rows != OUTPUTS or self.fused
 
 
-def lower(graph: Graph, machine: Machine, limits: Limits, dtypes: Mapping[str, DType]) -> tuple[
-    list[Buffer], list[Op]
-]:  # fmt: skip
-    """Buffers and ops of a graph, in an order that computes it. dtypes: of each weight as stored."""
-    low = Lowering(graph, machine, limits, dtypes)
+def lower(
+    graph: Graph, machine: Machine, limits: Limits, dtypes: Mapping[str, DType],
+    scales: Mapping[str, Scale],
+) -> tuple[list[Buffer], list[Op]]:  # fmt: skip
+    """Buffers and ops of a graph, in an order that computes it; see build."""
+    low = Lowering(graph, machine, limits, dtypes, scales)
     low.uses.update(v for node in graph.nodes for v in node.inputs.values() if v is not None)
     low.maker.update({node.output: node for node in graph.nodes})
     for name in ("counts", "tokens", "positions", "sequences", "output_rows", "pages", "sampled"):

@@ -32,6 +32,7 @@ def place(buffers: list[Buffer], ops: list[Op]) -> tuple[tuple[Buffer, ...], tup
         kept.append(buffer)
     for i in range(len(buffers)):
         number[Buf(i)] = number[target[Buf(i)]]
+    kept = [replace(b, scale=number[b.scale]) if b.scale != NONE else b for b in kept]
     return tuple(kept), tuple(_rename(op, number) for op in ops)
 
 

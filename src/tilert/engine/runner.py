@@ -18,7 +18,7 @@ from tilert.engine.sampling import check_finite
 from tilert.ir.dtype import DType
 from tilert.ir.graph import Graph
 from tilert.ir.machine import Machine
-from tilert.ir.program import PAGE, Program
+from tilert.ir.program import PAGE, Program, Scale
 
 if TYPE_CHECKING:
     from tilert.backends.cuda.runtime import CudaRuntime
@@ -58,7 +58,9 @@ class Runner:
     def __init__(
         self, graph: Graph, weights: Mapping[str, np.ndarray], machine: Machine, *, context: int,
         sequences: int, num_pages: int, place: Pool | CudaRuntime | None,
+        scales: Mapping[str, Scale] | None = None,
     ) -> None:  # fmt: skip
+        self.scales = scales
         self.graph, self.weights, self.machine, self.place = graph, weights, machine, place
         self.context, self.sequences, self.num_pages = context, sequences, num_pages
         self.page_table = np.zeros((sequences, -(-context // PAGE)), dtype=np.int32)
@@ -73,7 +75,7 @@ class Runner:
             outputs = 1 if kind == "prompt" else tokens
             limits = Limits(tokens, outputs, self.sequences, self.context)
             dtypes = {name: DType.of(array) for name, array in self.weights.items()}
-            self.programs[kind] = build(self.graph, self.machine, limits, dtypes)
+            self.programs[kind] = build(self.graph, self.machine, limits, dtypes, self.scales)
         return self.programs[kind]
 
     def backend(self, kind: str) -> Backend:

@@ -65,6 +65,13 @@ class Buffer:
         return self.rows * self.cols * self.dtype.bytes
 
 
+class Scale(NamedTuple):
+    """Block scales of an FP8 weight: the tensor that holds them, and rows and columns that share one."""
+
+    name: str
+    block: tuple[int, int]
+
+
 class Region(NamedTuple):
     """A rectangle of a buffer: rows [row_lo, row_hi) and columns [col_lo, col_hi).
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from tilert.errors import UserError
+from tilert.models.quantization import Quantization
+from tilert.models.quantization import parse as parse_quantization
 
 LayerType = Literal["full_attention", "sliding_attention"]
 _LAYER_TYPES = ("full_attention", "sliding_attention")
@@ -64,6 +66,7 @@ class DecoderConfig:
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]  # of config.json, then those that generation_config.json adds
     dtype: str | None  # as config.json states it; the tensors decide
+    quantization: Quantization | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,12 +99,12 @@ _SHARED_DEFAULTS: Mapping[str, Any] = {
     "architectures": None,
     "dtype": None,
     "torch_dtype": None,
+    "quantization_config": None,
 }
 _DEFAULT_THETA = 10000.0
 
 # Settings that ask for another computation than tilert's, except at these values.
 _SHARED_FIXED: Mapping[str, tuple[Any, ...]] = {
-    "quantization_config": (None,),  # weights are read as f32, bf16 or f16
     "compression_config": (None,),
     "pretraining_tp": (1, None),
     "partial_rotary_factor": (1, None),
@@ -321,6 +324,7 @@ def parse(
         bos_token_id=bos,
         eos_token_ids=eos,
         dtype=_dtype(section),
+        quantization=_quantization(section),
     )
 
 
@@ -430,6 +434,13 @@ def _dtype(section: _Section) -> str | None:
     if value is not None and not isinstance(value, str):
         raise section.error(key, "accepted are names such as 'bfloat16', or null")
     return value.removeprefix("torch.") if value else None
+
+
+def _quantization(section: _Section) -> Quantization | None:
+    try:
+        return parse_quantization(section.values["quantization_config"])
+    except UserError as error:
+        raise UserError(f"{section.name}: {error}") from error
 
 
 def _rope(section: _Section, head_dim: int, max_positions: int) -> tuple[float, RopeScaling]:

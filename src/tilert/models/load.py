@@ -9,8 +9,10 @@ import numpy as np
 from tilert.errors import UserError
 from tilert.ir.dtype import DType
 from tilert.ir.graph import Graph
+from tilert.ir.program import Scale
 from tilert.models.config import DecoderConfig
 from tilert.models.decoder import ROPE_TABLE
+from tilert.models.quantization import grid, scale_name
 from tilert.models.rotary import rotary_table
 
 _FLOATS = (DType.F32, DType.BF16, DType.F16)
@@ -21,20 +23,48 @@ _RECOMPUTED = ("rotary_emb.inv_freq",)
 def bind(graph: Graph, config: DecoderConfig, context: int, tensors: Mapping[str, np.ndarray]) -> dict[
     str, np.ndarray
 ]:  # fmt: skip
-    """The array of every weight of the graph, by name, vectors as one row. Raises like `check`."""
+    """The array of every weight of the graph by name, vectors as one row, and of the scales of those
+    in FP8, f32 and one per block. Raises like `check`."""
     check(graph, config, tensors)
-    return {
+    bound = {
         name: np.concatenate(rotary_table(config, context), axis=1)
         if name == ROPE_TABLE
         else tensors[name].reshape(-1, value.cols)
         for name, value in graph.weights.items()
     }
+    for name, scale in scales(graph, config, tensors).items():
+        blocks = grid((len(bound[name]), bound[name].shape[1]), scale.block)
+        bound[scale.name] = tensors[scale.name].astype(np.float32).reshape(blocks)
+    return bound
+
+
+def scales(
+    graph: Graph, config: DecoderConfig, tensors: Mapping[str, np.ndarray]
+) -> dict[str, Scale]:
+    """For each weight that is stored in FP8, where its scales are.
+
+    Raises UserError when they are missing, do not fit, or the config does not speak of them.
+    """
+    found: dict[str, Scale] = {}
+    for name, value in graph.weights.items():
+        if name == ROPE_TABLE or tensors[name].dtype != DType.F8E4M3.numpy:
+            continue
+        if config.quantization is None:
+            raise UserError(f"tensor '{name}' is FP8, but config.json has no quantization_config")
+        scale = tensors.get(scale_name(name, config.quantization.suffix))
+        if scale is None:
+            missing = scale_name(name, config.quantization.suffix)
+            raise UserError(f"tensor '{name}' is FP8, but its scales '{missing}' are missing")
+        assert isinstance(value.rows, int)
+        found[name] = config.quantization.scale(name, (value.rows, value.cols), scale)
+    return found
 
 
 def check(graph: Graph, config: DecoderConfig, tensors: Mapping[str, np.ndarray]) -> None:
-    """Raises UserError for a missing or extra tensor, a wrong shape, or a dtype other than f32, bf16,
-    f16."""
+    """Raises UserError for a missing or extra tensor, a wrong shape, or a dtype that is not read."""
     _check_names(graph, config, tensors)
+    products = {v.name for n in graph.nodes if n.op == "linear" for v in (n.inputs["w"],) if v}
+    gathered = {v.name for n in graph.nodes if n.op == "embed" for v in (n.inputs["table"],) if v}
     for name, value in graph.weights.items():
         if name == ROPE_TABLE:
             continue
@@ -44,10 +74,13 @@ def check(graph: Graph, config: DecoderConfig, tensors: Mapping[str, np.ndarray]
             raise UserError(
                 f"tensor '{name}' has shape {list(array.shape)}, but the config asks for {list(wanted)}"
             )
-        if array.dtype not in [d.numpy for d in _FLOATS]:
+        fp8 = array.dtype == DType.F8E4M3.numpy and name in products - gathered
+        if not fp8 and array.dtype not in [d.numpy for d in _FLOATS]:
             raise UserError(
-                f"tensor '{name}' is {array.dtype}; accepted are float32, bfloat16 and float16"
+                f"tensor '{name}' is {array.dtype}; accepted are float32, bfloat16 and float16, and"
+                " float8_e4m3fn for matrices of layers"
             )
+    scales(graph, config, tensors)
 
 
 def _check_names(graph: Graph, config: DecoderConfig, tensors: Mapping[str, np.ndarray]) -> None:
@@ -55,6 +88,9 @@ def _check_names(graph: Graph, config: DecoderConfig, tensors: Mapping[str, np.n
     ignored = {name for name in tensors if name.endswith(_RECOMPUTED)}
     if config.tie_word_embeddings:
         ignored.add("lm_head.weight")  # a stored copy of the embedding
+    if config.quantization is not None:  # scales of weights, and of activations, which stay f32
+        suffixes = config.quantization.suffix, "input_scale"
+        ignored |= {scale_name(name, suffix) for name in wanted for suffix in suffixes}
     missing = sorted(wanted - tensors.keys())
     extra = sorted(tensors.keys() - wanted - ignored)
     for kind, names in (("lacks the tensor", missing), ("has the unknown tensor", extra)):

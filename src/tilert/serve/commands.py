@@ -22,7 +22,7 @@ from tilert.ir.dtype import DType
 from tilert.ir.program import Program
 from tilert.models import load_config
 from tilert.models.decoder import build as build_graph
-from tilert.models.load import check
+from tilert.models.load import check, scales
 from tilert.serve import report
 from tilert.serve.llm import LLM, Delta, context_length
 from tilert.text import write_gguf_tokenizer
@@ -208,7 +208,8 @@ def compile_(args: argparse.Namespace) -> None:
         print(graph)
     dtypes = {name: DType.of(array) for name, array in checkpoint.tensors.items()}
     outputs = args.tokens if args.tokens <= 8 else 1
-    program = build(graph, target, Limits(args.tokens, outputs, 8, context), dtypes)
+    limits = Limits(args.tokens, outputs, 8, context)
+    program = build(graph, target, limits, dtypes, scales(graph, config, checkpoint.tensors))
     if args.show:
         print(encode.to_text(program), end="")
     if args.out:

@@ -31,7 +31,7 @@ from tilert.ir.program import PAGE
 from tilert.models import load_config
 from tilert.models.config import DecoderConfig
 from tilert.models.decoder import build as build_graph
-from tilert.models.load import bind
+from tilert.models.load import bind, scales
 from tilert.text import Detokenizer, Tokenizer, write_gguf_tokenizer
 from tilert.weights import Checkpoint, open_checkpoint, resolve_model
 
@@ -105,7 +105,7 @@ class LLM:
             place = CudaRuntime(device, graph, weights, num_pages, progress)
         self.runner = Runner(
             graph, weights, target, context=context, sequences=max_num_seqs, num_pages=num_pages,
-            place=place,
+            place=place, scales=scales(graph, self.config, checkpoint.tensors),
         )  # fmt: skip
         self.engine = Engine(self.runner, self.config.vocab_size, self.config.eos_token_ids)
         self._owners: dict[int, tuple[_Request, int]] = {}  # by sequence id: request, output

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from tilert.backends.cuda.limits import fitting_slots, shared_bytes
+from tilert.backends.cuda.limits import RUN_BYTES, fitting_slots, shared_bytes
 from tilert.backends.cuda.source import KERNEL, Source, generate
 from tilert.ir.program import NONE, PAGE, Kind, Op, Program, Run
 from tilert.ops import Argmax, Attend, Embed, Linear, NextToken
@@ -24,12 +24,16 @@ UNSET = 0xFFFFFFFF  # a letter that has not come
 NO_SIGNAL = 0xFFFF
 FAILED = 2  # enum Verdict
 FAILURE_BYTES = 20  # struct Failure
-RUN = np.dtype(
-    [("variant", "<u2"), ("wait_begin", "<u2"), ("wait_count", "<u2"), ("signal", "<u2"),
-     ("first", "<u4"), ("count", "<u4"), ("w", "<u8"), ("w_up", "<u8"), ("norm", "<u8"),
-     ("norm2", "<u8"), ("bias", "<u8"), ("bias_up", "<u8"), ("x", "<u4"), ("y", "<u4"), ("x2", "<u4"),
-     ("x3", "<u4")]
-)  # fmt: skip
+RUN = np.dtype(  # struct Run
+    [(name, "<u2") for name in ("variant", "wait_begin", "wait_count", "signal")]
+    + [(name, "<u4") for name in ("first", "count")]
+    + [
+        (name, "<u8")
+        for name in ("w", "w_up", "norm", "norm2", "bias", "bias_up", "scale", "scale_up")
+    ]
+    + [(name, "<u4") for name in ("x", "y", "x2", "x3")]
+)
+assert RUN.itemsize == RUN_BYTES
 
 
 class Memory(Protocol):
@@ -344,6 +348,8 @@ def _resolve(record: Any, program: Program, run: Run, at: list[int]) -> None:
         record["first"], record["count"] = begin, end - begin
         record["w"], record["w_up"] = home(op.w, begin, op.k), home(op.w_up, begin, op.k)
         record["bias"], record["bias_up"] = home(op.bias, begin, 1), home(op.bias_up, begin, 1)
+        scales = (program.buffers[w].scale if w != NONE else NONE for w in (op.w, op.w_up))
+        record["scale"], record["scale_up"] = (home(scale) for scale in scales)
         record["norm"], record["x"], record["y"] = home(op.norm), at[op.x], at[op.y] + op.y_col
         return
     record["first"], record["count"] = run.lo, run.hi - run.lo

@@ -18,8 +18,10 @@ from tilert.errors import UserError
 from tilert.ir import machine
 from tilert.ir.dtype import DType
 from tilert.ir.graph import Graph
+from tilert.ir.program import Scale
 
-_TORCH = {DType.F32: torch.float32, DType.BF16: torch.bfloat16, DType.F16: torch.float16}
+_TORCH = {DType.F32: torch.float32, DType.BF16: torch.bfloat16, DType.F16: torch.float16,
+          DType.F8E4M3: torch.float8_e4m3fn}  # fmt: skip
 THREADS = 384  # kThreads + kLoaderThreads
 PIECE = 64 << 20  # bytes of a file that are held at a time while they are copied to the GPU
 
@@ -135,12 +137,12 @@ class Device:
 
     def prompt_runner(
         self, graph: Graph, weights: Mapping[str, tuple[Memory, np.ndarray]],
-        caches: Mapping[str, tuple[Memory, tuple[int, ...]]],
+        caches: Mapping[str, tuple[Memory, tuple[int, ...]]], scales: Mapping[str, Scale],
     ) -> PromptRunner:  # fmt: skip
         """Prompts by PyTorch, over the same memory."""
         typed = {n: _tensor(m, a.dtype, a.shape) for n, (m, a) in weights.items()}
         pages = {n: m.tensor.view(torch.bfloat16).view(shape) for n, (m, shape) in caches.items()}
-        return PromptRunner(graph, typed, pages)
+        return PromptRunner(graph, typed, pages, scales)
 
     def load(self, source: Source, kernel: str, shared_bytes: int) -> Kernel:
         """Compile (or find) and load one kernel."""

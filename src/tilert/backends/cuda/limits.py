@@ -7,7 +7,7 @@ from tilert.ir.program import Program
 from tilert.ops import Attend
 
 SLOT_PAD = 128  # bytes behind a slot: rows that are not aligned arrive with their neighbours' bytes
-RUN_BYTES, WAIT_BYTES = 80, 4  # struct Run, struct Wait
+RUN_BYTES, WAIT_BYTES = 96, 4  # struct Run, struct Wait
 SHARED_BYTES = 6144  # at least sizeof(Shared) and alignment; checked when the kernel is loaded
 MIN_SLOTS = 2
 

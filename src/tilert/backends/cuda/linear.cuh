@@ -29,6 +29,27 @@ struct F32 {
   static __device__ __forceinline__ float widen(float v) { return v; }
 };
 
+struct F8 {
+  static constexpr bool kGiven = true;
+  using Bits = u8;
+  static __device__ __forceinline__ float widen(u8 v) {
+    float f[4];
+    floats_of_e4m3(v, f);
+    return f[0];
+  }
+};
+
+// One f32 for each block of so many rows and columns of a weight.
+struct Unscaled {
+  static constexpr bool kGiven = false;
+  static constexpr int kRows = 1, kCols = 1;
+};
+template <int kBlockRows, int kBlockCols>
+struct Scaled {
+  static constexpr bool kGiven = true;
+  static constexpr int kRows = kBlockRows, kCols = kBlockCols;
+};
+
 struct None {  // of an operand that an op does not have
   using Bits = u16;
   static constexpr bool kGiven = false;
@@ -76,7 +97,7 @@ struct Normed {};
 template <int kSplits, int kGroup, int kHeadDim, int kAttnWindow>
 struct Merged {};
 
-template <int kK, class Type, int kTileRows, int kEpilogue, class Input, class Bias>
+template <int kK, class Type, int kTileRows, int kEpilogue, class Input, class Bias, class Scales>
 struct Linear {
   using Bits = typename Type::Bits;
   static constexpr int kMatrices = kEpilogue == kGate ? 2 : 1;
@@ -102,6 +123,12 @@ struct Linear {
   static constexpr int kMatrixPitch =  // in the slot
       kAligned ? kTileRows * kRowBytes : (kTileRows * kRowBytes + 47) / 16 * 16;
   static_assert(kChunkRows % kTileRows == 0, "a chunk of rows is whole tiles");
+  // Scales that cover whole rows multiply the finished sums, others the sum of each chunk.
+  static constexpr bool kRowScaled = Scales::kGiven && Scales::kCols >= kK;
+  static constexpr bool kChunkScaled = Scales::kGiven && !kRowScaled;
+  static constexpr int kScaleCols = (kK + Scales::kCols - 1) / Scales::kCols;
+  static_assert(!kChunkScaled || (Scales::kCols % kWide == 0 && Scales::kRows % kTileRows == 0),
+                "a chunk has one scale, and so have the rows of a tile");
 
   // The loader's side.
 
@@ -289,9 +316,29 @@ struct Linear {
     }
   }
 
-  // The dot product of this thread's part of one row; `rounds` from `first` of a piece.
-  static __device__ __forceinline__ float dot(const u8* row, const X& x, int piece) {
-    float a = 0, c = 0;
+  // The scales of this thread's chunks for the rows of one block.
+  struct S {
+    float v[kMatrices][kRounds];
+    u32 block = 0xffffffffu;
+  };
+
+  static __device__ __forceinline__ void load_scales(const Run& run, u32 row, S& s) {
+    const u32 block = (run.first + row) / Scales::kRows;
+    if (block == s.block) return;
+    s.block = block;
+#pragma unroll
+    for (int m = 0; m < kMatrices; ++m)
+#pragma unroll
+      for (int r = 0; r < kRounds; ++r) {
+        const float* from = (m ? run.scale_up : run.scale) + u64(block) * kScaleCols;
+        s.v[m][r] = inside(r) ? __ldg(from + chunk_of(r) * kWide / Scales::kCols) : 0;
+      }
+  }
+
+  // The dot product of this thread's part of one row, or of one piece of it.
+  static __device__ __forceinline__ float dot(const u8* row, const X& x, int piece, const S& s,
+                                              int matrix) {
+    float a = 0, c = 0, sum = 0;
 #pragma unroll
     for (int i = 0; i < kPieceRounds; ++i) {
       const int r = piece * kPieceRounds + i;
@@ -310,13 +357,24 @@ struct Linear {
             Type::widen(word[k], low, high);
             a = fmaf(low, x.v[r][2 * k], a);
             c = fmaf(high, x.v[r][2 * k + 1], c);
+          } else if constexpr (sizeof(Bits) == 1) {
+            float f[4];
+            floats_of_e4m3(word[k], f);
+            a = fmaf(f[0], x.v[r][4 * k], a), c = fmaf(f[1], x.v[r][4 * k + 1], c);
+            a = fmaf(f[2], x.v[r][4 * k + 2], a), c = fmaf(f[3], x.v[r][4 * k + 3], c);
           } else {
             a = fmaf(__uint_as_float(word[k]), x.v[r][k], a);
           }
         }
       }
+      if constexpr (kChunkScaled) {
+        float scale = s.v[0][r];
+        if (kMatrices == 2 && matrix) scale = s.v[kMatrices - 1][r];
+        sum = fmaf(a + c, scale, sum);
+        a = c = 0;
+      }
     }
-    return a + c;
+    return kChunkScaled ? sum : a + c;
   }
 
   // Where the partial sum of this warp for row `row` of the chunk goes; rows of w_up come second.
@@ -325,8 +383,8 @@ struct Linear {
   }
 
   // A tile that fits a slot: its rows are dealt to the groups.
-  static __device__ __forceinline__ void take_tile(Block& b, const Run& run, const X& x, u32 row,
-                                                   int in_chunk) {
+  static __device__ __forceinline__ void take_tile(Block& b, const Run& run, const X& x, const S& s,
+                                                   u32 row, int in_chunk) {
     wait_full(b);
     const u8* slot = b.slot();
     float sum[kGroupRows];
@@ -341,7 +399,7 @@ struct Linear {
         const u8* base = (matrix ? run.w_up : run.w) + u64(row) * kRowBytes;
         from += reinterpret_cast<u64>(base) & 15;
       }
-      sum[i] = dot(from, x, 0);
+      sum[i] = dot(from, x, 0, s, matrix);
     }
     release_slot(b);
     float total = warp_sums(sum);
@@ -354,14 +412,14 @@ struct Linear {
   }
 
   // A row that takes several slots.
-  static __device__ __forceinline__ void take_row(Block& b, const X& x, int in_chunk) {
+  static __device__ __forceinline__ void take_row(Block& b, const X& x, const S& s, int in_chunk) {
 #pragma unroll
     for (int m = 0; m < kMatrices; ++m) {
       float sum = 0;
 #pragma unroll
       for (int piece = 0; piece < kPieces; ++piece) {
         wait_full(b);
-        sum += dot(b.slot(), x, piece);
+        sum += dot(b.slot(), x, piece, s, m);
         release_slot(b);
       }
       sum = warp_sum(sum);
@@ -378,13 +436,16 @@ struct Linear {
   }
 
   // One warp, a lane for each row of the chunk.
-  static __device__ __forceinline__ void finish(Block& b, const Run& run, u32 row, float old) {
+  static __device__ __forceinline__ void finish(Block& b, const Run& run, u32 row, float old,
+                                                float scale, float scale_up) {
     if (row >= run.count) return;
     float y = add_up(b, lane());
+    if constexpr (kRowScaled) y *= scale;
     if constexpr (Bias::kGiven)
       y += Bias::widen(reinterpret_cast<const typename Bias::Bits*>(run.bias)[row]);
     if constexpr (kEpilogue == kGate) {
       float up = add_up(b, kChunkRows + lane());
+      if constexpr (kRowScaled) up *= scale_up;
       if constexpr (Bias::kGiven)
         up += Bias::widen(reinterpret_cast<const typename Bias::Bits*>(run.bias_up)[row]);
       y = y / (1 + exp2_fast(-y * kLog2e)) * up;
@@ -399,23 +460,31 @@ struct Linear {
     if (!wait_for_inputs(b, run)) return false;
     X x;
     make_x(b, run, held, x);
+    S s;
     for (u32 begin = 0; begin < run.count; begin += kChunkRows) {
       const bool mine = warp() == (begin / kChunkRows) % kWarps;
       const u32 row = begin + lane();
       float old = 0;
       if constexpr (kEpilogue == kAdd)
         if (mine && row < run.count) old = load_float(b.params.arena + run.y + run.first + row);
+      float scale = 1, scale_up = 1;
+      if constexpr (kRowScaled)
+        if (mine && row < run.count) {
+          scale = __ldg(run.scale + (run.first + row) / Scales::kRows);
+          if (kMatrices == 2) scale_up = __ldg(run.scale_up + (run.first + row) / Scales::kRows);
+        }
       const u32 end = min(begin + kChunkRows, run.count);
       for (u32 r = begin; r < end; r += kTileRows) {
+        if constexpr (kChunkScaled) load_scales(run, r, s);
         if constexpr (kWholeTiles) {
-          take_tile(b, run, x, r, r - begin);
+          take_tile(b, run, x, s, r, r - begin);
         } else {
-          take_row(b, x, r - begin);
+          take_row(b, x, s, r - begin);
         }
       }
       sync_consumers();
       if (mine) {
-        finish(b, run, row, old);
+        finish(b, run, row, old, scale, scale_up);
         if (end == run.count) {
           __syncwarp();
           if (lane() == 0) signal(b, run);

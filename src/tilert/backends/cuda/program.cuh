@@ -16,7 +16,7 @@ constexpr float kLog2e = 1.44269504088896340736f;
 
 enum Verdict : u32 { kGoOn = 0, kStopped = 1, kFailed = 2 };
 
-// One run of the queue, with everything that its op needs resolved to addresses. 80 bytes.
+// One run of the queue, with everything that its op needs resolved to addresses. 96 bytes.
 struct Run {
   u16 variant;  // which specialisation of which op
   u16 wait_begin, wait_count;
@@ -27,9 +27,11 @@ struct Run {
   const u8* norm;
   const u8* norm2;  // attend: norm of keys
   const u8* bias;
-  const u8* bias_up;  // attend: the rope table
-  u32 x, y;           // offsets in the arena, in floats
-  u32 x2, x3;         // attend: k and v
+  const u8* bias_up;   // attend: the rope table
+  const float* scale;  // of all of w, one for each block
+  const float* scale_up;
+  u32 x, y;    // offsets in the arena, in floats
+  u32 x2, x3;  // attend: k and v
 };
 constexpr u16 kNoSignal = 0xffff;
 

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from tilert.backends.cuda.backend import swizzle
 from tilert.ir.graph import Graph, Node, Value
-from tilert.ir.program import PAGE
+from tilert.ir.program import PAGE, Scale
 
 CHUNK = 2048  # most tokens at a time: bounds the memory that activations take
 
@@ -43,9 +43,10 @@ class PromptRunner:
     """
 
     def __init__(
-        self, graph: Graph, weights: Mapping[str, torch.Tensor], caches: Mapping[str, torch.Tensor]
-    ) -> None:
-        self.graph, self.weights, self.caches = graph, weights, caches
+        self, graph: Graph, weights: Mapping[str, torch.Tensor], caches: Mapping[str, torch.Tensor],
+        scales: Mapping[str, Scale],
+    ) -> None:  # fmt: skip
+        self.graph, self.weights, self.caches, self.scales = graph, weights, caches, scales
         self.device = next(iter(weights.values())).device
         self.orders: dict[int, torch.Tensor] = {}  # swizzles by head_dim
         self.ops: dict[str, Callable[[_Step, Node], torch.Tensor]] = {
@@ -107,9 +108,21 @@ class PromptRunner:
         return _norm(x, self._input(step, node, "weight"), node.attrs["eps"])
 
     def _linear(self, step: _Step, node: Node) -> torch.Tensor:
-        w, bias = self._input(step, node, "w"), self._optional(node.inputs["bias"])
+        w, bias = self._matrix(node), self._optional(node.inputs["bias"])
         y = functional.linear(self._input(step, node, "x").to(w.dtype), w).float()
         return y if bias is None else y + bias.float()
+
+    def _matrix(self, node: Node) -> torch.Tensor:
+        """The weight of a product; one in FP8 is widened to bf16, which rounds it once more."""
+        value = node.inputs["w"]
+        assert value is not None, f"{node} has no weight"
+        w = self.weights[value.name]
+        if value.name not in self.scales:
+            return w
+        scale = self.scales[value.name]
+        wide = self.weights[scale.name].repeat_interleave(scale.block[0], dim=0)[: w.shape[0]]
+        wide = wide.repeat_interleave(scale.block[1], dim=1)[:, : w.shape[1]]
+        return (w.float() * wide).to(torch.bfloat16)
 
     def _optional(self, value: Value | None) -> torch.Tensor | None:
         return None if value is None else self.weights[value.name].view(1, -1)

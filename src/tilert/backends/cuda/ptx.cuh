@@ -199,6 +199,17 @@ __device__ __forceinline__ float float_of_half(u16 h) {
   return f;
 }
 
+// Four e4m3 values, the first in the lowest byte.
+__device__ __forceinline__ void floats_of_e4m3(u32 v, float (&f)[4]) {
+  u32 low, high;
+  asm("{\n .reg .b16 a, b;\n mov.b32 {a, b}, %2;\n cvt.rn.f16x2.e4m3x2 %0, a;\n"
+      " cvt.rn.f16x2.e4m3x2 %1, b;\n}"
+      : "=r"(low), "=r"(high)
+      : "r"(v));
+  f[0] = float_of_half(u16(low)), f[1] = float_of_half(u16(low >> 16));
+  f[2] = float_of_half(u16(high)), f[3] = float_of_half(u16(high >> 16));
+}
+
 // Two floats rounded to bf16, the first in the low half.
 __device__ __forceinline__ u32 pack_bf16(float low, float high) {
   u32 v;

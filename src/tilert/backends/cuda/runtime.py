@@ -14,7 +14,7 @@ import numpy as np
 from tilert.backends.cuda.backend import CudaBackend, Device, Memory, cache_shapes
 from tilert.ir.graph import Graph
 from tilert.ir.machine import Machine
-from tilert.ir.program import Program
+from tilert.ir.program import NONE, Program, Scale
 
 Progress = Callable[[str, int, int], None]  # (label, done bytes, total bytes)
 
@@ -30,7 +30,7 @@ class GpuDevice(Device, Protocol):
 
     def prompt_runner(
         self, graph: Graph, weights: Mapping[str, tuple[Any, np.ndarray]],
-        caches: Mapping[str, tuple[Any, tuple[int, ...]]],
+        caches: Mapping[str, tuple[Any, tuple[int, ...]]], scales: Mapping[str, Scale],
     ) -> Any:  # fmt: skip
         """A PromptRunner over memory of this device; None when the device has none."""
         ...
@@ -81,6 +81,8 @@ class CudaRuntime:
             self._prompts = self.device.prompt_runner(
                 self.graph, {n: (m, self.arrays[n]) for n, m in self.weights.items()},
                 {n: (m, shapes[n]) for n, m in self.caches.items()},
+                {b.name: Scale(made.buffers[b.scale].name, b.block)
+                 for b in made.buffers if b.scale != NONE},
             )  # fmt: skip
         return self._decode
 

@@ -85,9 +85,7 @@ def _check_heads(program: Program, op: Attend) -> None:
 
 def _linear(program: Program, op: Linear) -> str:
     assert op.rows == 1, f"steps of {op.rows} tokens have no CUDA form yet"
-    assert op.expert == NONE and program.buffers[op.w].scale == NONE, (
-        "neither experts nor scales yet"
-    )
+    assert op.expert == NONE, "no experts yet"
     source = "Plain"
     if op.norm != NONE:
         source = f"Normed<{_weight(program, op.norm)}, {_bits(op.eps)}>"
@@ -97,14 +95,27 @@ def _linear(program: Program, op: Linear) -> str:
     epilogue = ("kStore", "kAdd", "kGate")[op.epilogue]
     return (
         f"Linear<{op.k}, {_weight(program, op.w)}, {op.tile_rows}, {epilogue}, {source},"
-        f" {_weight(program, op.bias)}>"
+        f" {_weight(program, op.bias)}, {_scales(program, op)}>"
     )
+
+
+def _scales(program: Program, op: Linear) -> str:
+    b = program.buffers[op.w]
+    if b.scale == NONE:
+        return "Unscaled"
+    rows, cols = b.block
+    if rows % op.tile_rows and cols < op.k:
+        raise UserError(
+            f"weights have scales for blocks of {rows} rows, and tiles {op.tile_rows} rows; the back end"
+            " 'cuda' accepts blocks of whole tiles"
+        )
+    return f"Scaled<{rows}, {cols}>"
 
 
 def _weight(program: Program, buf: Buf) -> str:
     if buf == NONE:
         return "None"
-    names = {DType.BF16: "BF16", DType.F16: "F16", DType.F32: "F32"}
+    names = {DType.BF16: "BF16", DType.F16: "F16", DType.F32: "F32", DType.F8E4M3: "F8"}
     dtype = program.buffers[buf].dtype
     assert dtype in names, f"weights of type {dtype.name} have no CUDA form yet"
     return names[dtype]
