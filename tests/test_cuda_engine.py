@@ -12,6 +12,7 @@ from test_glassllm import convert
 
 from tilert import LLM, SamplingParams
 from tilert.backends.cuda import open_device
+from tilert.backends.cuda.backend import UNSET, CudaBackend
 from tilert.errors import UserError
 from tilert.serve import llm as serving
 from tilert.serve import trace
@@ -61,6 +62,19 @@ def test_streaming_can_be_stopped(glassllm: Path, device: EmulatedDevice) -> Non
     stream.close()
     again = [d.token_id for d in gpu.stream({"prompt_token_ids": PROMPTS[0]}, params)]
     assert again == whole
+
+
+def test_the_kernel_stops_by_itself(glassllm: Path, device: EmulatedDevice) -> None:
+    gpu = LLM(glassllm, skip_tokenizer_init=True, max_model_len=64, backend="cuda")
+    free = answers(gpu, SamplingParams(temperature=0, max_tokens=20, ignore_eos=True))[1]
+    stop = next(t for t in free if free.index(t) > 3)
+    params = SamplingParams(temperature=0, max_tokens=20, stop_token_ids=[stop], ignore_eos=True)
+    stream = gpu.stream({"prompt_token_ids": PROMPTS[1]}, params)
+    assert [d.token_id for d in stream] == free[: free.index(stop) + 1]
+    backend = gpu.runner.backend("decode")
+    assert isinstance(backend, CudaBackend)
+    made = np.flatnonzero(backend.mailbox[:20] != UNSET)
+    assert made.size == free.index(stop)  # the first token is the prompt's
 
 
 def test_a_trace_shows_the_gpu(glassllm: Path, device: EmulatedDevice) -> None:

@@ -55,6 +55,11 @@ MODELS: dict[str, tuple[dict[str, Any], DType, int, dict[str, int]]] = {
     "rows-beyond-a-slot": ({"hidden_size": 520, "intermediate_size": 1032}, DType.F32, 3,
                            {"slot_bytes": 2048}),
     "one-slot-in-flight": ({"intermediate_size": 512}, DType.BF16, 2, {"slots": 2, "window": 1}),
+    # Rows that 4 and 8 warps share, and a ring that holds more than a step.
+    "wide-rows": ({"hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 1},
+                  DType.BF16, 3, {"slot_bytes": 8192}),
+    "deep-ring": ({"num_hidden_layers": 1, "intermediate_size": 32, "vocab_size": 33}, DType.BF16, 4,
+                  {"slots": 24, "window": 8}),
     "fp8-blocks": ({"hidden_size": 64, "intermediate_size": 96}, DType.F8E4M3, 3, {}),
     "fp8-rows": ({"hidden_size": 64, "intermediate_size": 96}, DType.F8E4M3, 3, {}),
     "fp8-one-scale": ({"hidden_size": 512, "intermediate_size": 96}, DType.F8E4M3, 3, {}),
@@ -165,7 +170,7 @@ def test_logits_equal_the_interpreter(name: str, position: int, devices: Devices
         made.state["tokens"][0, 0] = expected[0]
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "one-slot-in-flight"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "one-slot-in-flight", "deep-ring"])
 def test_any_order_of_threads_gives_the_same_bits(name: str, devices: Devices) -> None:
     program, weights = compiled(name)
     results = []
@@ -177,14 +182,27 @@ def test_any_order_of_threads_gives_the_same_bits(name: str, devices: Devices) -
     assert all(result == results[0] for result in results)
 
 
-def test_one_launch_equals_many(devices: Devices) -> None:
-    program, weights = compiled("llama")
+@pytest.mark.parametrize("name", ["llama", "deep-ring"])
+def test_one_launch_equals_many(name: str, devices: Devices) -> None:
+    program, weights = compiled(name)
     made, _ = loaded(program, weights, devices())
     begin(made, 5, 0)
     together = [int(t[0]) for t in made.steps(70)]
     made, _ = loaded(program, weights, devices())
     begin(made, 5, 0)
     assert [int(t[0]) for _ in range(70) for t in made.steps(1)] == together
+
+
+def test_of_equal_logits_the_lowest_id_wins(devices: Devices) -> None:
+    program, weights = compiled("llama")
+    embedding = weights["model.embed_tokens.weight"]
+    embedding[48:] = embedding[:48]
+    made, _ = loaded(program, weights, devices())
+    begin(made, 5, 0)
+    tokens = [int(t[0]) for t in made.steps(12)]
+    assert max(tokens) < 48
+    logits = made.read("logits")[0]
+    assert np.array_equal(logits[:48], logits[48:])
 
 
 def test_a_stop_id_ends_the_launch(devices: Devices) -> None:

@@ -171,7 +171,7 @@ class Engine:
         steps = min(sequence.limit - len(sequence.tokens), LAUNCH_STEPS)
         self._reserve(sequence, len(sequence.tokens) + steps)
         row = Row(sequence.tokens[-1], sequence.computed, sequence.slot)
-        with closing(self.runner.loop(row, steps)) as tokens:
+        with closing(self.runner.loop(row, steps, sequence.stop_ids)) as tokens:
             for token in tokens:
                 sequence.computed += 1
                 yield self._commit(sequence, sequence.sampler.commit(token))

@@ -6,12 +6,13 @@ any sequences) and `prompt` (many tokens of one sequence). Each is compiled when
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from tilert.backends.cpu import CpuBackend, Pool
+from tilert.backends.cuda.backend import MAX_STOPS, CudaBackend
 from tilert.backends.interpreter import Interpreter, allocate_caches
 from tilert.compiler import Limits, build
 from tilert.engine.sampling import check_finite
@@ -108,12 +109,17 @@ class Runner:
         (sampled,) = backend.steps(1)
         return sampled, backend.read("logits")[: len(outputs)]
 
-    def loop(self, row: Row, steps: int) -> Generator[int, None, None]:
+    def loop(
+        self, row: Row, steps: int, stop_ids: Iterable[int] = ()
+    ) -> Generator[int, None, None]:
         """Greedy tokens of one sequence, up to `steps`, chosen and fed back on the device.
 
-        Raises UserError at the end when the logits are no numbers.
+        A back end that knows stop ids ends by itself after one of them; with others the caller stops
+        asking. Raises UserError at the end when the logits are no numbers.
         """
         backend = self._prepare("decode", [row], [0])
+        if isinstance(backend, CudaBackend):
+            backend.stop_ids = tuple(stop_ids)[:MAX_STOPS]  # the caller looks at them all
         for sampled in backend.steps(steps):
             yield int(sampled[0])
         check_finite(backend.read("logits")[0].max())
