@@ -14,6 +14,7 @@ import families
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from tilert.serve import cli, commands
 from tilert.text import write_gguf_tokenizer
 from tilert.weights import resolve_model
 
@@ -131,6 +132,17 @@ def test_an_output_that_cannot_be_written(smollm2: Path, tmp_path: Path, out: st
     assert done.returncode == 2
     assert done.stderr.startswith("tilert compile: cannot write")
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_an_internal_error_is_one_sentence_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(_: object) -> None:
+        raise RuntimeError("worker 3 waited in vain")
+
+    monkeypatch.setitem(commands.COMMANDS, "inspect", broken)
+    assert cli.main(["inspect", "x"]) == 1
+    assert capsys.readouterr().err == "tilert inspect: internal error: worker 3 waited in vain\n"
 
 
 @pytest.mark.parametrize("closing", ["<&-", ">&-", ">/dev/full"])

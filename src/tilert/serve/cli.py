@@ -1,7 +1,8 @@
 """The command line: arguments in, one command run, exit codes.
 
-0 success, 2 bad input (one sentence on stderr), 130 stopped by Ctrl-C. The commands themselves are
-in commands.py; only that module is imported late, so that --help answers at once.
+0 success, 1 an internal error, 2 bad input (one sentence on stderr), 130 stopped by Ctrl-C. The
+commands themselves are in commands.py; only that module is imported late, so that --help answers at
+once.
 """
 
 from __future__ import annotations
@@ -158,6 +159,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"tilert {args.command}: {error}", file=sys.stderr)
         return 2
+    except RuntimeError as error:  # of a device, or a fault of ours: nothing that the user gave
+        print(f"tilert {args.command}: internal error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130

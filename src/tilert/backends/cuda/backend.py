@@ -7,6 +7,7 @@ while the next one is being made; a flag there ends the launch within one token.
 from __future__ import annotations
 
 import ctypes
+from collections import defaultdict
 from collections.abc import Generator, Mapping
 from typing import Any, Protocol
 
@@ -142,9 +143,8 @@ class CudaBackend:
         self.slots = fitting_slots(program, device.shared_bytes)
         source = generate(program, self.slots)
         self.kernel = self._load(source)
-        self._traced: tuple[Memory, Memory, int] | None = (
-            None  # stamps, clocks, steps of the launch
-        )
+        # Stamps, clocks and steps of the last launch, when it was traced.
+        self._traced: tuple[Memory, Memory, int] | None = None
         self._tracing = False
         states = (b for b in program.buffers if b.kind is Kind.STATE)
         self.state = {b.name: np.zeros((b.rows, b.cols), np.int32) for b in states}
@@ -183,9 +183,7 @@ class CudaBackend:
         workers, lengths = len(self.program.queues), [len(q) for q in self.program.queues]
         total = sum(lengths)
         cycles = stamps.read(0, 3 * total * steps, np.int64).reshape(steps, total, 3)
-        clock = clocks.read(0, 4 * workers, np.int64).reshape(
-            workers, 2, 2
-        )  # [.., which clock, when]
+        clock = clocks.read(0, 4 * workers, np.int64).reshape(workers, 2, 2)  # [.., which, when]
         if not (clock[:, :, 1] > 0).all():
             return np.zeros((0, 6), np.int64)
         worker = np.repeat(np.arange(workers), lengths)
@@ -280,10 +278,10 @@ def _cause(program: Program, failures: list[list[int]]) -> str:
     failures: struct Failure of each worker; `want` is 0 where it was not waiting.
     """
     stuck = {w: why for w, why in enumerate(failures) if why[4]}
-    signallers = {
-        run.signal: {w for w, q in enumerate(program.queues) for r in q if r.signal == run.signal}
-        for queue in program.queues for run in queue
-    }  # fmt: skip
+    signallers: dict[int, set[int]] = defaultdict(set)
+    for worker, queue in enumerate(program.queues):
+        for run in queue:
+            signallers[run.signal].add(worker)
 
     def owes(worker: int, counter: int, step: int) -> bool:
         """Whether a stuck worker has not signalled as often as the step asks."""
@@ -294,14 +292,14 @@ def _cause(program: Program, failures: list[list[int]]) -> str:
     def blameless(worker: int, why: list[int]) -> bool:
         waits = program.queues[worker][why[0]].waits
         step = why[1] - next(w.lag for w in waits if w.counter == why[2])
-        return any(w in stuck and owes(w, why[2], step) for w in signallers.get(why[2], ()))
+        return any(w in stuck and owes(w, why[2], step) for w in signallers[why[2]])
 
     guilty = [(w, why) for w, why in stuck.items() if not blameless(w, why)]
     worker, why = (guilty or list(stuck.items()))[0]
-    run, step, counter, have, want = why
-    op = program.ops[program.queues[worker][run].op]
+    at, step, counter, have, want = why
+    op = program.ops[program.queues[worker][at].op]
     return (
-        f"worker {worker}, run {run} ({type(op).__name__.lower()}) of step {step} waited in vain for"
+        f"worker {worker}, run {at} ({type(op).__name__.lower()}) of step {step} waited in vain for"
         f" counter {counter}: it has {have}, {want} are needed"
     )
 
