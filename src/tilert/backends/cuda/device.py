@@ -23,7 +23,12 @@ from tilert.ir.program import Scale
 _TORCH = {DType.F32: torch.float32, DType.BF16: torch.bfloat16, DType.F16: torch.float16,
           DType.F8E4M3: torch.float8_e4m3fn}  # fmt: skip
 THREADS = 384  # kThreads + kLoaderThreads
+DRIVER = 13000  # CUDA 13.0, as cuDriverGetVersion counts
 PIECE = 64 << 20  # bytes of a file that are held at a time while they are copied to the GPU
+
+
+def _dotted(version: int) -> str:
+    return f"{version // 1000}.{version % 1000 // 10}"
 
 
 def _call(result: tuple[Any, ...]) -> Any:
@@ -103,7 +108,12 @@ class Device:
     def __init__(self, progress: Callable[[str], None] | None = None) -> None:
         if not torch.cuda.is_available():
             raise UserError("there is no CUDA device; the back end 'cpu' runs without one")
-        torch.cuda.init()
+        version = _call(driver.cuDriverGetVersion())
+        if version < DRIVER:
+            raise UserError(
+                f"the GPU's driver speaks CUDA {_dotted(version)}; accepted is {_dotted(DRIVER)} or newer;"
+                " the back end 'cpu' runs without a GPU"
+            )
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
         self.name, self.workers = properties.name, properties.multi_processor_count
         self.capability = (properties.major, properties.minor)
@@ -117,6 +127,11 @@ class Device:
         nearest = next((m for name, m in known.items() if name in self.name), machine.H100)
         self.machine = replace(nearest, workers_per_device=self.workers)
         self.progress = progress
+        if progress and torch.cuda.device_count() > 1:
+            progress(
+                f"using GPU {torch.cuda.current_device()} ({self.name}) of {torch.cuda.device_count()};"
+                " CUDA_VISIBLE_DEVICES chooses another"
+            )
 
     @property
     def arch(self) -> str:
