@@ -5,7 +5,6 @@ Both come as Python packages through pip, into the cache that tilert itself uses
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import tempfile
@@ -16,6 +15,7 @@ import hypothesis
 import pytest
 
 from tilert.errors import UserError
+from tilert.files import cache_folder
 
 hypothesis.settings.register_profile("tilert", deadline=None)  # no test asserts a time
 hypothesis.settings.load_profile("tilert")
@@ -38,8 +38,7 @@ def smollm2_gguf() -> Path:
 @pytest.fixture(scope="session")
 def glassllm_wheel() -> Path:
     """The folder of the unpacked wheel glassllm 0.1.0: two tiny models as .npz (3 MB)."""
-    default = Path.home() / ".cache" / "tilert"
-    cache = Path(os.environ.get("TILERT_CACHE") or default) / "tests"
+    cache = cache_folder() / "tests"
     folder = cache / "glassllm-0.1.0"
     if folder.is_dir():
         return folder

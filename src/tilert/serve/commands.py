@@ -7,7 +7,6 @@ import io
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from tilert.compiler import Limits, build
 from tilert.compiler.simulate import simulate
 from tilert.engine.core import RequestOutput, SamplingParams
 from tilert.errors import UserError
+from tilert.files import atomic
 from tilert.ir import encode, machine
 from tilert.ir.dtype import DType
 from tilert.ir.program import Program
@@ -244,23 +244,17 @@ def _compile_kernel(program: Program, arch: str) -> None:
 
 
 def _write(path: Path, data: bytes) -> None:
-    temporary = _beside(path)
-    try:
-        temporary.write_bytes(data)
-        temporary.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
+    _check_target(path)
+    with atomic(path, len(data)) as file:
+        file.write(data)
 
 
-def _beside(path: Path) -> Path:
-    """A name for what will be `path` once it is complete; UserError when there can be no such file."""
+def _check_target(path: Path) -> None:
+    """UserError when there can be no file of that name."""
     if not path.name or os.path.isdir(path):
         raise UserError(f"cannot write {path}: it is a folder")
     if not os.path.isdir(path.parent):
         raise UserError(f"cannot write {path}: there is no folder {path.parent}")
-    return path.with_name(f".{path.name}.{os.getpid()}")
 
 
 def trace(args: argparse.Namespace) -> None:
@@ -268,7 +262,7 @@ def trace(args: argparse.Namespace) -> None:
     from tilert.serve import trace as tracing
 
     text = read_prompt(args)
-    _beside(Path(args.out + ".html"))  # before the work
+    _check_target(Path(args.out + ".html"))  # before the work
     llm = load(args)
     params = sampling_params(args, llm.checkpoint.generation_config)
     recorded = tracing.record(llm, make_prompt(llm, args, text), params)

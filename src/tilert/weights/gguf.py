@@ -28,15 +28,9 @@ import ml_dtypes
 import numpy as np
 
 from tilert.errors import UserError
+from tilert.files import cache_folder, check_space, write_error
 from tilert.weights import hub
-from tilert.weights.safetensors import (
-    Source,
-    check_space,
-    map_file,
-    quoted,
-    write_error,
-    write_safetensors,
-)
+from tilert.weights.safetensors import Source, map_file, quoted, write_safetensors
 
 WriteTokenizer = Callable[[Mapping[str, object], Path], None]  # metadata of the file, folder
 
@@ -119,7 +113,7 @@ def convert_gguf(
     """
     assert dtype in ("bfloat16", "float32"), f"dtype {dtype}"
     files = _files(path)
-    target = hub.cache_folder() / "gguf" / f"{files[0].stem[:100]}-{_key(files, dtype)}"
+    target = cache_folder() / "gguf" / f"{files[0].stem[:100]}-{_key(files, dtype)}"
     if target.is_dir():
         return target
     metadata, tensors = _read_parts(files)

@@ -19,7 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tilert.errors import UserError
-from tilert.weights.safetensors import atomic, check_space, read_index, write_error
+from tilert.files import atomic, cache_folder, check_space, write_error
+from tilert.weights.safetensors import read_index
 
 # Called with a label, the bytes that are done and the bytes in all; None in its place: be silent.
 Progress = Callable[[str, int, int], None]
@@ -38,12 +39,6 @@ WANTED = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
 UNWANTED = ["*/*.safetensors", "*/*.json", "consolidated*"]
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _NO_NETWORK = ("connection broken", "Max retries exceeded", "(from versions: none)")
-
-
-def cache_folder() -> Path:
-    """Where tilert keeps what it fetched or converted."""
-    stated = os.environ.get("TILERT_CACHE")
-    return Path(os.path.abspath(os.path.expanduser(stated or "~/.cache/tilert")))
 
 
 def is_hub_name(name: str) -> bool:

@@ -8,23 +8,20 @@ tensors' bytes without holes.
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import mmap
 import os
-import secrets
-import shutil
 import struct
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
 from tilert.errors import UserError
+from tilert.files import atomic
 
 MAX_HEADER = 100_000_000  # bytes; the limit of the reference implementation
 MAX_DIMENSIONS = 16
@@ -265,44 +262,3 @@ def write_safetensors(path: Path, tensors: Iterable[Source]) -> None:
                 assert chunk.dtype == source.dtype, f"{source.name}: {chunk.dtype}"
                 written += file.write(np.ascontiguousarray(chunk).reshape(-1).view(np.uint8).data)
             assert written == end - begin, f"{source.name}: {written} bytes, not {end - begin}"
-
-
-@contextmanager
-def atomic(path: Path, size: int) -> Iterator[BinaryIO]:
-    """A file that appears under `path` only when the block ends well; `size` bytes are expected.
-
-    Raises UserError, with the free and the needed bytes when the disk is full.
-    """
-    check_space(path.parent, size)
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
-    try:
-        with partial.open("xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
-        raise write_error(path, size, error) from error
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def check_space(folder: Path, size: int) -> None:
-    """UserError when the disk of an existing folder has less than `size` bytes free."""
-    try:
-        free = shutil.disk_usage(folder).free
-    except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror}") from error
-    if free < size:
-        raise UserError(f"{folder} has {free} bytes free, but {size} are needed")
-
-
-def write_error(path: Path, size: int, error: OSError) -> UserError:
-    """The sentence for a failure to write `size` bytes to `path`, whose folder may be on a full disk."""
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-        return UserError(f"cannot write {path}: {error.strerror or error}")
-    try:
-        free = f"{shutil.disk_usage(path.parent).free}"
-    except OSError:
-        free = "too few"
-    return UserError(f"the disk is full: {path} needs {size} bytes, but {free} are free")

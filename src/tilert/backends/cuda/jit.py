@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from tilert.errors import UserError
+from tilert.files import atomic, cache_folder
 
 # Bytes of shared memory that a block may take, by target.
 TARGETS = {"sm_90a": 232448, "sm_100a": 232448, "sm_120a": 101376}
@@ -80,8 +81,7 @@ def compile_cubin(
 
 def default_cache() -> Path:
     """Where this user's cubins are kept."""
-    stated = os.environ.get("TILERT_CACHE")
-    return Path(os.path.abspath(os.path.expanduser(stated or "~/.cache/tilert"))) / "cubin"
+    return cache_folder() / "cubin"
 
 
 def _compiler() -> Any:
@@ -181,11 +181,8 @@ def _store(path: Path, made: Cubin) -> None:
         for name, r in made.resources.items()
     }
     rest = json.dumps(table).encode() + b"\n" + made.data
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
+    whole = hashlib.sha256(rest).hexdigest().encode() + b"\n" + rest
+    with suppress(OSError, UserError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(hashlib.sha256(rest).hexdigest().encode() + b"\n" + rest)
-        partial.replace(path)
-    except OSError:
-        with suppress(OSError):
-            partial.unlink()
+        with atomic(path, len(whole)) as file:
+            file.write(whole)
