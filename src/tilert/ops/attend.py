@@ -12,10 +12,9 @@ from typing import ClassVar
 import numpy as np
 
 from tilert.ir.program import NONE, PAGE, PAST, Buf, Cost, Op, Region
-from tilert.ops.attention import visible
+from tilert.ops.attention import empty_share, visible, weigh
 from tilert.ops.memory import Memory, count
-from tilert.ops.norm import rms_norm
-from tilert.ops.rope import rotate
+from tilert.ops.rope import turned
 
 
 def page_share(lo: int, hi: int, split: int, splits: int) -> tuple[int, int]:
@@ -125,9 +124,9 @@ class Attend(Op):
         position = int(mem.read(self.positions, 0, 1, t, t + 1)[0, 0])
         assert 0 <= position < self.context, f"position {position} outside [0, {self.context})"
         x = mem.read(buf, t, t + 1, head * d, (head + 1) * d)[0]
-        if norm != NONE:
-            x = rms_norm(x, mem.read(norm, 0, 1, 0, d)[0], self.eps)
-        return rotate(x, mem.read(self.table, position, position + 1, 0, d)[0])
+        weight = None if norm == NONE else mem.read(norm, 0, 1, 0, d)[0]
+        angles = mem.read(self.table, position, position + 1, 0, d)[0]
+        return turned(x, weight, self.eps, angles)
 
     def _token(
         self, mem: Memory, t: int, g: int, split: int, fresh: tuple[np.ndarray, np.ndarray] | None
@@ -148,14 +147,8 @@ class Attend(Op):
             keys = [np.concatenate([a, b[own]]) for a, b in zip(keys, fresh, strict=True)]
         k_SD, v_SD = keys
         if not len(k_SD):
-            empty = np.zeros((self.group, d + 2), np.float32)
-            empty[:, d] = -np.inf
-            return empty.reshape(1, -1)
+            return empty_share(self.group, d)
         heads = range(g * self.group, (g + 1) * self.group)
         q_JD = np.stack([self._turned(mem, self.q, self.q_norm, t, head) for head in heads])
         q_JD = q_JD.astype(mem.buffer(self.k_cache).dtype.numpy).astype(np.float32)
-        score_JS = q_JD @ k_SD.T * np.float32(self.scale)
-        m_J1 = score_JS.max(axis=1, keepdims=True)
-        weight_JS = np.exp(score_JS - m_J1)
-        sum_J1 = weight_JS.sum(axis=1, keepdims=True)
-        return np.concatenate([weight_JS @ v_SD, m_J1, sum_J1], axis=1).reshape(1, -1)
+        return np.concatenate(weigh(q_JD, k_SD, v_SD, self.scale), axis=1).reshape(1, -1)

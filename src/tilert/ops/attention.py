@@ -26,6 +26,23 @@ def share(lo: int, hi: int, split: int, splits: int) -> tuple[int, int]:
     return lo + length * split // splits, lo + length * (split + 1) // splits
 
 
+def weigh(
+    q_JD: np.ndarray, k_SD: np.ndarray, v_SD: np.ndarray, scale: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(sum of exp(score - m) * v [J, D], m [J, 1], sum of exp(score - m) [J, 1]) of J query heads."""
+    score_JS = q_JD @ k_SD.T * np.float32(scale)
+    m_J1 = score_JS.max(axis=1, keepdims=True)
+    weight_JS = np.exp(score_JS - m_J1)
+    return weight_JS @ v_SD, m_J1, weight_JS.sum(axis=1, keepdims=True)
+
+
+def empty_share(group: int, head_dim: int) -> np.ndarray:
+    """The partial result [1, group * (head_dim + 2)] of a share without positions."""
+    empty = np.zeros((group, head_dim + 2), np.float32)
+    empty[:, head_dim] = -np.inf
+    return empty.reshape(1, -1)
+
+
 def partial_width(width: int, head_dim: int, splits: int) -> int:
     """Columns of the partial results of `width` columns of heads: values, maximum and sum per head."""
     return width // head_dim * splits * (head_dim + 2)
@@ -149,16 +166,10 @@ class Attention(Op):
         begin, end = share(*visible(position, self.window), split, self.splits)
         q_JD = mem.read(self.q, t, t + 1, g * width, (g + 1) * width).reshape(self.group, d)
         if begin == end:
-            empty = np.zeros((self.group, d + 2), np.float32)
-            empty[:, d] = -np.inf
-            return empty.reshape(1, -1)
+            return empty_share(self.group, d)
         k_SD = mem.read_cache(self.k_cache, t, begin, end, g * d, (g + 1) * d)
         v_SD = mem.read_cache(self.v_cache, t, begin, end, g * d, (g + 1) * d)
-        score_JS = q_JD @ k_SD.T * np.float32(self.scale)
-        m_J1 = score_JS.max(axis=1, keepdims=True)
-        weight_JS = np.exp(score_JS - m_J1)
-        sum_J1 = weight_JS.sum(axis=1, keepdims=True)
-        out_JD = weight_JS @ v_SD
+        out_JD, m_J1, sum_J1 = weigh(q_JD, k_SD, v_SD, self.scale)
         if self.splits == 1:
             return (out_JD / sum_J1).reshape(1, -1)
         return np.concatenate([out_JD, m_J1, sum_J1], axis=1).reshape(1, -1)

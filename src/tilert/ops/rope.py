@@ -23,6 +23,11 @@ def rotate(x: np.ndarray, cos_sin: np.ndarray) -> np.ndarray:
     return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
+def turned(x: np.ndarray, norm: np.ndarray | None, eps: float, cos_sin: np.ndarray) -> np.ndarray:
+    """A head as attention wants it: normed if there is a norm, then rotated."""
+    return rotate(x if norm is None else rms_norm(x, norm, eps), cos_sin)
+
+
 @dataclass(frozen=True, slots=True)
 class Rope(Op):
     """Tile i < heads: q head i is normed (if q_norm), rotated, and stored in place.
@@ -122,6 +127,5 @@ class Rope(Op):
     ) -> np.ndarray:
         d = self.head_dim
         x = mem.read(buf, token, token + 1, head * d, head * d + d)
-        if norm != NONE:
-            x = rms_norm(x, mem.read(norm, 0, 1, 0, d), self.eps)
-        return rotate(x, angles)
+        weight = None if norm == NONE else mem.read(norm, 0, 1, 0, d)
+        return turned(x, weight, self.eps, angles)
