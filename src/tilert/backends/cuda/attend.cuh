@@ -180,7 +180,7 @@ struct Attend {
     load_matrices(m, shared_address(rows + row * kHeadDim + swizzle<kHeadDim>(row, piece) * 8));
   }
 
-  // Rows [first, first + 16) of the page at `row0`, of which [lo, hi) are visible.
+  // Scores to weights for 16 positions, of which [lo, hi) are visible; p: the weights as rows of A.
   static __device__ __forceinline__ void weigh(State& state, float (&s)[2][4], int lo, int hi,
                                                u32 (&p)[4]) {
 #pragma unroll

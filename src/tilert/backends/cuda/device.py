@@ -115,7 +115,7 @@ class Device:
                 " the back end 'cpu' runs without a GPU"
             )
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-        self.name, self.workers = properties.name, properties.multi_processor_count
+        self.name = properties.name
         self.capability = (properties.major, properties.minor)
         if self.capability < (9, 0):
             raise UserError(
@@ -125,7 +125,7 @@ class Device:
         self.shared_bytes = properties.shared_memory_per_block_optin
         known = {"H100": machine.H100, "H200": machine.H200, "B200": machine.B200}
         nearest = next((m for name, m in known.items() if name in self.name), machine.H100)
-        self.machine = replace(nearest, workers_per_device=self.workers)
+        self.machine = replace(nearest, workers_per_device=properties.multi_processor_count)
         self.progress = progress
         if progress and torch.cuda.device_count() > 1:
             progress(

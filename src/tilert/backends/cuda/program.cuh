@@ -64,11 +64,11 @@ struct Params {
   const u32* totals;      // [counters]
   u32* counters;          // [counters * kCounterPitch]
   float* arena;
-  u32* tokens;            // [1] the step's token id
-  const u32* pages;       // page table of the sequence
-  const u32* stop_ids;    // kMaxStops, 0xffffffff where unused
-  volatile u32* mailbox;  // host memory, [steps]
-  const u32* cancel;      // host memory
+  u32* tokens;          // [1] the step's token id
+  const u32* pages;     // page table of the sequence
+  const u32* stop_ids;  // kMaxStops, 0xffffffff where unused
+  u32* mailbox;         // host memory, [steps]
+  const u32* cancel;    // host memory
   u32* verdict;
   Failure* failures;  // [workers]
   Stamps* stamps;     // [steps, runs of all workers], with kTrace
@@ -184,7 +184,7 @@ __device__ __forceinline__ void signal(const Block& b, const Run& run) {
   if (run.signal != kNoSignal) add_release(b.params.counters + run.signal * kCounterPitch);
 }
 
-// The bytes of the next unit are in its slot. A weight that never lands is found by the loader.
+// Until the bytes of the next unit are in its slot; the loader has asked for them or soon will.
 __device__ __forceinline__ void wait_full(const Block& b) {
   while (!barrier_test(&b.shared.full[b.cursor.slot], b.cursor.parity)) {
   }
@@ -206,8 +206,7 @@ struct Loader {
   // A free slot, with at most kWindow units under way. False: the launch has ended.
   __device__ __forceinline__ bool acquire() {
     if (issued >= kSlots) {
-      for (u32 spins = 1; !barrier_test(&b.shared.empty[b.cursor.slot], b.cursor.parity ^ 1);
-           ++spins)
+      while (!barrier_test(&b.shared.empty[b.cursor.slot], b.cursor.parity ^ 1))
         if (load_shared(&b.shared.verdict)) return false;
     }
     if (issued >= kWindow) {

@@ -87,7 +87,7 @@ struct NextToken {
           store_shared(&b.shared.verdict, 1);
         }
         signal(b, run);
-        store_system(const_cast<u32*>(b.params.mailbox) + b.step, best.index);
+        store_system(b.params.mailbox + b.step, best.index);
       }
     }
     sync_consumers();
