@@ -25,14 +25,14 @@ def bind(graph: Graph, config: DecoderConfig, context: int, tensors: Mapping[str
 ]:  # fmt: skip
     """The array of every weight of the graph by name, vectors as one row, and of the scales of those
     in FP8, f32 and one per block. Raises like `check`."""
-    check(graph, config, tensors)
+    found = check(graph, config, tensors)
     bound = {
         name: np.concatenate(rotary_table(config, context), axis=1)
         if name == ROPE_TABLE
         else tensors[name].reshape(-1, value.cols)
         for name, value in graph.weights.items()
     }
-    for name, scale in scales(graph, config, tensors).items():
+    for name, scale in found.items():
         blocks = grid((len(bound[name]), bound[name].shape[1]), scale.block)
         bound[scale.name] = tensors[scale.name].astype(np.float32).reshape(blocks)
     return bound
@@ -60,8 +60,13 @@ def scales(
     return found
 
 
-def check(graph: Graph, config: DecoderConfig, tensors: Mapping[str, np.ndarray]) -> None:
-    """Raises UserError for a missing or extra tensor, a wrong shape, or a dtype that is not read."""
+def check(
+    graph: Graph, config: DecoderConfig, tensors: Mapping[str, np.ndarray]
+) -> dict[str, Scale]:
+    """What `scales` finds, after everything else has been checked.
+
+    Raises UserError for a missing or extra tensor, a wrong shape, or a dtype that is not read.
+    """
     _check_names(graph, config, tensors)
     products = {v.name for n in graph.nodes if n.op == "linear" for v in (n.inputs["w"],) if v}
     gathered = {v.name for n in graph.nodes if n.op == "embed" for v in (n.inputs["table"],) if v}
@@ -80,7 +85,7 @@ def check(graph: Graph, config: DecoderConfig, tensors: Mapping[str, np.ndarray]
                 f"tensor '{name}' is {array.dtype}; accepted are float32, bfloat16 and float16, and"
                 " float8_e4m3fn for matrices of layers"
             )
-    scales(graph, config, tensors)
+    return scales(graph, config, tensors)
 
 
 def _check_names(graph: Graph, config: DecoderConfig, tensors: Mapping[str, np.ndarray]) -> None:

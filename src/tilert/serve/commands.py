@@ -22,7 +22,7 @@ from tilert.ir.dtype import DType
 from tilert.ir.program import Program
 from tilert.models import load_config
 from tilert.models.decoder import build as build_graph
-from tilert.models.load import check, scales
+from tilert.models.load import check
 from tilert.serve import report
 from tilert.serve.llm import LLM, Delta, context_length
 from tilert.text import write_gguf_tokenizer
@@ -203,13 +203,13 @@ def compile_(args: argparse.Namespace) -> None:
     config = load_config(checkpoint.config, checkpoint.generation_config)
     context = context_length(config, args.context, "--context")
     graph = build_graph(config, context)
-    check(graph, config, checkpoint.tensors)
+    scales = check(graph, config, checkpoint.tensors)
     if args.graph:
         print(graph)
     dtypes = {name: DType.of(array) for name, array in checkpoint.tensors.items()}
     outputs = args.tokens if args.tokens <= 8 else 1
     limits = Limits(args.tokens, outputs, 8, context)
-    program = build(graph, target, limits, dtypes, scales(graph, config, checkpoint.tensors))
+    program = build(graph, target, limits, dtypes, scales)
     if args.show:
         print(encode.to_text(program), end="")
     if args.out:

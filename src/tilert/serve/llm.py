@@ -207,11 +207,11 @@ class LLM:
                     "a text prompt needs the tokenizer; give {'prompt_token_ids': [...]} instead"
                 )
             return prompt, self.tokenizer.encode(prompt)
-        ids = prompt.get("prompt_token_ids") if isinstance(prompt, Mapping) else None
-        if ids is None and not isinstance(prompt, Mapping):
-            raise UserError("a prompt must be text or {'prompt_token_ids': [list of ints]}")
-        if ids is None and isinstance(prompt.get("prompt"), str):
-            return self._prompt(prompt["prompt"])
+        ids = None
+        if isinstance(prompt, Mapping):
+            ids = prompt.get("prompt_token_ids")
+            if ids is None and isinstance(prompt.get("prompt"), str):
+                return self._prompt(prompt["prompt"])
         if not isinstance(ids, Sequence) or not all(_is_id(i) for i in ids):
             raise UserError("a prompt must be text or {'prompt_token_ids': [list of ints]}")
         return prompt.get("prompt"), [int(i) for i in ids]
