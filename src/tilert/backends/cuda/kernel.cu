@@ -57,7 +57,16 @@ __device__ __forceinline__ void compute(Block& b) {
   if (kTrace && thread() == 0) note_clock(b, 1);
 }
 
-extern "C" __global__ void __launch_bounds__(kThreads + kLoaderThreads, 1)
+// Registers of a thread: what the compiler may give all threads alike is dealt out anew, most of it
+// to those that compute. A claim beyond what the block was given would wait for ever.
+constexpr int kBlockThreads = kThreads + kLoaderThreads;
+constexpr int kGivenRegisters = 65536 / kBlockThreads / 8 * 8;
+constexpr int kComputeRegisters = 224, kLoaderRegisters = 56;
+static_assert(kComputeRegisters * kThreads + kLoaderRegisters * kLoaderThreads <=
+                  kGivenRegisters * kBlockThreads,
+              "the block has no more registers");
+
+extern "C" __global__ void __launch_bounds__(kBlockThreads, 1)
     tilert_program(const __grid_constant__ Params params) {
   u8* memory = shared_memory();
   u8* scratch = memory + kSlots * kSlotPitch;
@@ -88,10 +97,10 @@ extern "C" __global__ void __launch_bounds__(kThreads + kLoaderThreads, 1)
   __syncthreads();
   Block block{params, shared, memory, scratch, queue, waits, totals, length};
   if (threadIdx.x < kThreads) {
-    claim_registers<224>();
+    claim_registers<kComputeRegisters>();
     compute(block);
   } else {
-    keep_registers<64>();
+    keep_registers<kLoaderRegisters>();
     if (threadIdx.x == kThreads) load_weights(block);
   }
 }
