@@ -717,7 +717,7 @@ def past_rows_streamed_before_they_are_appended() -> Program:
     """A product that needs nothing of attention stands behind it, so its start proves no append."""
     machine = replace(programs.RING, workers_per_device=8, slot_bytes=256, read_bandwidth=4e9,
                       worker_bandwidth=2e9, worker_flops=1e9)  # fmt: skip
-    program = programs.tiny_model(machine, 1, hidden_size=64, kv_heads=1)
+    program = programs.tiny_model(machine, 1, hidden_size=64, kv_heads=1, joined=False)
     queue = list(program.queues[1])
     attend = next(i for i, run in enumerate(queue) if isinstance(program.ops[run.op], Attend))
     queue[attend - 1], queue[attend] = queue[attend], queue[attend - 1]

@@ -35,6 +35,9 @@ struct float2 {
 struct alignas(16) float4 {
   float x, y, z, w;
 };
+struct alignas(8) uint2 {
+  u32 x, y;
+};
 struct alignas(16) uint4 {
   u32 x, y, z, w;
 };
@@ -207,6 +210,9 @@ inline float4 load_float4(const float* p) {
 inline float2 load_float2(const float* p) {
   assert(reinterpret_cast<u64>(p) % 8 == 0);
   return {p[0], p[1]};
+}
+inline float2 load_float2_if(bool wanted, const float* p, float2 otherwise) {
+  return wanted ? load_float2(p) : otherwise;
 }
 inline float load_float(const float* p) { return *p; }
 inline void store_float(float* p, float v) { *p = v; }

@@ -28,10 +28,11 @@ SUPPORTED = platform.machine() == "x86_64" and shutil.which("g++") is not None
 class Memory:
     """Bytes of the host that stand for memory of the device."""
 
-    def __init__(self, size: int) -> None:
-        raw = np.zeros(size + 256, np.uint8)
-        self.bytes = raw[-raw.ctypes.data % 256 :][:size]
-        self.address = self.bytes.ctypes.data
+    def __init__(self, values: np.ndarray) -> None:
+        self.bytes, self.address = values, values.ctypes.data
+
+    def part(self, begin: int, size: int) -> Memory:
+        return Memory(self.bytes[begin : begin + size])
 
     def write(self, values: np.ndarray) -> None:
         raw = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
@@ -90,7 +91,8 @@ class EmulatedDevice:
         return None
 
     def allocate(self, size: int) -> Memory:
-        return Memory(size)
+        raw = np.zeros(size + 256, np.uint8)
+        return Memory(raw[-raw.ctypes.data % 256 :][:size])
 
     def pinned(self, words: int) -> np.ndarray:
         return np.zeros(words, np.uint32)

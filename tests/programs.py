@@ -355,14 +355,21 @@ GOOD = {make.__name__: make() for make in (
 )}  # fmt: skip
 
 
-def tiny_model(machine: Machine, tokens: int, hidden_size: int = 16, kv_heads: int = 2) -> Program:
-    """A compiled llama of two layers."""
+def tiny_model(
+    machine: Machine, tokens: int, hidden_size: int = 16, kv_heads: int = 2, *, joined: bool = True
+) -> Program:
+    """A compiled llama of two layers. joined: q, k and v may be one product."""
     config = load_config({
         "model_type": "llama", "vocab_size": 40, "hidden_size": hidden_size, "intermediate_size": 24,
         "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": kv_heads,
         "max_position_embeddings": 128, "rms_norm_eps": 1e-5,
     })  # fmt: skip
-    return build(build_graph(config, 128), machine, Limits(tokens, min(tokens, 8), 2, 128), {})
+    return build(
+        build_graph(config, 128),
+        machine,
+        Limits(tokens, min(tokens, 8), 2, 128),
+        {} if joined else {f"model.layers.{i}.self_attn.v_proj.weight": DType.BF16 for i in (0, 1)},
+    )
 
 
 def make_weights(program: Program) -> dict[str, np.ndarray]:
@@ -372,7 +379,10 @@ def make_weights(program: Program) -> dict[str, np.ndarray]:
     for b in program.buffers:
         if b.kind is Kind.WEIGHT:
             values = random.standard_normal((b.rows, b.cols)).astype(np.float32)
-            weights[b.name] = values.astype(b.dtype.numpy)
+            pieces = np.array_split(
+                values.astype(b.dtype.numpy), len(b.parts), axis=int(b.rows == 1)
+            )
+            weights.update(zip(b.parts, pieces, strict=True))
     return weights
 
 

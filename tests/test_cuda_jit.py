@@ -80,7 +80,7 @@ def test_kernels_compile_for_every_target(name: str, arch: str, tmp_path: Path) 
     )
     used = cubin.resources[KERNEL]
     assert used.registers <= 168
-    assert max(used.stack, used.spill_stores) <= 128, used
+    assert max(used.stack, used.spill_stores) <= 256, used
 
 
 @pytest.mark.parametrize("name", SHAPES)

@@ -17,14 +17,14 @@ from emulator import SUPPORTED, EmulatedDevice
 
 from tilert.backends.cuda import backend as cuda
 from tilert.backends.cuda import open_device
-from tilert.backends.cuda.backend import CudaBackend, LaunchError
+from tilert.backends.cuda.backend import CudaBackend, LaunchError, Memory
 from tilert.backends.cuda.runtime import GpuDevice
 from tilert.backends.interpreter import Interpreter, allocate_caches
 from tilert.compiler import Limits, build
 from tilert.errors import UserError
 from tilert.ir.dtype import DType
 from tilert.ir.machine import Machine
-from tilert.ir.program import PAGE, Program, Scale, Wait
+from tilert.ir.program import PAGE, Kind, Program, Scale, Wait
 from tilert.models import load_config
 from tilert.models.decoder import ROPE_TABLE
 from tilert.models.decoder import build as build_graph
@@ -129,9 +129,11 @@ def loaded(
     """The same program on the emulator and on the interpreter, with the same random past."""
     rng = np.random.default_rng(3)
     interpreter = Interpreter(program, weights, allocate_caches(program, PAGES))
-    homes = {name: device.allocate(array.nbytes) for name, array in weights.items()}
-    for name, array in weights.items():
-        homes[name].write(array)
+    homes: dict[str, Memory] = {}
+    for b in program.buffers:
+        if b.kind is Kind.WEIGHT:
+            homes[b.name] = device.allocate(b.bytes)
+            homes[b.name].write(np.concatenate([weights[part].ravel() for part in b.parts]))
     for name, shape in cuda.cache_shapes(program, PAGES).items():
         past = (0.5 * rng.standard_normal(shape)).astype(ml_dtypes.bfloat16)
         homes[name] = device.allocate(past.nbytes)

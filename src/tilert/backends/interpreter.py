@@ -294,9 +294,13 @@ def _region_name(program: Program, r: Region) -> str:
 
 
 def _weight(b: Buffer, weights: Mapping[str, np.ndarray]) -> np.ndarray:
-    array = weights.get(b.name)
-    if array is None:
-        raise UserError(f"weight '{b.name}' is missing")
+    for name in b.parts:
+        if name not in weights:
+            raise UserError(f"weight '{name}' is missing")
+    array = weights[b.parts[0]]
+    if len(b.parts) > 1:
+        rows = (weights[name].reshape(-1, b.cols if b.rows > 1 else 1) for name in b.parts)
+        array = np.concatenate([*rows]).reshape(b.rows, b.cols)
     if array.shape != (b.rows, b.cols) and not (b.rows == 1 and array.shape == (b.cols,)):
         raise UserError(
             f"weight '{b.name}' has shape {array.shape}; the program needs {(b.rows, b.cols)}"

@@ -3,8 +3,8 @@
 Folded where the machine gains: a norm into every product that reads it (few tokens: each worker
 repeats the norm, which is cheaper than a hand-off), a residual sum into the product before it, gate
 and up into one op. Machines that stream weights through rings have many workers and wait longest for
-hand-offs: there rotation, append and attention are one op, the product after them merges its partial
-results, and the last norm is folded too. Every activation gets a buffer of its own here; memory.py
+hand-offs: there q, k and v are one product, rotation, append and attention are one op, the product
+after them merges its partial results, and the last norm is folded too. Every activation gets a buffer of its own here; memory.py
 makes them share.
 """
 
@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from tilert.ir.dtype import DType
 from tilert.ir.graph import OUTPUTS, Graph, Node, Value
 from tilert.ir.machine import Machine
-from tilert.ir.program import NONE, PAGE, Buf, Buffer, Kind, Op, Scale
+from tilert.ir.program import JOIN, NONE, PAGE, Buf, Buffer, Kind, Op, Scale
 from tilert.ops import Argmax, Attend, Attention, Combine, Embed, Linear, NextToken, Norm, Rope
 from tilert.ops.linear import ADD, GATE, STORE
 
@@ -55,6 +55,7 @@ class Lowering:
     ops: list[Op] = field(default_factory=list[Op])
     ids: dict[str, Buf] = field(default_factory=dict[str, Buf])
     home: dict[Value, Buf] = field(default_factory=dict[Value, Buf])
+    column: dict[Value, int] = field(default_factory=dict[Value, int])  # in its home, if not 0
     uses: Tally[Value] = field(default_factory=Tally[Value])
     maker: dict[Value, Node] = field(default_factory=dict[Value, Node])
     attends: dict[Value, Attend] = field(default_factory=dict[Value, Attend])
@@ -97,6 +98,33 @@ class Lowering:
             self.buffers[buf] = replace(self.buffers[buf], scale=of, block=scale.block)
         return buf
 
+    def joined(self, values: list[Value]) -> Buf:
+        """The buffer of weights that lie one after another; vectors become one vector."""
+        if len(values) == 1:
+            return self.weight(values[0])
+        dtype, first = self.dtypes.get(values[0].name, DType.F32), values[0]
+        rows = [v.rows for v in values if isinstance(v.rows, int)]
+        name, vector = JOIN.join(v.name for v in values), first.rows == 1
+        shape = (1, sum(v.cols for v in values)) if vector else (sum(rows), first.cols)
+        buf = self.buffer(name, Kind.WEIGHT, dtype, *shape)
+        if first.name in self.scales and self.buffers[buf].scale == NONE:
+            block = self.scales[first.name].block
+            names = JOIN.join(self.scales[v.name].name for v in values)
+            blocks = sum(-(-r // block[0]) for r in rows), -(-first.cols // block[1])
+            of = self.buffer(names, Kind.WEIGHT, DType.F32, *blocks)
+            self.buffers[buf] = replace(self.buffers[buf], scale=of, block=block)
+        return buf
+
+    def joinable(self, values: list[Value]) -> bool:
+        """True when the weights have one type, and scales whose blocks do not reach across a border."""
+        scales = [self.scales.get(v.name) for v in values]
+        blocks = {s.block if s else None for s in scales}
+        if len({self.dtypes.get(v.name, DType.F32) for v in values}) > 1 or len(blocks) > 1:
+            return False
+        block = blocks.pop()
+        rows = [v.rows for v in values[:-1] if isinstance(v.rows, int)]
+        return block is None or all(r % block[0] == 0 for r in rows)
+
     def cache(self, kind: str, layer: int, cols: int) -> Buf:
         """The key or value cache of a layer."""
         return self.buffer(
@@ -104,10 +132,12 @@ class Lowering:
             cols,
         )  # fmt: skip
 
-    def work(self, value: Value, cols: int | None = None) -> Buf:
-        """A new activation buffer that holds `value` (or `cols` values per row for it)."""
-        buf = self.buffer(value.name, Kind.WORK, DType.F32, self.rows(value), cols or value.cols)
-        self.home[value] = buf
+    def work(self, value: Value | list[Value], cols: int | None = None) -> Buf:
+        """A new activation buffer for a value (`cols` per row for it) or for several side by side."""
+        values = value if isinstance(value, list) else [value]
+        name, width = JOIN.join(v.name for v in values), cols or sum(v.cols for v in values)
+        buf = self.buffer(name, Kind.WORK, DType.F32, self.rows(values[0]), width)
+        self.home.update(dict.fromkeys(values, buf))
         return buf
 
     def rows(self, value: Value) -> int:
@@ -169,7 +199,28 @@ def _lower_norm(low: Lowering, node: Node) -> None:
 def _lower_linear(low: Lowering, node: Node) -> None:
     if low.uses[node.output] == 1 and _consumer(low, node.output).op in ("add", "silu_mul"):
         return  # emitted with its only consumer
-    _emit_linear(low, node, low.work(node.output), STORE)
+    nodes = _siblings(low, node)
+    if node is not nodes[0]:
+        return  # emitted with the first of them
+    y, column = low.work([n.output for n in nodes]), 0
+    for each in nodes:
+        low.column[each.output] = column
+        column += each.output.cols
+    _emit_linear(low, nodes, y, STORE)
+
+
+def _siblings(low: Lowering, node: Node) -> list[Node]:
+    """The products of one input that are computed as one: q, k and v where hand-offs are dear."""
+    if not low.fused or low.uses[node.output] != 1:
+        return [node]
+    if (consumer := _consumer(low, node.output)).op != "rope":
+        return [node]
+    nodes = [low.maker[_input(consumer, name)] for name in ("q", "k", "v")]
+    biases = [n.inputs["bias"] for n in nodes]
+    given = [b for b in biases if b is not None]
+    weights = [_input(n, "w") for n in nodes]
+    fit = len({_input(n, "x") for n in nodes}) == 1 and len(given) in (0, len(biases))
+    return nodes if fit and low.joinable(weights) and low.joinable(given or weights) else [node]
 
 
 def _lower_add(low: Lowering, node: Node) -> None:
@@ -181,7 +232,7 @@ def _lower_add(low: Lowering, node: Node) -> None:
     last = [n for n in low.graph.nodes if residual in n.inputs.values()][-1]
     assert last is node, f"{node}: {residual} is still read after the sum"
     low.home[node.output] = low.home[residual]  # in place: the old residual is dead
-    _emit_linear(low, maker, low.home[residual], ADD)
+    _emit_linear(low, [maker], low.home[residual], ADD)
 
 
 def _lower_silu_mul(low: Lowering, node: Node) -> None:
@@ -189,30 +240,34 @@ def _lower_silu_mul(low: Lowering, node: Node) -> None:
     assert gate.op == up.op == "linear" and gate.inputs["x"] is up.inputs["x"], (
         f"{node}: not a gated pair"
     )
-    _emit_linear(low, gate, low.work(node.output), GATE, up)
+    _emit_linear(low, [gate], low.work(node.output), GATE, up)
 
 
 def _consumer(low: Lowering, value: Value) -> Node:
     return next(n for n in low.graph.nodes if value in n.inputs.values())
 
 
-def _emit_linear(low: Lowering, node: Node, y: Buf, epilogue: int, up: Node | None = None) -> None:
-    x, w = _input(node, "x"), _input(node, "w")
+def _emit_linear(
+    low: Lowering, nodes: list[Node], y: Buf, epilogue: int, up: Node | None = None
+) -> None:
+    """The product of one node, or of several with the same input whose outputs are side by side."""
+    x, w = _input(nodes[0], "x"), [_input(node, "w") for node in nodes]
+    biases = [b for node in nodes if (b := node.inputs["bias"]) is not None]
     norm, gather, eps, source = NONE, NONE, 0.0, x
     if low.folded(x):
         maker = low.maker[x]
         source, norm = _input(maker, "x"), low.weight(maker.inputs["weight"])
         eps = maker.attrs["eps"]
         gather = low.state("output_rows") if x.rows == OUTPUTS else NONE
-    assert isinstance(w.rows, int)
+    n, k = sum(v.rows for v in w if isinstance(v.rows, int)), w[0].cols
     rows, attend = low.rows(x), low.attends.get(x)
     shares = (attend.splits, attend.group, attend.head_dim) if attend else (1, 1, 1)
-    itemsize = low.dtypes.get(w.name, DType.F32).bytes
+    itemsize = low.dtypes.get(w[0].name, DType.F32).bytes
     low.ops.append(
-        Linear(low.home[source], low.weight(w), low.weight(up.inputs["w"]) if up else NONE,
-               low.weight(node.inputs["bias"]), low.weight(up.inputs["bias"]) if up else NONE,
-               norm, NONE, y, low.state("counts"), 1 if x.rows == OUTPUTS else 0, rows, w.cols, w.rows,
-               1, 0, tile_rows(low.machine, rows, w.cols * itemsize * (2 if up else 1)), epilogue, eps,
+        Linear(low.home[source], low.joined(w), low.weight(up.inputs["w"]) if up else NONE,
+               low.joined(biases) if biases else NONE, low.weight(up.inputs["bias"]) if up else NONE,
+               norm, NONE, y, low.state("counts"), 1 if x.rows == OUTPUTS else 0, rows, k, n,
+               1, 0, tile_rows(low.machine, rows, k * itemsize * (2 if up else 1)), epilogue, eps,
                gather, low.rows(source) if gather != NONE else 1, *shares)
     )  # fmt: skip
 
@@ -260,7 +315,7 @@ def _lower_attend(low: Lowering, node: Node) -> None:
         low.cache("v", layer, v.cols), y, low.state("positions"), low.state("sequences"),
         low.state("pages"), low.state("counts"), lim.tokens, heads, kv_heads, d,
         int(node.attrs["window"]), splits, lim.context, lim.sequences, lim.pages, rope.attrs["eps"],
-        node.attrs["scale"],
+        node.attrs["scale"], low.column.get(k, 0), low.column.get(v, 0),
     )  # fmt: skip
     low.ops.append(op)
 

@@ -33,7 +33,7 @@ _KINDS: dict[str, tuple[Kind, ...]] = {
 }
 _INTEGERS = {*_STATES, "expert"}
 _OPTIONAL = {"w_up", "bias", "bias_up", "norm", "expert", "gather", "q_norm", "k_norm"}
-_MAY_BE_ZERO = {"y_col", "window", "feed", "count_index", "epilogue"}
+_MAY_BE_ZERO = {"y_col", "k_col", "v_col", "window", "feed", "count_index", "epilogue"}
 
 
 class VerifyError(AssertionError):

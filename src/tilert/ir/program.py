@@ -27,6 +27,7 @@ from tilert.ir.machine import Machine
 Buf = NewType("Buf", int)  # index into Program.buffers
 NONE = Buf(-1)  # no such operand
 PAGE = 64  # positions per page of the KV cache
+JOIN = "+"
 PAST = 1 << 30  # cache rows of earlier steps are [-PAST, 0)
 
 
@@ -45,7 +46,7 @@ class Buffer:
 
     `scale` names the buffer of block scales of an FP8 weight (one f32 per `block` of rows x cols).
     `bank` matrices are stacked in the rows of a weight of which an op picks one at run time
-    (experts).
+    (experts). A weight may be several tensors that lie one after another; see `parts`.
     """
 
     name: str
@@ -63,6 +64,11 @@ class Buffer:
     def bytes(self) -> int:
         """Size in bytes when stored densely."""
         return self.rows * self.cols * self.dtype.bytes
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The tensors of a weight, whose elements follow one another; a name joins theirs by JOIN."""
+        return tuple(self.name.split(JOIN))
 
 
 class Scale(NamedTuple):

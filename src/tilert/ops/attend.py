@@ -18,19 +18,23 @@ from tilert.ops.rope import turned
 
 
 def page_share(lo: int, hi: int, split: int, splits: int) -> tuple[int, int]:
-    """The part of the positions [lo, hi) whose pages belong to `split`: consecutive whole pages."""
-    if lo >= hi:
+    """The part of the positions [lo, hi) whose pages belong to `split`: consecutive whole pages.
+
+    Where there are fewer pages than splits, the first splits have one each and the others none.
+    """
+    first, pages = lo // PAGE, -(-hi // PAGE) - lo // PAGE if lo < hi else 0
+    active = min(splits, pages)
+    if split >= active:
         return lo, lo
-    first, pages = lo // PAGE, -(-hi // PAGE) - lo // PAGE
-    begin, end = (first + pages * s // splits for s in (split, split + 1))
-    return min(max(lo, begin * PAGE), hi), max(min(hi, end * PAGE), lo)
+    begin, end = (first + pages * s // active for s in (split, split + 1))
+    return max(lo, begin * PAGE), min(hi, end * PAGE)
 
 
 @dataclass(frozen=True, slots=True)
 class Attend(Op):
     """Tile g * splits + s: kv head g with its group of query heads, share s of the past positions.
 
-    q, k, v as the products left them: q and k are normed (if q_norm, k_norm) and rotated here, then
+    q, k, v as the products left them, in buffers of their own or side by side in one: q and k are normed (if q_norm, k_norm) and rotated here, then
     all are rounded to the cache's type. Split 0 also appends them to the caches and attends to the step's
     own positions. y [rows, heads * splits * (head_dim + 2)] gets the partial results in the layout
     of Attention with splits > 1. A token sees the earlier tokens of its sequence in the same step.
@@ -61,6 +65,8 @@ class Attend(Op):
     page_cols: int
     eps: float
     scale: float
+    k_col: int  # where keys and values begin in their buffers
+    v_col: int
 
     @property
     def tiles(self) -> int:
@@ -82,7 +88,8 @@ class Attend(Op):
             out.append(Region(self.q, 0, self.rows, g * q_width, (g + 1) * q_width))
             out += [Region(b, -PAST, 0, g * d, (g + 1) * d) for b in (self.k_cache, self.v_cache)]
             if split == 0:
-                out += [Region(b, 0, self.rows, g * d, (g + 1) * d) for b in (self.k, self.v)]
+                fresh = ((self.k, self.k_col), (self.v, self.v_col))
+                out += [Region(b, 0, self.rows, c + g * d, c + (g + 1) * d) for b, c in fresh]
         return out
 
     def writes(self, lo: int, hi: int) -> list[Region]:
@@ -115,15 +122,17 @@ class Attend(Op):
     def _fresh(self, mem: Memory, g: int, tokens: int) -> tuple[np.ndarray, np.ndarray]:
         """The step's own keys and values of a kv head, [tokens, head_dim], rounded as the cache is."""
         d, cache = self.head_dim, mem.buffer(self.k_cache).dtype.numpy
-        k = np.stack([self._turned(mem, self.k, self.k_norm, t, g) for t in range(tokens)])
-        v = mem.read(self.v, 0, tokens, g * d, (g + 1) * d)
+        k = np.stack(
+            [self._turned(mem, self.k, self.k_norm, t, self.k_col + g * d) for t in range(tokens)]
+        )
+        v = mem.read(self.v, 0, tokens, self.v_col + g * d, self.v_col + (g + 1) * d)
         return k.astype(cache).astype(np.float32), v.astype(cache).astype(np.float32)
 
-    def _turned(self, mem: Memory, buf: Buf, norm: Buf, t: int, head: int) -> np.ndarray:
+    def _turned(self, mem: Memory, buf: Buf, norm: Buf, t: int, col: int) -> np.ndarray:
         d = self.head_dim
         position = int(mem.read(self.positions, 0, 1, t, t + 1)[0, 0])
         assert 0 <= position < self.context, f"position {position} outside [0, {self.context})"
-        x = mem.read(buf, t, t + 1, head * d, (head + 1) * d)[0]
+        x = mem.read(buf, t, t + 1, col, col + d)[0]
         weight = None if norm == NONE else mem.read(norm, 0, 1, 0, d)[0]
         angles = mem.read(self.table, position, position + 1, 0, d)[0]
         return turned(x, weight, self.eps, angles)
@@ -149,6 +158,6 @@ class Attend(Op):
         if not len(k_SD):
             return empty_share(self.group, d)
         heads = range(g * self.group, (g + 1) * self.group)
-        q_JD = np.stack([self._turned(mem, self.q, self.q_norm, t, head) for head in heads])
+        q_JD = np.stack([self._turned(mem, self.q, self.q_norm, t, head * d) for head in heads])
         q_JD = q_JD.astype(mem.buffer(self.k_cache).dtype.numpy).astype(np.float32)
         return np.concatenate(weigh(q_JD, k_SD, v_SD, self.scale), axis=1).reshape(1, -1)

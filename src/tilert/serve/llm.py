@@ -107,6 +107,8 @@ class LLM:
             graph, weights, target, context=context, sequences=max_num_seqs, num_pages=num_pages,
             place=place, scales=scales(graph, self.config, checkpoint.tensors),
         )  # fmt: skip
+        if device is not None:
+            self.runner.backend("decode")  # compiles the kernel and loads the weights
         self.engine = Engine(self.runner, self.config.vocab_size, self.config.eos_token_ids)
         self._owners: dict[int, tuple[_Request, int]] = {}  # by sequence id: request, output
         self._events: Generator[Event, None, None] | None = None  # of all requests together

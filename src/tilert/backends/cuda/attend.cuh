@@ -36,6 +36,10 @@ struct Attend {
   };
   static_assert(sizeof(Scratch) <= kScratchBytes, "scratch is too small");
 
+  static __device__ __forceinline__ u32 active(const Block& b) {
+    return active_shares(first_visible(b.position(), kAttnWindow), b.position(), kSplits);
+  }
+
   static __device__ __forceinline__ void share(const Block& b, u32 split, u32& begin, u32& end) {
     u32 hi = b.position();
     page_share(first_visible(hi, kAttnWindow), hi, split, kSplits, begin, end);
@@ -295,6 +299,7 @@ struct Attend {
   static __device__ __forceinline__ void tile(Block& b, const Run& run, u32 index,
                                               Scratch& scratch) {
     const u32 g = index / kSplits, split = index % kSplits;
+    if (split > 0 && split >= active(b)) return;  // nobody reads the result
     prepare(b, run, g, split, scratch);
     sync_consumers();
     State state;

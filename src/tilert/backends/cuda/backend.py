@@ -42,6 +42,10 @@ class Memory(Protocol):
 
     address: int
 
+    def part(self, begin: int, size: int) -> Memory:
+        """Bytes [begin, begin + size) of it."""
+        ...
+
     def write(self, values: np.ndarray) -> None:
         """Replace the first values.nbytes bytes."""
         ...
@@ -355,7 +359,7 @@ def _resolve(record: Any, program: Program, run: Run, at: list[int]) -> None:
         record["w"], record["w_up"], record["y"] = at[op.k_cache], at[op.v_cache], at[op.y]
         record["norm"], record["norm2"] = home(op.q_norm), home(op.k_norm)
         record["bias_up"] = at[op.table]
-        record["x"], record["x2"], record["x3"] = at[op.q], at[op.k], at[op.v]
+        record["x"], record["x2"], record["x3"] = at[op.q], at[op.k] + op.k_col, at[op.v] + op.v_col
     elif isinstance(op, Embed):
         record["w"], record["y"] = at[op.table], at[op.y]
     elif isinstance(op, Argmax):

@@ -43,9 +43,12 @@ def _call(result: tuple[Any, ...]) -> Any:
 class Memory:
     """Memory of the device, as a tensor of bytes."""
 
-    def __init__(self, size: int) -> None:
-        self.tensor = torch.zeros(size, dtype=torch.uint8, device="cuda")
-        self.address = self.tensor.data_ptr()
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor, self.address = tensor, tensor.data_ptr()
+
+    def part(self, begin: int, size: int) -> Memory:
+        """Bytes [begin, begin + size) of it."""
+        return Memory(self.tensor[begin : begin + size])
 
     def write(self, values: np.ndarray) -> None:
         """Replace the first values.nbytes bytes."""
@@ -144,7 +147,7 @@ class Device:
 
     def allocate(self, size: int) -> Memory:
         """Zeroed memory of the device."""
-        return Memory(size)
+        return Memory(torch.zeros(size, dtype=torch.uint8, device="cuda"))
 
     def pinned(self, words: int) -> np.ndarray:
         """Zeroed u32 words of the host that the device can read and write at the same address."""

@@ -131,6 +131,18 @@ __device__ __forceinline__ float2 load_float2(const float* p) {
   return v;
 }
 
+// `otherwise` where it is not wanted; no branch, so that many loads are under way at
+// once.
+__device__ __forceinline__ float2 load_float2_if(bool wanted, const float* p, float2 otherwise) {
+  float2 v = otherwise;
+  asm volatile(
+      "{\n .reg .pred p;\n setp.ne.u32 p, %3, 0;\n @p ld.global.cg.v2.f32 {%0, %1}, [%2];\n}"
+      : "+f"(v.x), "+f"(v.y)
+      : "l"(p), "r"(u32(wanted))
+      : "memory");
+  return v;
+}
+
 __device__ __forceinline__ float load_float(const float* p) {
   float v;
   asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(v) : "l"(p) : "memory");

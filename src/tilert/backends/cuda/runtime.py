@@ -14,7 +14,7 @@ import numpy as np
 from tilert.backends.cuda.backend import CudaBackend, Device, Memory, cache_shapes
 from tilert.ir.graph import Graph
 from tilert.ir.machine import Machine
-from tilert.ir.program import NONE, Program, Scale
+from tilert.ir.program import NONE, Kind, Program, Scale
 
 Progress = Callable[[str, int, int], None]  # (label, done bytes, total bytes)
 
@@ -37,22 +37,14 @@ class GpuDevice(Device, Protocol):
 
 
 class CudaRuntime:
-    """Weights of `graph` on a device; caches of `num_pages` pages are made with the first program."""
+    """Weights of `graph` on a device, and caches of `num_pages` pages: loaded for the first program."""
 
     def __init__(
         self, device: GpuDevice, graph: Graph, weights: Mapping[str, np.ndarray], num_pages: int,
         progress: Progress | None = None,
     ) -> None:  # fmt: skip
         self.device, self.graph, self.arrays, self.num_pages = device, graph, weights, num_pages
-        total, done = sum(array.nbytes for array in weights.values()), 0
-        self.weights: dict[str, Memory] = {}
-        for name, array in weights.items():
-            memory = self.weights[name] = device.allocate(array.nbytes)
-            memory.write(array)
-            done += array.nbytes
-            if progress:
-                progress("loading", done, total)
-        self.caches: dict[str, Memory] = {}
+        self.progress = progress
         self._decode: CudaBackend | None = None
         self._prompts: Any = None
 
@@ -71,20 +63,46 @@ class CudaRuntime:
     def _decoder(self, program: Callable[[str], Program]) -> CudaBackend:
         if self._decode is None:
             made = program("decode")
+            weights, tensors = self._load(made)
             shapes = cache_shapes(made, self.num_pages)
-            for name, shape in shapes.items():
-                self.caches[name] = self.device.allocate(2 * int(np.prod(shape)))
+            caches = {n: self.device.allocate(2 * int(np.prod(s))) for n, s in shapes.items()}
             self._decode = CudaBackend(
-                made, {n: m.address for n, m in self.weights.items()},
-                {n: m.address for n, m in self.caches.items()}, self.device,
+                made, {n: m.address for n, m in weights.items()},
+                {n: m.address for n, m in caches.items()}, self.device,
             )  # fmt: skip
+            self._memory = [*weights.values(), *caches.values()]  # for as long as this lives
             self._prompts = self.device.prompt_runner(
-                self.graph, {n: (m, self.arrays[n]) for n, m in self.weights.items()},
-                {n: (m, shapes[n]) for n, m in self.caches.items()},
-                {b.name: Scale(made.buffers[b.scale].name, b.block)
-                 for b in made.buffers if b.scale != NONE},
+                self.graph, {n: (m, self.arrays[n]) for n, m in tensors.items()},
+                {n: (m, shapes[n]) for n, m in caches.items()}, _scales(made),
             )  # fmt: skip
         return self._decode
+
+    def _load(self, program: Program) -> tuple[dict[str, Memory], dict[str, Memory]]:
+        """Memory with the bytes of each weight of the program, and the part of each tensor in it."""
+        total, done = sum(array.nbytes for array in self.arrays.values()), 0
+        weights: dict[str, Memory] = {}
+        tensors: dict[str, Memory] = {}
+        for buffer in (b for b in program.buffers if b.kind is Kind.WEIGHT):
+            memory = weights[buffer.name] = self.device.allocate(buffer.bytes)
+            begin = 0
+            for name in buffer.parts:
+                array = self.arrays[name]
+                tensors[name] = memory.part(begin, array.nbytes)
+                tensors[name].write(array)
+                begin, done = begin + array.nbytes, done + array.nbytes
+                if self.progress:
+                    self.progress("loading", done, total)
+        return weights, tensors
+
+
+def _scales(program: Program) -> dict[str, Scale]:
+    """Block scales by the tensor that they belong to."""
+    buffers = program.buffers
+    return {
+        part: Scale(scale, b.block)
+        for b in buffers if b.scale != NONE
+        for part, scale in zip(b.parts, buffers[b.scale].parts, strict=True)
+    }  # fmt: skip
 
 
 class _Rows:

@@ -17,7 +17,10 @@ from tilert.ir.program import NONE, PAGE, Buf, Op, Program
 from tilert.ops import Argmax, Attend, Embed, Linear, NextToken
 
 FOLDER = Path(__file__).parent
-HEADERS = ("ptx.cuh", "program.cuh", "linear.cuh", "attend.cuh", "sample.cuh")
+HEADERS = (
+    "ptx.cuh", "program.cuh", "tile.cuh", "inputs.cuh", "products.cuh", "linear.cuh", "attend.cuh",
+    "sample.cuh",
+)  # fmt: skip
 KERNEL = "tilert_program"
 
 

@@ -1,0 +1,336 @@
+// Units of weights times x', two ways. Each row of a unit is cut along k over kRowWarps warps, and
+// each warp leaves its part of the sum in shared memory.
+//
+// Both have the interface of Inputs' Layout, and besides
+//   Operand, hold(X, Operand): x' as the products want it, in registers for the whole run
+//   Sums, add(unit, ...): one unit, whose slot is given back on the way
+//   leave(Sums, ...): to shared memory
+#pragma once
+#include "inputs.cuh"
+
+struct Unscaled {
+  static constexpr bool kGiven = false;
+  static constexpr int kRows = 1, kCols = 1;
+};
+// One f32 for each block of so many rows and columns of a weight.
+template <int kBlockRows, int kBlockCols>
+struct Scaled {
+  static constexpr bool kGiven = true;
+  static constexpr int kRows = kBlockRows, kCols = kBlockCols;
+};
+
+// Sums over the warp of kCount values; lane l gets the one of index l / (32 / kCount).
+template <int kCount>
+__device__ __forceinline__ float warp_sums(float (&v)[kCount]) {
+  int offset = 16;
+#pragma unroll
+  for (int n = kCount; n > 1; n /= 2, offset /= 2) {
+    bool upper = lane() & offset;
+#pragma unroll
+    for (int i = 0; i < n / 2; ++i) {
+      float send = upper ? v[i] : v[i + n / 2], keep = upper ? v[i + n / 2] : v[i];
+      v[i] = keep + __shfl_xor_sync(~0u, send, offset);
+    }
+  }
+  for (; offset; offset /= 2) v[0] += __shfl_xor_sync(~0u, v[0], offset);
+  return v[0];
+}
+
+// Where the part of this warp for a sum of the chunk goes.
+__device__ __forceinline__ float* part_of_sum(Block& b, int sum, int part) {
+  return b.shared.partial[b.chunk & 1] + sum * kPartialPitch + part;
+}
+
+// Matrix units, for bf16: x' as two bf16, whose sum has 16 bits or more, and f32 sums.
+//
+// A product takes 16 rows of 16 weights. Where a unit has fewer rows, each row is cut into segments
+// that take their places; segment s meets columns 2 s and 2 s + 1 of B, the two parts of its own
+// x', and what other columns make of it is not used. k is taken in blocks of 32: 64 bytes, of which
+// a lane reads 16, and those are the k-slots of its two products.
+template <class T>
+struct Matrix {
+  static constexpr int kK = T::kK, kWide = 4, kRowWarps = kWarps, kBlock = 32;
+  static constexpr int kSegments = T::kUnitRows >= 16 ? 1 : 16 / T::kUnitRows;
+  static constexpr int kRowBlocks = T::kUnitRows > 16 ? T::kUnitRows / 16 : 1;
+  static constexpr int kColumnBlocks = kSegments > 4 ? kSegments / 4 : 1;
+  static constexpr int kSpread = kWarps * kSegments;  // blocks that are taken at once
+  static constexpr int kPieceBlocks = T::kPieceBytes / 2 / kBlock;
+  static constexpr int kLastBlocks = kK / kBlock - (T::kPieces - 1) * kPieceBlocks;
+  static constexpr int kPieceSteps = (kPieceBlocks + kSpread - 1) / kSpread;
+  static constexpr int kSteps =
+      (T::kPieces - 1) * kPieceSteps + (kLastBlocks + kSpread - 1) / kSpread;
+  static constexpr int kChains = kRowBlocks * kColumnBlocks == 1 ? 2 : 1;  // independent sums
+  static_assert(kK % kBlock == 0, "k is whole blocks");
+
+  // Layout: of each 8 elements of a lane's column the even columns' lanes make the first half.
+  static constexpr int kRounds = kSteps * kColumnBlocks;
+  static __device__ __forceinline__ int quad() { return lane() % 4; }
+  static __device__ __forceinline__ int column() { return lane() / 4; }
+  static __device__ __forceinline__ int segment(int round) {
+    return round % kColumnBlocks * 4 + column() / 2;
+  }
+  // The block of a segment in its piece.
+  static __device__ __forceinline__ int block(int step, int segment) {
+    return (step % kPieceSteps * kWarps + warp()) * kSegments + segment;
+  }
+  static __device__ __forceinline__ bool block_inside(int step, int segment) {
+    const bool last = step / kPieceSteps == T::kPieces - 1;
+    if ((last ? kLastBlocks : kPieceBlocks) % kSpread == 0) return true;
+    return block(step, segment) < (last ? kLastBlocks : kPieceBlocks);
+  }
+  static __device__ __forceinline__ bool inside(int round) {
+    if (kSegments < 4 && segment(round) >= kSegments) return false;
+    return block_inside(round / kColumnBlocks, segment(round));
+  }
+  static __device__ __forceinline__ int offset(int round) {
+    const int step = round / kColumnBlocks;
+    return (step / kPieceSteps * kPieceBlocks + block(step, segment(round))) * kBlock + quad() * 8 +
+           column() % 2 * 4;
+  }
+
+  struct Operand {
+    u32 b[kSteps][kColumnBlocks][4];
+  };
+
+  static __device__ __forceinline__ void hold(const typename Inputs<Matrix>::X& x, Operand& out) {
+    const bool odd = column() % 2;
+#pragma unroll
+    for (int r = 0; r < kRounds; ++r) {
+      u32 high[2], low[2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const float u = x.v[r][2 * i], v = x.v[r][2 * i + 1];
+        high[i] = pack_bf16(u, v);
+        low[i] = pack_bf16(u - __uint_as_float(high[i] << 16),
+                           v - __uint_as_float(high[i] & 0xffff0000u));
+      }
+      u32(&to)[4] = out.b[r / kColumnBlocks][r % kColumnBlocks];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const u32 got = __shfl_xor_sync(~0u, odd ? high[i] : low[i], 4);
+        to[i] = odd ? got : high[i];
+        to[2 + i] = odd ? low[i] : got;
+      }
+    }
+  }
+
+  struct Sums {
+    float c[kRowBlocks][kColumnBlocks][kChains][4] = {};
+  };
+
+  static __device__ __forceinline__ uint4 load(const u8* slot, const Run& run, u32 row,
+                                               int virtual_row, int step) {
+    const int unit_row = virtual_row / kSegments, segment = virtual_row % kSegments;
+    if (!block_inside(step, segment)) return {0, 0, 0, 0};
+    const int at =
+        T::offset(run, row, unit_row) + block(step, segment) * (kBlock * 2) + quad() * 16;
+    return *reinterpret_cast<const uint4*>(slot + at);
+  }
+
+  static __device__ __forceinline__ void add(Block& b, const Run& run, u32 row, int piece, int,
+                                             const Operand& x, Sums& sums) {
+    uint4 w[kPieceSteps][kRowBlocks][2];
+    wait_full(b);
+    const u8* slot = b.slot();
+#pragma unroll
+    for (int i = 0; i < kPieceSteps; ++i)
+#pragma unroll
+      for (int n = 0; n < kRowBlocks; ++n)
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+          w[i][n][half] = load(slot, run, row, n * 16 + half * 8 + column(),
+                               min(piece * kPieceSteps + i, kSteps - 1));
+    release_slot(b);
+#pragma unroll
+    for (int i = 0; i < kPieceSteps; ++i) {
+      const int step = piece * kPieceSteps + i;
+      if (step >= kSteps) continue;
+#pragma unroll
+      for (int n = 0; n < kRowBlocks; ++n) {
+        const uint4 &low = w[i][n][0], &high = w[i][n][1];
+        const u32 first[4] = {low.x, high.x, low.y, high.y};
+        const u32 second[4] = {low.z, high.z, low.w, high.w};
+#pragma unroll
+        for (int m = 0; m < kColumnBlocks; ++m) {
+          const u32(&at)[4] = x.b[step][m];
+          multiply(sums.c[n][m][0], first, at[0], at[1]);
+          multiply(sums.c[n][m][kChains - 1], second, at[2], at[3]);
+        }
+      }
+    }
+  }
+
+  // The useful sums stand where a row's segment meets its own columns: lanes whose quad is the
+  // segment, modulo 4. Those of one row are added up.
+  static __device__ __forceinline__ void leave(Block& b, int matrix, int first, Sums& sums) {
+#pragma unroll
+    for (int n = 0; n < kRowBlocks; ++n) {
+      float low = 0, high = 0;
+#pragma unroll
+      for (int m = 0; m < kColumnBlocks; ++m) {
+        float c[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          c[i] = kChains == 2 ? sums.c[n][m][0][i] + sums.c[n][m][1][i] : sums.c[n][m][0][i];
+        if (column() % kSegments == m * 4 + quad()) low = c[0] + c[1];
+        if ((column() + 8) % kSegments == m * 4 + quad()) high = c[2] + c[3];
+      }
+      if constexpr (kSegments == 16) low += high;
+      if constexpr (kSegments >= 2) add_from(low, high, 5);
+      if constexpr (kSegments >= 4) add_from(low, high, 10);
+      if constexpr (kSegments >= 8) add_from(low, high, 16);
+      if (quad() == 0 && column() % kSegments == 0) {
+        const int row = n * 16 + column() / kSegments;
+        *part_of_sum(b, first + matrix * kChunkRows + T::sum_of(row), warp()) = low;
+        if constexpr (kSegments < 16)
+          *part_of_sum(b, first + matrix * kChunkRows + T::sum_of(row + 8 / kSegments), warp()) =
+              high;
+      }
+    }
+  }
+
+ private:
+  static __device__ __forceinline__ void add_from(float& low, float& high, int distance) {
+    low += __shfl_xor_sync(~0u, low, distance);
+    if constexpr (kSegments < 16) high += __shfl_xor_sync(~0u, high, distance);
+  }
+};
+
+// Plain arithmetic, for all types and shapes: k in chunks of 16 bytes, or of one element where rows
+// do not start at a multiple of 16. Thread t of a group holds the chunks t, t + kRound, ... of each
+// piece; the rows of a unit are dealt to the groups.
+template <class T, class Scales>
+struct Scalar {
+  using Bits = typename T::Bits;
+  using Type = typename T::Type;
+  static constexpr int kK = T::kK;
+  static constexpr int kWide = T::kAligned ? 16 / sizeof(Bits) : 1;
+  static constexpr int kChunks = kK / kWide;
+  static constexpr int kPieceChunks = T::kWhole ? kChunks : kSlotBytes / 16;
+  static constexpr int kRowWarps = kChunks >= 256 ? 8 : kChunks >= 128 ? 4 : kChunks >= 64 ? 2 : 1;
+  static constexpr int kGroups = kWarps / kRowWarps;
+  static constexpr int kRound = 32 * kRowWarps;  // chunks that a group takes at once
+  static constexpr int kPieceRounds = (kPieceChunks + kRound - 1) / kRound;
+  static constexpr int kRounds = (T::kPieces - 1) * kPieceRounds +
+                                 (kChunks - (T::kPieces - 1) * kPieceChunks + kRound - 1) / kRound;
+  static constexpr int kGroupRows = (T::kUnitRows + kGroups - 1) / kGroups;
+  static_assert(kGroups % T::kUnitRows == 0 || T::kUnitRows % kGroups == 0, "powers of two");
+  // Scales that cover whole rows multiply the finished sums, others the sum of each chunk.
+  static constexpr bool kScaled = Scales::kGiven && Scales::kCols < kK;
+  static constexpr int kScaleCols = (kK + Scales::kCols - 1) / Scales::kCols;
+  static_assert(!kScaled || (Scales::kCols % kWide == 0 && Scales::kRows % T::kTileRows == 0),
+                "a chunk has one scale, and so have the rows of a tile");
+
+  static __device__ __forceinline__ int group() { return warp() / kRowWarps; }
+  static __device__ __forceinline__ int group_thread() {
+    return (warp() % kRowWarps) * 32 + lane();
+  }
+  static __device__ __forceinline__ int chunk_of(int round) {
+    int piece = round / kPieceRounds;
+    return piece * kPieceChunks + (round - piece * kPieceRounds) * kRound + group_thread();
+  }
+  static __device__ __forceinline__ int offset(int round) { return chunk_of(round) * kWide; }
+  // False where the last round of a piece goes beyond it.
+  static __device__ __forceinline__ bool inside(int round) {
+    if constexpr (kPieceChunks % kRound == 0 && kChunks % kRound == 0) return true;
+    int piece = round / kPieceRounds;
+    int in_piece = (round - piece * kPieceRounds) * kRound + group_thread();
+    return in_piece < kPieceChunks && piece * kPieceChunks + in_piece < kChunks;
+  }
+
+  using X = typename Inputs<Scalar>::X;
+  struct Operand {
+    X x;
+    float scale[T::kMatrices][kRounds];  // of this thread's chunks, for the rows of one block
+    u32 block = 0xffffffffu;
+  };
+  static __device__ __forceinline__ void hold(const X& x, Operand& out) { out.x = x; }
+
+  struct Sums {
+    float v[kGroupRows] = {};
+  };
+
+  static __device__ __forceinline__ void add(Block& b, const Run& run, u32 row, int piece,
+                                             int matrix, Operand& x, Sums& sums) {
+    if constexpr (kScaled) load_scales(run, row, x);
+    wait_full(b);
+    const u8* slot = b.slot();
+#pragma unroll
+    for (int i = 0; i < kGroupRows; ++i) {
+      int unit_row = i * kGroups + group();
+      if (T::kUnitRows < kGroups && unit_row >= T::kUnitRows) continue;
+      int of = T::kWhole ? unit_row / T::kTileRows : matrix;
+      sums.v[i] += dot(slot + T::offset(run, row, unit_row), x, piece, of);
+    }
+    release_slot(b);
+  }
+
+  static __device__ __forceinline__ void leave(Block& b, int matrix, int first, Sums& sums) {
+    float total = warp_sums(sums.v);
+    constexpr int kShare = 32 / kGroupRows;
+    int unit_row = (lane() / kShare) * kGroups + group();
+    if (lane() % kShare == 0 && unit_row < T::kUnitRows)
+      *part_of_sum(b, first + matrix * kChunkRows + T::sum_of(unit_row), warp() % kRowWarps) =
+          total;
+  }
+
+ private:
+  static __device__ __forceinline__ void load_scales(const Run& run, u32 row, Operand& x) {
+    const u32 block = (run.first + row) / Scales::kRows;
+    if (block == x.block) return;
+    x.block = block;
+#pragma unroll
+    for (int m = 0; m < T::kMatrices; ++m)
+#pragma unroll
+      for (int r = 0; r < kRounds; ++r) {
+        const float* from = (m ? run.scale_up : run.scale) + u64(block) * kScaleCols;
+        x.scale[m][r] = inside(r) ? __ldg(from + chunk_of(r) * kWide / Scales::kCols) : 0;
+      }
+  }
+
+  // The dot product of this thread's part of one row, or of one piece of it.
+  static __device__ __forceinline__ float dot(const u8* row, const Operand& x, int piece,
+                                              int matrix) {
+    float a = 0, c = 0, sum = 0;
+#pragma unroll
+    for (int i = 0; i < kPieceRounds; ++i) {
+      const int r = piece * kPieceRounds + i;
+      if (r >= kRounds) continue;
+      if (!inside(r)) continue;
+      add_chunk(row, i * kRound + group_thread(), x.x.v[r], a, c);
+      if constexpr (kScaled) {
+        float scale = x.scale[0][r];
+        if (T::kMatrices == 2 && matrix) scale = x.scale[T::kMatrices - 1][r];
+        sum = fmaf(a + c, scale, sum);
+        a = c = 0;
+      }
+    }
+    return kScaled ? sum : a + c;
+  }
+
+  static __device__ __forceinline__ void add_chunk(const u8* row, int at, const float (&x)[kWide],
+                                                   float& a, float& c) {
+    if constexpr (!T::kAligned) {
+      a = fmaf(Type::widen(reinterpret_cast<const Bits*>(row)[at]), x[0], a);
+    } else {
+      uint4 w = reinterpret_cast<const uint4*>(row)[at];
+      const u32 word[4] = {w.x, w.y, w.z, w.w};
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        if constexpr (sizeof(Bits) == 2) {
+          float low, high;
+          Type::widen(word[k], low, high);
+          a = fmaf(low, x[2 * k], a);
+          c = fmaf(high, x[2 * k + 1], c);
+        } else if constexpr (sizeof(Bits) == 1) {
+          float f[4];
+          floats_of_e4m3(word[k], f);
+          a = fmaf(f[0], x[4 * k], a), c = fmaf(f[1], x[4 * k + 1], c);
+          a = fmaf(f[2], x[4 * k + 2], a), c = fmaf(f[3], x[4 * k + 3], c);
+        } else {
+          a = fmaf(__uint_as_float(word[k]), x[k], a);
+        }
+      }
+    }
+  }
+};
