@@ -133,6 +133,11 @@ inline float __uint_as_float(u32 v) {
   std::memcpy(&f, &v, 4);
   return f;
 }
+inline u32 __float_as_uint(float f) {
+  u32 v;
+  std::memcpy(&v, &f, 4);
+  return v;
+}
 template <class T>
 T __ldg(const T* p) {
   return *p;
@@ -195,6 +200,7 @@ inline u32 load_acquire(const u32* p) {
   return *p;
 }
 inline void add_release(u32* p) { ++*p, ++emulator::progress; }
+inline void add_relaxed(u32* p) { ++*p, ++emulator::progress; }
 inline u32 load_relaxed(const u32* p) { return *p; }
 inline u32 load_system(const u32* p) { return *static_cast<const volatile u32*>(p); }
 inline void store_system(u32* p, u32 v) { *static_cast<volatile u32*>(p) = v; }

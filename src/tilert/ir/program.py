@@ -146,6 +146,14 @@ class Op(ABC):
     def writes(self, lo: int, hi: int) -> list[Region]:
         """Regions that tiles [lo, hi) write, all of them completely (for the tokens of the step)."""
 
+    def tagging(self) -> tuple[Buf, ...]:
+        """Buffers whose words the op can write with a tag; see tags.py."""
+        return ()
+
+    def tag_checking(self) -> tuple[Buf, ...]:
+        """Buffers whose words the op reads again until they have the tag that it expects."""
+        return ()
+
     @abstractmethod
     def cost(self, lo: int, hi: int, dtype_bytes: int, context: int) -> Cost:
         """What tiles [lo, hi) cost with weights of `dtype_bytes` at `context` past positions."""

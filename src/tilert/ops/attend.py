@@ -100,6 +100,9 @@ class Attend(Op):
             out += [Region(b, 0, self.rows, g * d, (g + 1) * d) for b in caches]
         return out
 
+    def tag_checking(self) -> tuple[Buf, ...]:
+        return self.q, self.k, self.v
+
     def cost(self, lo: int, hi: int, dtype_bytes: int, context: int) -> Cost:
         seen = min(context, self.window) if self.window else context
         seen = -(-seen // self.splits) * (hi - lo)

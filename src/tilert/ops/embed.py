@@ -49,6 +49,9 @@ class Embed(Op):
         begin, end = self.span(lo, hi)
         return [Region(self.y, begin, end, 0, self.width)]
 
+    def tagging(self) -> tuple[Buf, ...]:
+        return (self.y,)
+
     def cost(self, lo: int, hi: int, dtype_bytes: int, context: int) -> Cost:
         begin, end = self.span(lo, hi)
         return Cost((end - begin) * self.width * dtype_bytes)

@@ -93,6 +93,12 @@ class Linear(Op):
         begin, end = self.span(lo, hi)
         return [Region(self.y, 0, self.rows, self.y_col + begin, self.y_col + end)]
 
+    def tagging(self) -> tuple[Buf, ...]:
+        return (self.y,)
+
+    def tag_checking(self) -> tuple[Buf, ...]:
+        return (self.y,) if self.splits > 1 else (self.x, self.y)  # y: the residual
+
     def cost(self, lo: int, hi: int, dtype_bytes: int, context: int) -> Cost:
         elements = self.weight_rows(lo, hi) * self.k
         return Cost(elements * dtype_bytes, 0, 2 * elements * self.rows)

@@ -4,8 +4,8 @@
 // swizzle).
 //
 // Scores and sums are mma products with the query heads as the 16 rows of A; a warp takes 16
-// positions, warps 0 to 3 even pages and warps 4 to 7 odd ones. Each warp keeps its own maximum and
-// sums (online softmax, in powers of two); they are merged at the end.
+// positions, warps 0 to 3 the first page, the third, ... and warps 4 to 7 the others. Each warp
+// keeps its own maximum and sums (online softmax, in powers of two); they are merged at the end.
 #pragma once
 #include "linear.cuh"
 
@@ -16,8 +16,8 @@ __device__ __forceinline__ u32 swizzle(u32 row, u32 piece) {
   return piece ^ (row & kMask);
 }
 
-template <int kHeads, int kKvHeads, int kHeadDim, int kAttnWindow, int kSplits, class QNorm,
-          class KNorm, u32 kEpsBits, u32 kScaleBits>
+template <int kHeads, int kKvHeads, int kHeadDim, int kAttnWindow, int kSplits, bool kTagged,
+          class QNorm, class KNorm, u32 kEpsBits, u32 kScaleBits>
 struct Attend {
   static constexpr int kGroup = kHeads / kKvHeads;
   static_assert(kGroup <= 16 && kHeadDim % 16 == 0 && kHeadDim <= 128, "shape of a kv head");
@@ -76,20 +76,36 @@ struct Attend {
     return true;
   }
 
-  // A head as the products left it: normed and rotated; lane l has the elements l + 32 i of
-  // both halves.
+  // A head as the products left it, and then normed and rotated; lane l has the elements l + 32 i
+  // of both halves.
+  static __device__ __forceinline__ void load_head(const Block& b, u32 operand, u32 head,
+                                                   float (&low)[kPairs], float (&high)[kPairs]) {
+    constexpr int kHalf = kHeadDim / 2;
+    const float* from[2 * kPairs];
+    float v[2 * kPairs];
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) {
+      const int e = lane() + 32 * i;
+      const float* at = b.at(operand) + head * kHeadDim + e;
+      from[2 * i] = e < kHalf ? at : nullptr, from[2 * i + 1] = e < kHalf ? at + kHalf : nullptr;
+    }
+    if constexpr (kTagged) {
+      load_tagged(b, from, b.tag(operand), v);
+    } else {
+#pragma unroll
+      for (int i = 0; i < 2 * kPairs; ++i) v[i] = from[i] ? load_float(from[i]) : 0;
+    }
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) low[i] = v[2 * i], high[i] = v[2 * i + 1];
+  }
+
   template <class Norm>
-  static __device__ __forceinline__ void turn(const float* from, const u8* norm, const float* table,
+  static __device__ __forceinline__ void turn(const u8* norm, const float* table,
                                               float (&low)[kPairs], float (&high)[kPairs]) {
     constexpr int kHalf = kHeadDim / 2;
     float sum = 0;
 #pragma unroll
-    for (int i = 0; i < kPairs; ++i) {
-      int e = lane() + 32 * i;
-      bool in = e < kHalf;
-      low[i] = in ? load_float(from + e) : 0, high[i] = in ? load_float(from + kHalf + e) : 0;
-      sum += low[i] * low[i] + high[i] * high[i];
-    }
+    for (int i = 0; i < kPairs; ++i) sum += low[i] * low[i] + high[i] * high[i];
     float factor = 1;
     constexpr bool kNorm = Norm::kGiven;
     if constexpr (kNorm)
@@ -125,33 +141,23 @@ struct Attend {
   // value and appends them to the cache.
   static __device__ __forceinline__ void prepare(Block& b, const Run& run, u32 g, u32 split,
                                                  Scratch& scratch) {
-    const float* arena = b.params.arena;
     const float* table = reinterpret_cast<const float*>(run.bias_up) + u64(b.position()) * kHeadDim;
     const int heads = kGroup + (split == 0 ? 2 : 0);
     float low[kPairs], high[kPairs];
     for (int h = warp(); h < heads; h += kWarps) {
       if (h < kGroup) {
-        turn<QNorm>(arena + run.x + (g * kGroup + h) * kHeadDim, run.norm, table, low, high);
+        load_head(b, run.x, g * kGroup + h, low, high);
+        turn<QNorm>(run.norm, table, low, high);
         put_head(scratch.q, h, low, high);
         continue;
       }
       const bool key = h == kGroup;
-      if (key) {
-        turn<KNorm>(arena + run.x2 + g * kHeadDim, run.norm2, table, low, high);
-      } else {
-#pragma unroll
-        for (int i = 0; i < kPairs; ++i) {
-          int e = lane() + 32 * i;
-          bool in = e < kHeadDim / 2;
-          const float* v = arena + run.x3 + g * kHeadDim;
-          low[i] = in ? load_float(v + e) : 0, high[i] = in ? load_float(v + kHeadDim / 2 + e) : 0;
-        }
-      }
+      load_head(b, key ? run.x2 : run.x3, g, low, high);
+      if (key) turn<KNorm>(run.norm2, table, low, high);
       put_head(key ? scratch.k : scratch.v, 0, low, high);
       u8* cache = const_cast<u8*>(key ? run.w : run.w_up);
       u32 page = b.position() / kPage, row = b.position() % kPage;
       put_head(reinterpret_cast<u16*>(cache + page_at(b, page, g)), row, low, high);
-      fence_proxy();
     }
   }
 
@@ -273,15 +279,17 @@ struct Attend {
     }
   }
 
-  // Warps 4 to 7 give to 0 to 3, those four to all threads, which write the partial result.
-  static __device__ __forceinline__ void merge(State& state, Scratch& scratch, float* y) {
-    if (warp() >= 4) store_state(state, scratch.merged[warp() - 4]);
-    sync_consumers();
-    if (warp() < 4) {
-      join(state, scratch.merged[warp()]);
+  // Warps 4 to 7, if they had pages, give to 0 to 3, those four to all threads, which write the
+  // partial result.
+  static __device__ __forceinline__ void merge(State& state, Scratch& scratch, bool both,
+                                               float* y) {
+    if (both) {
+      if (warp() >= 4) store_state(state, scratch.merged[warp() - 4]);
+      sync_consumers();
+      if (warp() < 4) join(state, scratch.merged[warp()]);
       __syncwarp();
-      store_state(state, scratch.merged[warp()]);
     }
+    if (warp() < 4) store_state(state, scratch.merged[warp()]);
     sync_consumers();
     for (int i = thread(); i < kGroup * kPitch; i += kThreads) {
       int head = i / kPitch, column = i % kPitch;
@@ -302,6 +310,7 @@ struct Attend {
     if (split > 0 && split >= active(b)) return;  // nobody reads the result
     prepare(b, run, g, split, scratch);
     sync_consumers();
+    if (split == 0) fence_proxy();  // what was appended will be streamed by others
     State state;
 #pragma unroll
     for (int d = 0; d < kHeadDim / 8; ++d)
@@ -309,30 +318,30 @@ struct Attend {
       for (int i = 0; i < 4; ++i) state.out[d][i] = 0;
     u32 begin, end;
     share(b, split, begin, end);
-    const u32 row0 = warp() % 4 * 16;
-    for (u32 page = begin / kPage; page * kPage < end; ++page) {
-      const bool mine = page % 2 == u32(warp() / 4);
+    const u32 row0 = warp() % 4 * 16, first = begin / kPage;
+    for (u32 page = first; page * kPage < end; ++page) {
+      const bool mine = (page - first) % 2 == u32(warp() / 4);
       u32 p[4];
       wait_full(b);
       if (mine) {
         float s[2][4];
         score(scratch.q, reinterpret_cast<const u16*>(b.slot()), row0, s);
-        int first = int(page * kPage + row0);
-        weigh(state, s, int(begin) - first, int(end) - first, p);
+        int at = int(page * kPage + row0);
+        weigh(state, s, int(begin) - at, int(end) - at, p);
       }
       release_slot(b);
       wait_full(b);
       if (mine) add_values(state, p, reinterpret_cast<const u16*>(b.slot()), row0);
       release_slot(b);
     }
-    if (split == 0 && warp() == kWarps - 1) {  // the step's own position
+    if (split == 0 && warp() == 3) {  // the step's own position
       u32 p[4];
       float s[2][4];
       score(scratch.q, scratch.k, 0, s);
       weigh(state, s, 0, 1, p);
       add_values(state, p, scratch.v, 0);
     }
-    merge(state, scratch, b.params.arena + run.y + index * kGroup * kPitch);
+    merge(state, scratch, end > (first + 1) * kPage, b.at(run.y) + index * kGroup * kPitch);
     sync_consumers();
   }
 
@@ -340,7 +349,7 @@ struct Attend {
     if (!wait_for_inputs(b, run)) return false;
     Scratch& scratch = *reinterpret_cast<Scratch*>(b.scratch);
     for (u32 i = 0; i < run.count; ++i) tile(b, run, run.first + i, scratch);
-    if (thread() == 0) signal(b, run);
+    if (thread() == 0) signal<false>(b, run);
     return true;
   }
 };

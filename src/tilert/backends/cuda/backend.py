@@ -15,8 +15,10 @@ import numpy as np
 
 from tilert.backends.cuda.limits import RUN_BYTES, fitting_slots, shared_bytes
 from tilert.backends.cuda.source import KERNEL, Source, generate
-from tilert.ir.program import NONE, PAGE, Kind, Op, Program, Run
+from tilert.ir.program import NONE, PAGE, Buf, Kind, Op, Program, Run
+from tilert.ir.tags import TAGS, Tags, derive
 from tilert.ops import Argmax, Attend, Embed, Linear, NextToken
+from tilert.ops.linear import ADD
 
 MAX_STEPS = 4096  # of one launch
 MAX_STOPS = 16
@@ -24,6 +26,8 @@ COUNTER_PITCH = 32  # words
 UNSET = 0xFFFFFFFF  # a letter that has not come
 NO_SIGNAL = 0xFFFF
 FAILED = 2  # enum Verdict
+RANK_SHIFT = 24  # kRankShift
+BY_TAG = 0xFFFFFFFF  # kByTag
 FAILURE_BYTES = 20  # struct Failure
 RUN = np.dtype(  # struct Run
     [(name, "<u2") for name in ("variant", "wait_begin", "wait_count", "signal")]
@@ -153,6 +157,7 @@ class CudaBackend:
         states = (b for b in program.buffers if b.kind is Kind.STATE)
         self.state = {b.name: np.zeros((b.rows, b.cols), np.int32) for b in states}
         self.stop_ids: tuple[int, ...] = ()
+        assert program.arena_bytes < 4 << RANK_SHIFT, "offsets in the arena are words of 24 bits"
         self.arena = device.allocate(program.arena_bytes)
         self.counters = device.allocate(4 * COUNTER_PITCH * len(program.counters))
         self.outcome = device.allocate(4 + FAILURE_BYTES * len(program.queues))  # verdict, failures
@@ -236,6 +241,7 @@ class CudaBackend:
         stops[: len(self.stop_ids)] = self.stop_ids
         pages = state["pages"][state["sequences"][0, 0]]
         self.inputs.write(np.concatenate([state["tokens"][0, :1], stops, pages]).astype(np.int32))
+        self.arena.clear()  # no word has a tag from an earlier launch
         self.counters.clear()
         self.outcome.clear()
         self.mailbox[: steps + 1] = UNSET
@@ -282,6 +288,9 @@ def _cause(program: Program, failures: list[list[int]]) -> str:
     failures: struct Failure of each worker; `want` is 0 where it was not waiting.
     """
     stuck = {w: why for w, why in enumerate(failures) if why[4]}
+    for worker, (at, step, counter, _, want) in stuck.items():
+        if counter == BY_TAG:
+            return f"worker {worker}, run {at} of step {step} waited in vain for words with tag {want}"
     signallers: dict[int, set[int]] = defaultdict(set)
     for worker, queue in enumerate(program.queues):
         for run in queue:
@@ -312,6 +321,7 @@ def _tables(
     program: Program, variants: list[int], weights: Mapping[str, int], caches: Mapping[str, int]
 ) -> dict[str, np.ndarray]:
     """The read-only tables of struct Params, with all operands resolved to addresses."""
+    tags = derive(program)
     homes = {Kind.WEIGHT: weights, Kind.CACHE: caches}
     at = [homes[b.kind][b.name] if b.kind in homes else b.offset // 4 for b in program.buffers]
     runs = np.zeros(sum(map(len, program.queues)), RUN)
@@ -326,6 +336,7 @@ def _tables(
             record["wait_count"] = len(run.waits)
             record["signal"] = NO_SIGNAL if run.signal < 0 else run.signal
             _resolve(record, program, run, at)
+            _add_ranks(record, program, run.op, tags)
             waits += [w.counter | (w.threshold | w.lag << 15) << 16 for w in run.waits]
         wait_begin.append(len(waits))
     starts = np.cumsum([0, *map(len, program.queues)])
@@ -336,6 +347,26 @@ def _tables(
         "wait_begin": np.asarray(wait_begin, np.uint32),
         "totals": np.asarray([c.total for c in program.counters], np.uint32),
     }
+
+
+def _add_ranks(record: Any, program: Program, index: int, tags: Tags) -> None:
+    """Ranks of tags into the operands' top bytes: of the op's own write, of those that it reads."""
+    op = program.ops[index]
+
+    def writer(buf: Buf) -> int:
+        return tags.rank[tags.writer(buf, index)] % TAGS << RANK_SHIFT
+
+    if isinstance(op, Linear):
+        if op.x in tags.writers:
+            record["x"] += writer(op.x)
+        if op.epilogue == ADD and op.y in tags.writers:
+            record["x2"] = writer(op.y)
+    elif isinstance(op, Attend):
+        for name, buf in (("x", op.q), ("x2", op.k), ("x3", op.v)):
+            if buf in tags.writers:
+                record[name] += writer(buf)
+    if tags.silent(index):
+        record["y"] += tags.rank[index] % TAGS << RANK_SHIFT
 
 
 def _resolve(record: Any, program: Program, run: Run, at: list[int]) -> None:

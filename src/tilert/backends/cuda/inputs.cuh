@@ -6,8 +6,9 @@
 #pragma once
 #include "tile.cuh"
 
+template <bool kTagged>
 struct Plain {};
-template <class Type, u32 kEpsBits>
+template <bool kTagged, class Type, u32 kEpsBits>
 struct Normed {};
 template <int kSplits, int kGroup, int kHeadDim, int kAttnWindow>
 struct Merged {};
@@ -41,15 +42,16 @@ struct Inputs {
   // Bits of the norm's weight, fetched while the inputs are awaited.
   template <class Input>
   struct Held {};
-  template <class T, u32 kEps>
-  struct Held<Normed<T, kEps>> {
+  template <bool kTagged, class T, u32 kEps>
+  struct Held<Normed<kTagged, T, kEps>> {
     alignas(16) typename T::Bits v[kRounds][kWide];
   };
 
   template <class Input>
   static __device__ __forceinline__ void prefetch(const Run&, Held<Input>&) {}
-  template <class T, u32 kEps>
-  static __device__ __forceinline__ void prefetch(const Run& run, Held<Normed<T, kEps>>& held) {
+  template <bool kTagged, class T, u32 kEps>
+  static __device__ __forceinline__ void prefetch(const Run& run,
+                                                  Held<Normed<kTagged, T, kEps>>& held) {
     using B = typename T::Bits;
     const B* w = reinterpret_cast<const B*>(run.norm);
 #pragma unroll
@@ -70,14 +72,16 @@ struct Inputs {
     }
   }
 
-  static __device__ __forceinline__ void make(Block& b, const Run& run, Held<Plain>&, X& x) {
-    load(b.params.arena + run.x, x);
+  template <bool kTagged>
+  static __device__ __forceinline__ void make(Block& b, const Run& run, Held<Plain<kTagged>>&,
+                                              X& x) {
+    load<kTagged>(b, run, x);
   }
 
-  template <class T, u32 kEps>
-  static __device__ __forceinline__ void make(Block& b, const Run& run, Held<Normed<T, kEps>>& held,
-                                              X& x) {
-    load(b.params.arena + run.x, x);
+  template <bool kTagged, class T, u32 kEps>
+  static __device__ __forceinline__ void make(Block& b, const Run& run,
+                                              Held<Normed<kTagged, T, kEps>>& held, X& x) {
+    load<kTagged>(b, run, x);
     float sum = 0;
 #pragma unroll
     for (int r = 0; r < kRounds; ++r)
@@ -116,8 +120,8 @@ struct Inputs {
       for (int i = 0; i < kWide; ++i) x.v[r][i] = 0;
       most[r] = -infinity(), sum[r] = 0;
       int at = Layout::inside(r) ? Layout::offset(r) : 0, head = at / kHeadDim;
-      from[r] = b.params.arena + run.x +
-                (head / kGroup * kSplits * kGroup + head % kGroup) * kPitch + at % kHeadDim;
+      from[r] =
+          b.at(run.x) + (head / kGroup * kSplits * kGroup + head % kGroup) * kPitch + at % kHeadDim;
     }
     constexpr int kBatch = 2;
     for (int first = 0; first < shares; first += kBatch) {
@@ -156,7 +160,32 @@ struct Inputs {
   }
 
  private:
-  static __device__ __forceinline__ void load(const float* from, X& x) {
+  template <bool kTagged>
+  static __device__ __forceinline__ void load(const Block& b, const Run& run, X& x) {
+    const float* from = b.at(run.x);
+    const u32 tag = b.tag(run.x);
+    load_once(from, x);
+    if constexpr (kTagged) {
+      Retry retry;
+      while (has_other_tags(x, tag) && !retry.in_vain(b, tag)) load_once(from, x);
+#pragma unroll
+      for (int r = 0; r < kRounds; ++r)
+#pragma unroll
+        for (int i = 0; i < kWide; ++i) x.v[r][i] = untagged(x.v[r][i]);
+    }
+  }
+
+  static __device__ __forceinline__ bool has_other_tags(const X& x, u32 tag) {
+    u32 other = 0;
+#pragma unroll
+    for (int r = 0; r < kRounds; ++r)
+#pragma unroll
+      for (int i = 0; i < kWide; ++i)
+        if (Layout::inside(r)) other |= other_tag(x.v[r][i], tag);
+    return other != 0;
+  }
+
+  static __device__ __forceinline__ void load_once(const float* from, X& x) {
 #pragma unroll
     for (int r = 0; r < kRounds; ++r) {
 #pragma unroll

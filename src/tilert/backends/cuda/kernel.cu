@@ -38,7 +38,7 @@ __device__ __forceinline__ void note_run(const Block& b, u64 wait) {
 
 __device__ __forceinline__ void compute(Block& b) {
   if (kTrace && thread() == 0) note_clock(b, 0);
-  for (b.step = 0; b.step < b.params.steps; ++b.step)
+  for (b.step = 0; b.step < b.params.steps; ++b.step, b.turn = (b.turn + kTurn) % kTags)
     for (b.number = 0; b.number < b.length; ++b.number) {
       const Run& run = b.queue[b.number];
       const u64 begin = kTrace ? cycles() : 0;

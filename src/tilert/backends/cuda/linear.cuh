@@ -15,7 +15,8 @@ struct Either<false, A, B> {
   using Type = B;
 };
 
-template <int kK, class Type, int kTileRows, int kEpilogue, class Input, class Bias, class Scales>
+template <int kK, class Type, int kTileRows, int kEpilogue, bool kTagged, class Input, class Bias,
+          class Scales>
 struct Linear {
   using T = Tile<kK, Type, kTileRows, kEpilogue == kGate ? 2 : 1>;
   static constexpr bool kOnMatrixUnits = Type::kMatrixUnits && kK % 32 == 0;
@@ -56,8 +57,12 @@ struct Linear {
   static __device__ __forceinline__ Rest fetch_rest(const Block& b, const Run& run, u32 row) {
     Rest rest;
     if (row >= run.count) return rest;
-    if constexpr (kEpilogue == kAdd)
-      rest.old = load_float(b.params.arena + run.y + run.first + row);
+    if constexpr (kEpilogue == kAdd) {
+      const float* const old[1] = {b.at(run.y) + run.first + row};
+      float v[1];
+      if constexpr (kTagged) load_tagged(b, old, b.tag(run.x2), v);
+      rest.old = kTagged ? v[0] : load_float(old[0]);
+    }
     if constexpr (kRowScaled) {
       rest.scale = __ldg(run.scale + (run.first + row) / Scales::kRows);
       if (T::kMatrices == 2)
@@ -82,7 +87,8 @@ struct Linear {
       y = y / (1 + exp2_fast(-y * kLog2e)) * up;
     }
     if constexpr (kEpilogue == kAdd) y += rest.old;
-    store_float(b.params.arena + run.y + run.first + row, y);
+    float* to = b.at(run.y) + run.first + row;
+    kTagged ? store_tagged(to, y, b.tag(run.y)) : store_float(to, y);
   }
 
   static __device__ __forceinline__ bool consume(Block& b, const Run& run) {
@@ -104,7 +110,7 @@ struct Linear {
         finish(b, run, row, rest);
         if (end == run.count) {
           __syncwarp();
-          if (lane() == 0) signal(b, run);
+          if (lane() == 0) signal<kTagged>(b, run);
         }
       }
       ++b.chunk;

@@ -30,8 +30,9 @@ struct Run {
   const u8* bias_up;   // attend: the rope table
   const float* scale;  // of all of w, one for each block
   const float* scale_up;
-  u32 x, y;    // offsets in the arena, in floats
-  u32 x2, x3;  // attend: k and v
+  // Operands in the arena: offset in floats, and in the top byte the rank of the tag (ir/tags.py).
+  u32 x, y;
+  u32 x2, x3;  // attend: k and v; x2 of linear: y as the residual
 };
 constexpr u16 kNoSignal = 0xffff;
 
@@ -77,6 +78,9 @@ struct Params {
   u32 steps;
 };
 constexpr int kCounterPitch = 32;  // words; a line for each counter
+constexpr u32 kTags = 255;
+constexpr u32 kTagMask = 0xff, kRankShift = 24;
+constexpr u32 kByTag = 0xffffffffu;  // in a Failure: it was words that did not come
 constexpr int kMaxStops = 16;
 
 struct Shared {
@@ -105,12 +109,20 @@ struct Block {
   const u32* totals;
   u32 length;                // runs in the queue
   u32 step = 0, number = 0;  // number: of the run in the queue
+  u32 turn = 0;              // added to the ranks of tags, in this step
   Cursor cursor;
   u32 chunk = 0;    // chunks of rows so far: picks the buffer of partial sums
   u64 started = 0;  // with kTrace: when the inputs of the run were there
 
   __device__ __forceinline__ u8* slot() const { return ring + cursor.slot * kSlotPitch; }
   __device__ __forceinline__ u32 position() const { return params.position + step; }
+  __device__ __forceinline__ float* at(u32 operand) const {
+    return params.arena + (operand & ((1u << kRankShift) - 1));
+  }
+  __device__ __forceinline__ u32 tag(u32 operand) const {
+    u32 t = (operand >> kRankShift) + turn;
+    return 1 + (t < kTags ? t : t - kTags);
+  }
 };
 
 __device__ __forceinline__ int thread() { return threadIdx.x; }
@@ -179,9 +191,54 @@ __device__ __forceinline__ bool wait_for_inputs(Block& b, const Run& run) {
   return load_shared(&b.shared.verdict) == 0;
 }
 
-// By one thread, after a barrier (of its warp or block) behind all stores of the run.
+// By one thread, after a barrier (of its warp or block) behind all stores of the run. Silent: what
+// was stored has tags, so the signal need not wait until it is seen.
+template <bool kSilent>
 __device__ __forceinline__ void signal(const Block& b, const Run& run) {
-  if (run.signal != kNoSignal) add_release(b.params.counters + run.signal * kCounterPitch);
+  if (run.signal == kNoSignal) return;
+  u32* counter = b.params.counters + run.signal * kCounterPitch;
+  kSilent ? add_relaxed(counter) : add_release(counter);
+}
+
+// A float whose last bits are a tag. It is rounded to what is left; a NaN stays one.
+__device__ __forceinline__ void store_tagged(float* p, float v, u32 tag) {
+  u32 bits = v == v ? __float_as_uint(v) + (kTagMask + 1) / 2 : 0x7fc00000u;
+  store_float(p, __uint_as_float((bits & ~kTagMask) | tag));
+}
+__device__ __forceinline__ float untagged(float v) {
+  return __uint_as_float(__float_as_uint(v) & ~kTagMask);
+}
+__device__ __forceinline__ u32 other_tag(float v, u32 tag) {
+  return (__float_as_uint(v) ^ tag) & kTagMask;
+}
+
+// Words with other tags than wanted are read again; true when that has gone on for too long. The
+// signals were there, so this is a fault of the program or the device.
+struct Retry {
+  u32 spins = 0;
+  u64 since = 0;
+  __device__ __forceinline__ bool in_vain(const Block& b, u32 tag) {
+    if (++spins % 64) return false;
+    if (!since) since = nanoseconds();
+    return given_up(b.params, since, b.number, b.step, kByTag, 0, tag);
+  }
+};
+
+// Words at several places; 0 where there is none.
+template <int kCount>
+__device__ __forceinline__ void load_tagged(const Block& b, const float* const (&from)[kCount],
+                                            u32 tag, float (&v)[kCount]) {
+  Retry retry;
+  for (u32 other = 1; other;) {
+    other = 0;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) v[i] = from[i] ? load_float(from[i]) : 0;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) other |= from[i] ? other_tag(v[i], tag) : 0;
+    if (other && retry.in_vain(b, tag)) break;
+  }
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) v[i] = untagged(v[i]);
 }
 
 // Until the bytes of the next unit are in its slot; the loader has asked for them or soon will.

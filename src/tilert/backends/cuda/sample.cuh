@@ -2,7 +2,7 @@
 #pragma once
 #include "linear.cuh"
 
-template <int kWidth, class Type>
+template <int kWidth, class Type, bool kTagged>
 struct Embed {
   static __device__ __forceinline__ bool stream(Loader&, const Run&) { return true; }
   static __device__ __forceinline__ bool consume(Block& b, const Run& run) {
@@ -10,10 +10,12 @@ struct Embed {
     using Bits = typename Type::Bits;
     const Bits* row =
         reinterpret_cast<const Bits*>(run.w) + u64(load_relaxed(b.params.tokens)) * kWidth;
-    for (int i = thread(); i < kWidth; i += kThreads)
-      store_float(b.params.arena + run.y + i, Type::widen(__ldg(row + i)));
+    for (int i = thread(); i < kWidth; i += kThreads) {
+      const float v = Type::widen(__ldg(row + i));
+      kTagged ? store_tagged(b.at(run.y) + i, v, b.tag(run.y)) : store_float(b.at(run.y) + i, v);
+    }
     sync_consumers();
-    if (thread() == 0) signal(b, run);
+    if (thread() == 0) signal<kTagged>(b, run);
     return true;
   }
 };
@@ -49,17 +51,17 @@ struct Argmax {
     if (!wait_for_inputs(b, run)) return false;
     for (u32 tile = run.first; tile < run.first + run.count; ++tile) {
       Best best;
-      const float* logits = b.params.arena + run.x;
+      const float* logits = b.at(run.x);
       for (int i = tile * kChunk + thread(); i < min(int(tile + 1) * kChunk, kVocab); i += kThreads)
         best.take(load_float(logits + i), i);
       best = block_best(b, best);
       if (thread() == 0) {
-        store_float(b.params.arena + run.y + 2 * tile, best.value);
-        store_float(b.params.arena + run.y + 2 * tile + 1, float(best.index));
+        store_float(b.at(run.y) + 2 * tile, best.value);
+        store_float(b.at(run.y) + 2 * tile + 1, float(best.index));
       }
       sync_consumers();
     }
-    if (thread() == 0) signal(b, run);
+    if (thread() == 0) signal<false>(b, run);
     return true;
   }
 };
@@ -74,7 +76,7 @@ struct NextToken {
     if (!wait_for_inputs(b, run)) return false;
     Best best;
     for (int i = thread(); i < kChunks; i += kThreads) {
-      float2 found = load_float2(b.params.arena + run.x + 2 * i);
+      float2 found = load_float2(b.at(run.x) + 2 * i);
       best.take(found.x, u32(found.y));
     }
     best = block_best(b, best);
@@ -82,11 +84,11 @@ struct NextToken {
       bool stops = __any_sync(~0u, stop == __shfl_sync(~0u, best.index, 0));
       if (lane() == 0) {
         *b.params.tokens = best.index;
-        if (cancelled || stops) {
+        if (cancelled || stops || load_relaxed(b.params.verdict) != kGoOn) {
           swap_if(b.params.verdict, kGoOn, kStopped);
           store_shared(&b.shared.verdict, 1);
         }
-        signal(b, run);
+        signal<false>(b, run);
         store_system(b.params.mailbox + b.step, best.index);
       }
     }

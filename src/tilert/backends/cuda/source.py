@@ -14,6 +14,7 @@ from tilert.backends.cuda.limits import SLOT_PAD, scratch_bytes
 from tilert.errors import UserError
 from tilert.ir.dtype import DType
 from tilert.ir.program import NONE, PAGE, Buf, Op, Program
+from tilert.ir.tags import TAGS, Tags, derive
 from tilert.ops import Argmax, Attend, Embed, Linear, NextToken
 
 FOLDER = Path(__file__).parent
@@ -40,14 +41,15 @@ def generate(program: Program, slots: int, *, trace: bool = False) -> Source:
     never emits for such machines.
     """
     known: dict[str, int] = {}
-    variants = [known.setdefault(_type(program, op), len(known)) for op in program.ops]
+    tags = derive(program)
+    variants = [known.setdefault(_type(program, op, tags), len(known)) for op in program.ops]
     names = "\n".join(f"using V{i} = {name};" for name, i in known.items())
     cases = " ".join(f"X({i})" for i in known.values())
     machine = program.machine
     constants = {
         "kSlots": slots, "kSlotBytes": machine.slot_bytes, "kSlotPitch": machine.slot_bytes + SLOT_PAD,
         "kWindow": min(machine.window, slots), "kPage": PAGE, "kScratchBytes": scratch_bytes(program),
-        "kCounters": len(program.counters),
+        "kCounters": len(program.counters), "kTurn": tags.stride % TAGS,
     }  # fmt: skip
     headers = {name: (FOLDER / name).read_text(encoding="utf-8") for name in HEADERS}
     headers["constants.h"] = "#pragma once\n" + "".join(
@@ -58,19 +60,20 @@ def generate(program: Program, slots: int, *, trace: bool = False) -> Source:
     return Source((FOLDER / "kernel.cu").read_text(encoding="utf-8"), headers, variants)
 
 
-def _type(program: Program, op: Op) -> str:
+def _type(program: Program, op: Op, tags: Tags) -> str:
     """The instantiation of an op: its shape without addresses."""
     if isinstance(op, Linear):
-        return _linear(program, op)
+        return _linear(program, op, tags)
     if isinstance(op, Attend):
         _check_heads(program, op)
         norms = ", ".join(_weight(program, b) for b in (op.q_norm, op.k_norm))
         return (
-            f"Attend<{op.heads}, {op.kv_heads}, {op.head_dim}, {op.window}, {op.splits}, {norms},"
+            f"Attend<{op.heads}, {op.kv_heads}, {op.head_dim}, {op.window}, {op.splits},"
+            f" {_flag(all(b in tags.writers for b in (op.q, op.k, op.v)))}, {norms},"
             f" {_bits(op.eps)}, {_bits(op.scale)}>"
         )
     if isinstance(op, Embed):
-        return f"Embed<{op.width}, {_weight(program, op.table)}>"
+        return f"Embed<{op.width}, {_weight(program, op.table)}, {_flag(op.y in tags.writers)}>"
     if isinstance(op, Argmax):
         return f"Argmax<{op.vocab}, {op.chunk}>"
     assert isinstance(op, NextToken), f"{type(op).__name__} has no CUDA form"
@@ -86,19 +89,24 @@ def _check_heads(program: Program, op: Attend) -> None:
         )
 
 
-def _linear(program: Program, op: Linear) -> str:
+def _flag(value: bool) -> str:
+    return "true" if value else "false"
+
+
+def _linear(program: Program, op: Linear, tags: Tags) -> str:
     assert op.rows == 1, f"steps of {op.rows} tokens have no CUDA form yet"
     assert op.expert == NONE, "no experts yet"
-    source = "Plain"
+    checked = _flag(op.x in tags.writers)
+    source = f"Plain<{checked}>"
     if op.norm != NONE:
-        source = f"Normed<{_weight(program, op.norm)}, {_bits(op.eps)}>"
+        source = f"Normed<{checked}, {_weight(program, op.norm)}, {_bits(op.eps)}>"
     elif op.splits > 1:
         window = next(o.window for o in program.ops if isinstance(o, Attend) and o.y == op.x)
         source = f"Merged<{op.splits}, {op.group}, {op.head_dim}, {window}>"
     epilogue = ("kStore", "kAdd", "kGate")[op.epilogue]
     return (
-        f"Linear<{op.k}, {_weight(program, op.w)}, {op.tile_rows}, {epilogue}, {source},"
-        f" {_weight(program, op.bias)}, {_scales(program, op)}>"
+        f"Linear<{op.k}, {_weight(program, op.w)}, {op.tile_rows}, {epilogue},"
+        f" {_flag(op.y in tags.writers)}, {source}, {_weight(program, op.bias)}, {_scales(program, op)}>"
     )
 
 

@@ -1,0 +1,89 @@
+"""Tags: words that say themselves which write they come from, so that no signal must order them.
+
+A signal that orders memory makes its worker wait until all its writes are seen everywhere: on a GPU
+that streams, that is longer than the hand-off itself. Instead a *tagged* buffer holds floats whose
+last TAG_BITS bits name the op and step that wrote them. A reader that finds another tag reads again;
+counters then only say when it is worth while to look.
+
+A buffer is tagged when everything that touches it can do that (Op.tagging, Op.tag_checking) and every
+write covers it. An op that writes tagged buffers signals without ordering memory. Tag of a write:
+1 + (rank + step * stride) % 255; memory starts as zeros, tag 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+from tilert.ir.program import Buf, Kind, Op, Program
+
+TAG_BITS = 8
+TAGS = 255  # 1 to 255
+
+
+@dataclass(frozen=True, slots=True)
+class Tags:
+    """For each tagged buffer the ops that write it, in table order; rank: of each such op."""
+
+    writers: dict[Buf, list[int]]
+    rank: dict[int, int]
+    stride: int
+
+    def writer(self, buf: Buf, reader: int) -> int:
+        """The op whose write a reader of the buffer expects: the last one before it."""
+        return max(op for op in self.writers[buf] if op < reader)
+
+    def silent(self, op: int) -> bool:
+        """True when the op signals without ordering memory."""
+        return op in self.rank
+
+
+def derive(program: Program) -> Tags:
+    """The tags of a verified program. Machines without rings have none: their hand-offs are cheap.
+
+    Readers signal after they have read, and the next writer waits for that: so a reader can only see
+    the write that it expects or the one before. AssertionError when those had one tag, or when an op
+    would signal without order what it wrote elsewhere.
+    """
+    writers: dict[Buf, list[int]] = {}
+    if program.machine.slots and program.tokens == 1:
+        writers = _tagged(program)
+    ranks = {op: i for i, op in enumerate(sorted({op for ops in writers.values() for op in ops}))}
+    stride = len(ranks)
+    while any((ranks[ops[0]] + stride - ranks[ops[-1]]) % TAGS == 0 for ops in writers.values()):
+        stride += 1  # the last write of a step and the first of the next
+    tags = Tags(writers, ranks, stride)
+    for buf, ops in writers.items():
+        cycle = [ranks[op] for op in ops] + [ranks[ops[0]] + stride]
+        name = program.buffers[buf].name
+        assert all((b - a) % TAGS for a, b in pairwise(cycle)), f"two writes of '{name}' look alike"
+        assert not any(_writes_elsewhere(program.ops[op], buf) for op in ops), (
+            f"{name} is not alone"
+        )
+    return tags
+
+
+def _tagged(program: Program) -> dict[Buf, list[int]]:
+    """Ops that write each buffer that can be tagged."""
+    found: dict[Buf, list[int]] = {
+        Buf(i): [] for i, b in enumerate(program.buffers) if b.kind is Kind.WORK and b.rows == 1
+    }
+    for index, op in enumerate(program.ops):
+        for buf in {r.buffer for r in op.writes(0, op.tiles)} & found.keys():
+            if buf in op.tagging() and _whole(program, op, Buf(buf)):
+                found[Buf(buf)].append(index)
+            else:
+                del found[Buf(buf)]
+        for buf in {r.buffer for r in op.reads(0, op.tiles)} & found.keys():
+            if buf not in op.tag_checking():
+                del found[Buf(buf)]
+    return {buf: ops for buf, ops in found.items() if ops}
+
+
+def _whole(program: Program, op: Op, buf: Buf) -> bool:
+    regions = [r for r in op.writes(0, op.tiles) if r.buffer == buf]
+    return sum(r.col_hi - r.col_lo for r in regions) == program.buffers[buf].cols
+
+
+def _writes_elsewhere(op: Op, buf: Buf) -> bool:
+    return any(r.buffer != buf for r in op.writes(0, op.tiles))

@@ -1,0 +1,86 @@
+"""Tags of words: which buffers have them, and that a reader cannot take one write for another."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+
+import programs
+import pytest
+
+from tilert.compiler import Limits, build
+from tilert.ir import machine
+from tilert.ir.program import Buf, Kind, Program
+from tilert.ir.tags import TAGS, derive
+from tilert.models import load_config
+from tilert.models.decoder import build as build_graph
+from tilert.ops import Argmax, Attend, Embed, Linear
+
+
+def deep(layers: int) -> Program:
+    config = load_config({
+        "model_type": "llama", "vocab_size": 40, "hidden_size": 64, "intermediate_size": 24,
+        "num_hidden_layers": layers, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "max_position_embeddings": 128, "rms_norm_eps": 1e-5,
+    })  # fmt: skip
+    small = replace(machine.H100, workers_per_device=3)
+    return build(build_graph(config, 128), small, Limits(1, 1, 1, 128), {})
+
+
+def test_what_streams_between_products_is_tagged() -> None:
+    program = deep(2)
+    tags = derive(program)
+    for index, op in enumerate(program.ops):
+        if isinstance(op, Embed):
+            assert op.y in tags.writers
+        elif isinstance(op, Attend):
+            assert {op.q, op.k, op.v} <= tags.writers.keys()
+            assert op.y not in tags.writers  # merged from shares, some of which nobody wrote
+        elif isinstance(op, Argmax):
+            assert op.logits not in tags.writers  # the host reads them too
+        assert tags.silent(index) == (isinstance(op, Linear | Embed) and op.y in tags.writers)
+
+
+# 4 products per layer and the embedding: 64 layers need more ranks than there are tags.
+@pytest.mark.parametrize("layers", [1, 2, 63, 64, 70])
+def test_writes_in_turn_differ(layers: int) -> None:
+    """Replayed: the words of a buffer through three steps, each reader against what it finds."""
+    program = deep(layers)
+    tags = derive(program)
+    found: dict[Buf, int] = {}
+    for step in range(3):
+        for index, op in enumerate(program.ops):
+            for buf in {*op.tag_checking()} & tags.writers.keys():
+                if isinstance(op, Linear) and buf == op.y and op.epilogue != 1:
+                    continue  # written, not read
+                wanted = (tags.rank[tags.writer(buf, index)] + step * tags.stride) % TAGS
+                assert found[buf] == wanted
+            for buf in {r.buffer for r in op.writes(0, op.tiles)} & tags.writers.keys():
+                made = (tags.rank[index] + step * tags.stride) % TAGS
+                assert made != found.get(Buf(buf))
+                found[Buf(buf)] = made
+
+
+def test_the_last_write_of_a_step_differs_from_the_first_of_the_next() -> None:
+    for layers in (1, 63, 64):
+        tags = derive(deep(layers))
+        for ops in tags.writers.values():
+            ranks = [tags.rank[op] for op in ops]
+            assert all((b - a) % TAGS for a, b in pairwise([*ranks, ranks[0] + tags.stride]))
+
+
+def test_machines_without_rings_and_steps_of_several_tokens_have_none() -> None:
+    assert not derive(programs.tiny_model(machine.cpu(2), 1)).writers
+    assert not derive(programs.tiny_model(machine.NULL, 4)).writers
+
+
+def test_a_buffer_that_something_else_reads_is_not_tagged() -> None:
+    program = deep(1)
+    down = max(i for i, op in enumerate(program.ops) if isinstance(op, Linear) and op.epilogue == 1)
+    mixed = program.ops[down]
+    assert isinstance(mixed, Linear)
+    reader = next(op for op in program.ops if isinstance(op, Argmax))
+    changed = replace(program, ops=(*program.ops, replace(reader, logits=mixed.x)))
+    assert mixed.x in derive(program).writers
+    assert mixed.x not in derive(changed).writers
+    assert program.buffers[mixed.x].kind is Kind.WORK
