@@ -28,11 +28,14 @@ struct Attend {
   static constexpr int kPitch = kHeadDim + 2;
   static __device__ __forceinline__ float scale() { return __uint_as_float(kScaleBits) * kLog2e; }
 
-  // The memory between barriers: rotated queries, the new key and value as a page of 16 rows, and
-  // the partial results of four warps.
+  static constexpr int kFirstAppender = kWarps - 2;
+
+  // The memory between barriers: rotated queries, the new key and value, its scores, and the
+  // partial results of four warps.
   struct Scratch {
-    u16 q[16 * kHeadDim], k[16 * kHeadDim], v[16 * kHeadDim];
+    u16 q[16 * kHeadDim], k[kHeadDim], v[kHeadDim];
     float merged[4][kGroup][kPitch];
+    float own[kGroup];
   };
   static_assert(sizeof(Scratch) <= kScratchBytes, "scratch is too small");
 
@@ -99,27 +102,50 @@ struct Attend {
     for (int i = 0; i < kPairs; ++i) low[i] = v[2 * i], high[i] = v[2 * i + 1];
   }
 
+  // What turning a head needs, fetched while the inputs are awaited.
+  struct Held {
+    float cosine[kPairs], sine[kPairs];
+    float q_norm[2 * kPairs], k_norm[2 * kPairs];
+  };
+
   template <class Norm>
-  static __device__ __forceinline__ void turn(const u8* norm, const float* table,
-                                              float (&low)[kPairs], float (&high)[kPairs]) {
-    constexpr int kHalf = kHeadDim / 2;
-    float sum = 0;
+  static __device__ __forceinline__ void fetch_norm(const u8* norm, float (&to)[2 * kPairs]) {
+    if constexpr (Norm::kGiven) {
+      auto w = reinterpret_cast<const typename Norm::Bits*>(norm);
 #pragma unroll
-    for (int i = 0; i < kPairs; ++i) sum += low[i] * low[i] + high[i] * high[i];
-    float factor = 1;
-    constexpr bool kNorm = Norm::kGiven;
-    if constexpr (kNorm)
-      factor *= inverse_root(warp_sum(sum) / kHeadDim + __uint_as_float(kEpsBits));
+      for (int i = 0; i < kPairs; ++i) {
+        const int e = min(lane() + 32 * i, kHeadDim / 2 - 1);
+        to[2 * i] = Norm::widen(__ldg(w + e)),
+               to[2 * i + 1] = Norm::widen(__ldg(w + kHeadDim / 2 + e));
+      }
+    }
+  }
+
+  static __device__ __forceinline__ void prefetch(const Block& b, const Run& run, Held& held) {
+    const float* table = reinterpret_cast<const float*>(run.bias_up) + u64(b.position()) * kHeadDim;
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) {
-      int e = min(lane() + 32 * i, kHalf - 1);
-      float a = low[i] * factor, c = high[i] * factor;
-      if constexpr (kNorm) {
-        auto w = reinterpret_cast<const typename Norm::Bits*>(norm);
-        a *= Norm::widen(__ldg(w + e)), c *= Norm::widen(__ldg(w + kHalf + e));
-      }
-      float cosine = __ldg(table + e), sine = __ldg(table + kHalf + e);
-      low[i] = a * cosine - c * sine, high[i] = c * cosine + a * sine;
+      const int e = min(lane() + 32 * i, kHeadDim / 2 - 1);
+      held.cosine[i] = __ldg(table + e), held.sine[i] = __ldg(table + kHeadDim / 2 + e);
+    }
+    fetch_norm<QNorm>(run.norm, held.q_norm);
+    fetch_norm<KNorm>(run.norm2, held.k_norm);
+  }
+
+  template <class Norm>
+  static __device__ __forceinline__ void turn(const Held& held, const float (&norm)[2 * kPairs],
+                                              float (&low)[kPairs], float (&high)[kPairs]) {
+    float sum = 0, factor = 1;
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) sum += low[i] * low[i] + high[i] * high[i];
+    if constexpr (Norm::kGiven)
+      factor = inverse_root(warp_sum(sum) / kHeadDim + __uint_as_float(kEpsBits));
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) {
+      float a = low[i], c = high[i];
+      if constexpr (Norm::kGiven) a *= factor * norm[2 * i], c *= factor * norm[2 * i + 1];
+      low[i] = a * held.cosine[i] - c * held.sine[i],
+      high[i] = c * held.cosine[i] + a * held.sine[i];
     }
   }
 
@@ -137,27 +163,36 @@ struct Attend {
     }
   }
 
-  // Queries to shared memory, a warp for each head; split 0 does the same with the new key and
-  // value and appends them to the cache.
-  static __device__ __forceinline__ void prepare(Block& b, const Run& run, u32 g, u32 split,
-                                                 Scratch& scratch) {
-    const float* table = reinterpret_cast<const float*>(run.bias_up) + u64(b.position()) * kHeadDim;
-    const int heads = kGroup + (split == 0 ? 2 : 0);
+  // Queries to shared memory, a warp for each head; for split 0 the last two warps do the same with
+  // the new key and value and append them to the cache.
+  static __device__ __forceinline__ void prepare(Block& b, const Run& run, const Held& held, u32 g,
+                                                 u32 split, Scratch& scratch) {
     float low[kPairs], high[kPairs];
-    for (int h = warp(); h < heads; h += kWarps) {
-      if (h < kGroup) {
-        load_head(b, run.x, g * kGroup + h, low, high);
-        turn<QNorm>(run.norm, table, low, high);
-        put_head(scratch.q, h, low, high);
-        continue;
+    for (int h = warp(); h < kGroup; h += kWarps) {
+      load_head(b, run.x, g * kGroup + h, low, high);
+      turn<QNorm>(held, held.q_norm, low, high);
+      put_head(scratch.q, h, low, high);
+    }
+    if (split || warp() < kFirstAppender) return;
+    const bool key = warp() == kFirstAppender;
+    load_head(b, key ? run.x2 : run.x3, g, low, high);
+    if (key) turn<KNorm>(held, held.k_norm, low, high);
+    put_head(key ? scratch.k : scratch.v, 0, low, high);
+    u8* cache = const_cast<u8*>(key ? run.w : run.w_up);
+    u32 page = b.position() / kPage, row = b.position() % kPage;
+    put_head(reinterpret_cast<u16*>(cache + page_at(b, page, g)), row, low, high);
+  }
+
+  // Scores of the step's own position, in powers of two; its one key needs no matrix unit.
+  static __device__ __forceinline__ void score_own(Scratch& scratch) {
+    for (int h = warp() - kWarps / 2; h < kGroup; h += kWarps / 2) {
+      float sum = 0;
+      for (u32 e = lane(); e < kHeadDim; e += 32) {
+        const u32 q = h * kHeadDim + swizzle<kHeadDim>(h, e / 8) * 8 + e % 8;
+        sum += BF16::widen(scratch.q[q]) * BF16::widen(scratch.k[e]);
       }
-      const bool key = h == kGroup;
-      load_head(b, key ? run.x2 : run.x3, g, low, high);
-      if (key) turn<KNorm>(run.norm2, table, low, high);
-      put_head(key ? scratch.k : scratch.v, 0, low, high);
-      u8* cache = const_cast<u8*>(key ? run.w : run.w_up);
-      u32 page = b.position() / kPage, row = b.position() % kPage;
-      put_head(reinterpret_cast<u16*>(cache + page_at(b, page, g)), row, low, high);
+      sum = warp_sum(sum) * scale();
+      if (lane() == 0) scratch.own[h] = sum;
     }
   }
 
@@ -279,9 +314,9 @@ struct Attend {
     }
   }
 
-  // Warps 4 to 7, if they had pages, give to 0 to 3, those four to all threads, which write the
-  // partial result.
-  static __device__ __forceinline__ void merge(State& state, Scratch& scratch, bool both,
+  // Warps 4 to 7, if they had pages, give to 0 to 3, and all threads add up those four and the
+  // step's own position.
+  static __device__ __forceinline__ void merge(State& state, Scratch& scratch, bool both, bool own,
                                                float* y) {
     if (both) {
       if (warp() >= 4) store_state(state, scratch.merged[warp() - 4]);
@@ -291,26 +326,40 @@ struct Attend {
     }
     if (warp() < 4) store_state(state, scratch.merged[warp()]);
     sync_consumers();
-    for (int i = thread(); i < kGroup * kPitch; i += kThreads) {
-      int head = i / kPitch, column = i % kPitch;
-      float most = -infinity();
+    constexpr int kHeadPairs = kPitch / 2;  // of columns; the last is maximum and sum
+    for (int i = thread(); i < kGroup * kHeadPairs; i += kThreads) {
+      const int head = i / kHeadPairs, column = i % kHeadPairs * 2;
+      const bool last = column == kHeadDim;
+      float most = own ? scratch.own[head] : -infinity();
 #pragma unroll
       for (int w = 0; w < 4; ++w) most = fmaxf(most, scratch.merged[w][head][kHeadDim]);
-      float base = most == -infinity() ? 0 : most, v = 0;
+      const float base = most == -infinity() ? 0 : most;
+      float2 sum = {0, 0};
+      if (own) {
+        const float weight = exp2_fast(scratch.own[head] - base);
+        sum.x = last ? 0 : weight * BF16::widen(scratch.v[column]);
+        sum.y = last ? weight : weight * BF16::widen(scratch.v[column + 1]);
+      }
 #pragma unroll
-      for (int w = 0; w < 4; ++w)
-        v += exp2_fast(scratch.merged[w][head][kHeadDim] - base) * scratch.merged[w][head][column];
-      store_float(y + i, column == kHeadDim ? most / kLog2e : v);
+      for (int w = 0; w < 4; ++w) {
+        const float* part = scratch.merged[w][head];
+        const float weight = exp2_fast(part[kHeadDim] - base);
+        if (!last) sum.x += weight * part[column];
+        sum.y += weight * part[column + 1];
+      }
+      if (last) sum.x = most / kLog2e;
+      store_float2(y + 2 * i, sum);
     }
   }
 
-  static __device__ __forceinline__ void tile(Block& b, const Run& run, u32 index,
+  static __device__ __forceinline__ void tile(Block& b, const Run& run, const Held& held, u32 index,
                                               Scratch& scratch) {
     const u32 g = index / kSplits, split = index % kSplits;
     if (split > 0 && split >= active(b)) return;  // nobody reads the result
-    prepare(b, run, g, split, scratch);
+    prepare(b, run, held, g, split, scratch);
     sync_consumers();
-    if (split == 0) fence_proxy();  // what was appended will be streamed by others
+    if (split == 0 && warp() >= kWarps / 2) score_own(scratch);
+    if (split == 0 && warp() >= kFirstAppender) fence_proxy();  // others will stream what is new
     State state;
 #pragma unroll
     for (int d = 0; d < kHeadDim / 8; ++d)
@@ -334,21 +383,17 @@ struct Attend {
       if (mine) add_values(state, p, reinterpret_cast<const u16*>(b.slot()), row0);
       release_slot(b);
     }
-    if (split == 0 && warp() == 3) {  // the step's own position
-      u32 p[4];
-      float s[2][4];
-      score(scratch.q, scratch.k, 0, s);
-      weigh(state, s, 0, 1, p);
-      add_values(state, p, scratch.v, 0);
-    }
-    merge(state, scratch, end > (first + 1) * kPage, b.at(run.y) + index * kGroup * kPitch);
+    const bool both = end > (first + 1) * kPage;
+    merge(state, scratch, both, split == 0, b.at(run.y) + index * kGroup * kPitch);
     sync_consumers();
   }
 
   static __device__ __forceinline__ bool consume(Block& b, const Run& run) {
-    if (!wait_for_inputs(b, run)) return false;
+    Held held;
+    prefetch(b, run, held);
+    if (!wait_for_inputs<kTagged>(b, run)) return false;
     Scratch& scratch = *reinterpret_cast<Scratch*>(b.scratch);
-    for (u32 i = 0; i < run.count; ++i) tile(b, run, run.first + i, scratch);
+    for (u32 i = 0; i < run.count; ++i) tile(b, run, held, run.first + i, scratch);
     if (thread() == 0) signal<false>(b, run);
     return true;
   }

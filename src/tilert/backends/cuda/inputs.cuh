@@ -6,12 +6,18 @@
 #pragma once
 #include "tile.cuh"
 
-template <bool kTagged>
-struct Plain {};
-template <bool kTagged, class Type, u32 kEpsBits>
-struct Normed {};
+template <bool kChecked>
+struct Plain {
+  static constexpr bool kTagged = kChecked;
+};
+template <bool kChecked, class Type, u32 kEpsBits>
+struct Normed {
+  static constexpr bool kTagged = kChecked;
+};
 template <int kSplits, int kGroup, int kHeadDim, int kAttnWindow>
-struct Merged {};
+struct Merged {
+  static constexpr bool kTagged = false;
+};
 
 // Positions [lo, hi) of the past that belong to a share: page_share of ops/attend.py. The first
 // active_shares() have some.

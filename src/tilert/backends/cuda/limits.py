@@ -15,7 +15,7 @@ MIN_SLOTS = 2
 def scratch_bytes(program: Program) -> int:
     """Bytes between the barriers of one op: Attend's Scratch, or a little for the others."""
     sizes = [
-        3 * 16 * op.head_dim * 2 + 4 * op.group * (op.head_dim + 2) * 4
+        18 * op.head_dim * 2 + 4 * op.group * (op.head_dim + 2) * 4 + 4 * op.group
         for op in program.ops
         if isinstance(op, Attend)
     ]

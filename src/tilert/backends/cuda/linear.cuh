@@ -29,7 +29,18 @@ struct Linear {
     return T::stream(l, run);
   }
 
-  // One tile; `row` counts from the first of the run, `in_chunk` from the first of the chunk.
+  // One tile, or kTogether of them; `row` counts from the first of the run, `in_chunk` from the
+  // first of the chunk.
+  static __device__ __forceinline__ void take_together(Block& b, const Run& run,
+                                                       const typename Product::Operand& x, u32 row,
+                                                       int in_chunk) {
+    typename Product::Sums sums[Product::kTogether];
+    Product::add_together(b, run, row, x, sums);
+#pragma unroll
+    for (int i = 0; i < Product::kTogether; ++i)
+      Product::leave(b, 0, in_chunk + i * kTileRows, sums[i]);
+  }
+
   static __device__ __forceinline__ void take(Block& b, const Run& run,
                                               typename Product::Operand& x, u32 row, int in_chunk) {
 #pragma unroll
@@ -94,7 +105,7 @@ struct Linear {
   static __device__ __forceinline__ bool consume(Block& b, const Run& run) {
     typename In::template Held<Input> held;
     In::prefetch(run, held);
-    if (!wait_for_inputs(b, run)) return false;
+    if (!wait_for_inputs<Input::kTagged>(b, run)) return false;
     typename In::X x;
     In::make(b, run, held, x);
     typename Product::Operand operand;
@@ -104,7 +115,11 @@ struct Linear {
       const u32 row = begin + lane(), end = min(begin + kChunkRows, run.count);
       Rest rest;
       if (mine) rest = fetch_rest(b, run, row);
-      for (u32 r = begin; r < end; r += kTileRows) take(b, run, operand, r, r - begin);
+      u32 r = begin;
+      if constexpr (Product::kTogether > 1)
+        for (; r + (Product::kTogether - 1) * kTileRows < end; r += Product::kTogether * kTileRows)
+          take_together(b, run, operand, r, r - begin);
+      for (; r < end; r += kTileRows) take(b, run, operand, r, r - begin);
       sync_consumers();
       if (mine) {
         finish(b, run, row, rest);

@@ -4,6 +4,7 @@
 // Both have the interface of Inputs' Layout, and besides
 //   Operand, hold(X, Operand): x' as the products want it, in registers for the whole run
 //   Sums, add(unit, ...): one unit, whose slot is given back on the way
+//   kTogether, add_together(...): so many tiles at once, if that is more than one
 //   leave(Sums, ...): to shared memory
 #pragma once
 #include "inputs.cuh"
@@ -127,9 +128,13 @@ struct Matrix {
     return *reinterpret_cast<const uint4*>(slot + at);
   }
 
-  static __device__ __forceinline__ void add(Block& b, const Run& run, u32 row, int piece, int,
-                                             const Operand& x, Sums& sums) {
-    uint4 w[kPieceSteps][kRowBlocks][2];
+  struct Weights {
+    uint4 v[kPieceSteps][kRowBlocks][2];
+  };
+
+  // Takes the next unit out of its slot.
+  static __device__ __forceinline__ void fetch(Block& b, const Run& run, u32 row, int piece,
+                                               Weights& w) {
     wait_full(b);
     const u8* slot = b.slot();
 #pragma unroll
@@ -138,26 +143,47 @@ struct Matrix {
       for (int n = 0; n < kRowBlocks; ++n)
 #pragma unroll
         for (int half = 0; half < 2; ++half)
-          w[i][n][half] = load(slot, run, row, n * 16 + half * 8 + column(),
-                               min(piece * kPieceSteps + i, kSteps - 1));
+          w.v[i][n][half] = load(slot, run, row, n * 16 + half * 8 + column(),
+                                 min(piece * kPieceSteps + i, kSteps - 1));
     release_slot(b);
+  }
+
+  static __device__ __forceinline__ void add(const Weights& w, int step, int i, const Operand& x,
+                                             Sums& sums) {
 #pragma unroll
-    for (int i = 0; i < kPieceSteps; ++i) {
-      const int step = piece * kPieceSteps + i;
-      if (step >= kSteps) continue;
+    for (int n = 0; n < kRowBlocks; ++n) {
+      const uint4 &low = w.v[i][n][0], &high = w.v[i][n][1];
+      const u32 first[4] = {low.x, high.x, low.y, high.y};
+      const u32 second[4] = {low.z, high.z, low.w, high.w};
 #pragma unroll
-      for (int n = 0; n < kRowBlocks; ++n) {
-        const uint4 &low = w[i][n][0], &high = w[i][n][1];
-        const u32 first[4] = {low.x, high.x, low.y, high.y};
-        const u32 second[4] = {low.z, high.z, low.w, high.w};
-#pragma unroll
-        for (int m = 0; m < kColumnBlocks; ++m) {
-          const u32(&at)[4] = x.b[step][m];
-          multiply(sums.c[n][m][0], first, at[0], at[1]);
-          multiply(sums.c[n][m][kChains - 1], second, at[2], at[3]);
-        }
+      for (int m = 0; m < kColumnBlocks; ++m) {
+        const u32(&at)[4] = x.b[step][m];
+        multiply(sums.c[n][m][0], first, at[0], at[1]);
+        multiply(sums.c[n][m][kChains - 1], second, at[2], at[3]);
       }
     }
+  }
+
+  static __device__ __forceinline__ void add(Block& b, const Run& run, u32 row, int piece, int,
+                                             const Operand& x, Sums& sums) {
+    Weights w;
+    fetch(b, run, row, piece, w);
+#pragma unroll
+    for (int i = 0; i < kPieceSteps; ++i)
+      if (piece * kPieceSteps + i < kSteps) add(w, piece * kPieceSteps + i, i, x, sums);
+  }
+
+  // Two whole tiles, so that the products of one hide what the other waits for.
+  static constexpr int kTogether = T::kWhole && kRowBlocks == 1 ? 2 : 1;
+  static __device__ __forceinline__ void add_together(Block& b, const Run& run, u32 row,
+                                                      const Operand& x, Sums (&sums)[kTogether]) {
+    Weights w[kTogether];
+#pragma unroll
+    for (int t = 0; t < kTogether; ++t) fetch(b, run, row + t * T::kTileRows, 0, w[t]);
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i)
+#pragma unroll
+      for (int t = 0; t < kTogether; ++t) add(w[t], i, i, x, sums[t]);
   }
 
   // The useful sums stand where a row's segment meets its own columns: lanes whose quad is the
@@ -238,6 +264,7 @@ struct Scalar {
     return in_piece < kPieceChunks && piece * kPieceChunks + in_piece < kChunks;
   }
 
+  static constexpr int kTogether = 1;
   using X = typename Inputs<Scalar>::X;
   struct Operand {
     X x;

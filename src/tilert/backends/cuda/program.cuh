@@ -153,7 +153,9 @@ __device__ __noinline__ bool given_up(const Params& p, u64 since, u32 run, u32 s
 }
 
 // One warp polls all waits of a run, a lane for each; the others stay at the barrier. False: the
-// launch has ended. What producers wrote before their signals can be read afterwards.
+// launch has ended. What producers wrote before their signals can be read afterwards, but where all
+// inputs are tagged: those say themselves whether they are there.
+template <bool kTagged>
 __device__ __forceinline__ bool wait_for_inputs(Block& b, const Run& run) {
   if (warp() == kPollWarp) {
     for (u32 first = 0; first < run.wait_count; first += 32) {
@@ -170,7 +172,7 @@ __device__ __forceinline__ bool wait_for_inputs(Block& b, const Run& run) {
       }
       u64 since = 0;
       for (u32 spins = 1;; ++spins) {
-        u32 have = counter ? load_acquire(counter) : want;
+        u32 have = !counter ? want : kTagged ? load_relaxed(counter) : load_acquire(counter);
         if (__all_sync(~0u, static_cast<int>(have - want) >= 0)) break;
         if (spins % 64 == 0) {
           if (!since) since = nanoseconds();

@@ -6,7 +6,7 @@ template <int kWidth, class Type, bool kTagged>
 struct Embed {
   static __device__ __forceinline__ bool stream(Loader&, const Run&) { return true; }
   static __device__ __forceinline__ bool consume(Block& b, const Run& run) {
-    if (!wait_for_inputs(b, run)) return false;
+    if (!wait_for_inputs<false>(b, run)) return false;
     using Bits = typename Type::Bits;
     const Bits* row =
         reinterpret_cast<const Bits*>(run.w) + u64(load_relaxed(b.params.tokens)) * kWidth;
@@ -48,7 +48,7 @@ template <int kVocab, int kChunk>
 struct Argmax {
   static __device__ __forceinline__ bool stream(Loader&, const Run&) { return true; }
   static __device__ __forceinline__ bool consume(Block& b, const Run& run) {
-    if (!wait_for_inputs(b, run)) return false;
+    if (!wait_for_inputs<false>(b, run)) return false;
     for (u32 tile = run.first; tile < run.first + run.count; ++tile) {
       Best best;
       const float* logits = b.at(run.x);
@@ -73,7 +73,7 @@ struct NextToken {
     // Read across the bus while the inputs are awaited.
     u32 cancelled = thread() == 0 ? load_system(b.params.cancel) : 0;
     u32 stop = thread() < kMaxStops ? __ldg(b.params.stop_ids + thread()) : 0xffffffffu;
-    if (!wait_for_inputs(b, run)) return false;
+    if (!wait_for_inputs<false>(b, run)) return false;
     Best best;
     for (int i = thread(); i < kChunks; i += kThreads) {
       float2 found = load_float2(b.at(run.x) + 2 * i);
