@@ -243,6 +243,16 @@ inline float float_of_half(u16 h) {
   std::memcpy(&f, &h, 2);
   return f;
 }
+inline u16 half_of_float(float f) {
+  const _Float16 h = f;
+  u16 bits;
+  std::memcpy(&bits, &h, 2);
+  return bits;
+}
+inline u32 pack_f16(float low, float high) {
+  auto bits = [](float f) { return u32(half_of_float(std::clamp(f, -65504.0f, 65504.0f))); };
+  return bits(low) | bits(high) << 16;
+}
 inline float infinity() { return __uint_as_float(0x7f800000u); }
 // e4m3 has no infinity: all ones is a NaN, and 448 the largest value.
 inline void floats_of_e4m3(u32 v, float (&f)[4]) {
@@ -253,6 +263,11 @@ inline void floats_of_e4m3(u32 v, float (&f)[4]) {
     if ((v & 127) == 127) size = __uint_as_float(0x7fc00000u);
     f[i] = v & 128 ? -size : size;
   }
+}
+inline void halves_of_e4m3(u32 v, u32& low, u32& high) {
+  float f[4];
+  floats_of_e4m3(v, f);
+  low = pack_f16(f[0], f[1]), high = pack_f16(f[2], f[3]);
 }
 inline float exp2_fast(float x) { return std::exp2(x); }
 inline float inverse_root(float x) { return 1 / std::sqrt(x); }
@@ -290,12 +305,13 @@ inline void load_matrices(u32 (&m)[4], u32 address) { load_blocks(m, address, fa
 inline void load_matrices_transposed(u32 (&m)[4], u32 address) { load_blocks(m, address, true); }
 
 // Fragments as the PTX manual draws them for m16n8k16.
-inline void multiply(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+template <class Value>
+void multiply_as(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1, Value value) {
   struct Fragments {
     u32 a[4], b[2];
   };
   const Fragments* all = emulator::exchange(Fragments{{a[0], a[1], a[2], a[3]}, {b0, b1}});
-  auto half = [](u32 v, u32 i) { return bf16_value(i ? v >> 16 : v & 0xffff); };
+  auto half = [&](u32 v, u32 i) { return value(i ? v >> 16 : v & 0xffff); };
   auto at_a = [&](u32 row, u32 k) {
     return half(all[row % 8 * 4 + k % 8 / 2].a[row / 8 + k / 8 * 2], k % 2);
   };
@@ -305,4 +321,10 @@ inline void multiply(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
     u32 row = lane / 4 + i / 2 * 8, n = lane % 4 * 2 + i % 2;
     for (u32 k = 0; k < 16; ++k) c[i] += at_a(row, k) * at_b(k, n);
   }
+}
+inline void multiply(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+  multiply_as(c, a, b0, b1, [](u32 bits) { return bf16_value(bits); });
+}
+inline void multiply_f16(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+  multiply_as(c, a, b0, b1, [](u32 bits) { return float_of_half(bits); });
 }

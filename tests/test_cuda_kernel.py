@@ -61,6 +61,7 @@ MODELS: dict[str, tuple[dict[str, Any], DType, int, dict[str, int]]] = {
     "deep-ring": ({"num_hidden_layers": 1, "intermediate_size": 32, "vocab_size": 33}, DType.BF16, 4,
                   {"slots": 24, "window": 8}),
     "fp8-blocks": ({"hidden_size": 64, "intermediate_size": 96}, DType.F8E4M3, 3, {}),
+    "fp8-wide-blocks": ({"hidden_size": 512, "intermediate_size": 1088}, DType.F8E4M3, 3, {}),
     "fp8-rows": ({"hidden_size": 64, "intermediate_size": 96}, DType.F8E4M3, 3, {}),
     "fp8-one-scale": ({"hidden_size": 512, "intermediate_size": 96}, DType.F8E4M3, 3, {}),
     "qwen2": ({"model_type": "qwen2", "head_dim": None, "hidden_size": 64}, DType.BF16, 3, {}),
@@ -89,20 +90,21 @@ def devices(request: pytest.FixtureRequest, folder: Path) -> Devices:
     return lambda seed=0: gpu
 
 
-def compiled(name: str) -> tuple[Program, dict[str, np.ndarray]]:
+def compiled(name: str, context: int = CONTEXT) -> tuple[Program, dict[str, np.ndarray]]:
     """A program for a small machine with rings, and random weights for it."""
     changes, dtype, workers, machine = MODELS[name]
     fields: dict[str, Any] = {"slots": 4, "slot_bytes": 4096, "window": 2, **machine}
     target = Machine("small", workers, read_bandwidth=4e9, worker_bandwidth=2e9, worker_flops=1e9,
                      cache_dtype=DType.BF16, **fields)  # fmt: skip
-    config = load_config({k: v for k, v in {**BASE, **changes}.items() if v is not None})
-    graph = build_graph(config, CONTEXT)
+    given = {**BASE, "max_position_embeddings": max(1024, context), **changes}
+    config = load_config({k: v for k, v in given.items() if v is not None})
+    graph = build_graph(config, context)
     rng = np.random.default_rng(7)
     weights: dict[str, np.ndarray] = {}
     scales: dict[str, Scale] = {}
     for weight, value in graph.weights.items():
         if weight == ROPE_TABLE:
-            weights[weight] = np.concatenate(rotary_table(config, CONTEXT), axis=1)
+            weights[weight] = np.concatenate(rotary_table(config, context), axis=1)
             continue
         assert isinstance(value.rows, int)
         random = rng.standard_normal((value.rows, value.cols))
@@ -111,36 +113,35 @@ def compiled(name: str) -> tuple[Program, dict[str, np.ndarray]]:
         if dtype is DType.F8E4M3 and (value.rows == 1 or "embed" in weight):
             stored = DType.BF16
         elif dtype is DType.F8E4M3:
-            block = {"blocks": (32, 32), "rows": (1, value.cols)}.get(
-                name[4:], (value.rows, value.cols)
-            )
+            blocks = {"blocks": (32, 32), "wide-blocks": (32, 64), "rows": (1, value.cols)}
+            block = blocks.get(name[4:], (value.rows, value.cols))
             scales[weight] = Scale(f"{weight}_scale", block)
             shape = -(-value.rows // block[0]), -(-value.cols // block[1])
             weights[f"{weight}_scale"] = rng.uniform(0.01, 0.03, shape).astype(np.float32)
             scaled = scaled * 50
         weights[weight] = scaled.astype(stored.numpy)
     dtypes = {weight: DType.of(array) for weight, array in weights.items()}
-    return build(graph, target, Limits(1, 1, 1, CONTEXT), dtypes, scales), weights
+    return build(graph, target, Limits(1, 1, 1, context), dtypes, scales), weights
 
 
 def loaded(
-    program: Program, weights: dict[str, np.ndarray], device: GpuDevice
+    program: Program, weights: dict[str, np.ndarray], device: GpuDevice, pages: int = PAGES
 ) -> tuple[CudaBackend, Interpreter]:
     """The same program on the emulator and on the interpreter, with the same random past."""
     rng = np.random.default_rng(3)
-    interpreter = Interpreter(program, weights, allocate_caches(program, PAGES))
+    interpreter = Interpreter(program, weights, allocate_caches(program, pages))
     homes: dict[str, Memory] = {}
     for b in program.buffers:
         if b.kind is Kind.WEIGHT:
             homes[b.name] = device.allocate(b.bytes)
             homes[b.name].write(np.concatenate([weights[part].ravel() for part in b.parts]))
-    for name, shape in cuda.cache_shapes(program, PAGES).items():
+    for name, shape in cuda.cache_shapes(program, pages).items():
         past = (0.5 * rng.standard_normal(shape)).astype(ml_dtypes.bfloat16)
         homes[name] = device.allocate(past.nbytes)
         columns = np.broadcast_to(cuda.swizzle(shape[3]), shape)
         homes[name].write(np.take_along_axis(past, columns, axis=3))
         cache = interpreter.memory.arrays[program.buffer_ids[name]]
-        cache[:] = past.transpose(0, 2, 1, 3).reshape(PAGES, PAGE, -1)
+        cache[:] = past.transpose(0, 2, 1, 3).reshape(pages, PAGE, -1)
     addresses = {name: home.address for name, home in homes.items()}
     made = CudaBackend(program, addresses, addresses, device)
     made.__dict__["homes"] = homes
@@ -193,6 +194,23 @@ def test_one_launch_equals_many(name: str, devices: Devices) -> None:
     made, _ = loaded(program, weights, devices())
     begin(made, 5, 0)
     assert [int(t[0]) for _ in range(70) for t in made.steps(1)] == together
+
+
+def test_ten_thousand_tokens_in_one_launch(devices: Devices) -> None:
+    """No drift: the same tokens as launches of a thousand; the counters and tags wrap many times."""
+    device = devices()
+    if isinstance(device, EmulatedDevice):
+        pytest.skip("takes an emulator too long")
+    program, weights = compiled("llama", context=10240)
+    found: list[tuple[list[int], bytes]] = []
+    for launch in (10_000, 1000):
+        made, _ = loaded(program, weights, device, pages=160)
+        made.state["pages"][0] = np.random.default_rng(1).permutation(160)
+        begin(made, 5, 0)
+        tokens = [int(t[0]) for _ in range(10_000 // launch) for t in made.steps(launch)]
+        found.append((tokens, made.read("logits").tobytes()))
+    assert found[0] == found[1]
+    assert len(found[0][0]) == 10_000
 
 
 def test_of_equal_logits_the_lowest_id_wins(devices: Devices) -> None:

@@ -4,8 +4,8 @@ Folded where the machine gains: a norm into every product that reads it (few tok
 repeats the norm, which is cheaper than a hand-off), a residual sum into the product before it, gate
 and up into one op. Machines that stream weights through rings have many workers and wait longest for
 hand-offs: there q, k and v are one product, rotation, append and attention are one op, the product
-after them merges its partial results, and the last norm is folded too. Every activation gets a buffer of its own here; memory.py
-makes them share.
+after them merges its partial results, and the last norm is folded too. Every activation gets a buffer
+of its own here; memory.py makes them share.
 """
 
 from __future__ import annotations

@@ -34,10 +34,11 @@ def page_share(lo: int, hi: int, split: int, splits: int) -> tuple[int, int]:
 class Attend(Op):
     """Tile g * splits + s: kv head g with its group of query heads, share s of the past positions.
 
-    q, k, v as the products left them, in buffers of their own or side by side in one: q and k are normed (if q_norm, k_norm) and rotated here, then
-    all are rounded to the cache's type. Split 0 also appends them to the caches and attends to the step's
-    own positions. y [rows, heads * splits * (head_dim + 2)] gets the partial results in the layout
-    of Attention with splits > 1. A token sees the earlier tokens of its sequence in the same step.
+    q, k, v as the products left them, in buffers of their own or side by side in one: q and k are
+    normed (if q_norm, k_norm) and rotated here, then all are rounded to the cache's type. Split 0 also
+    appends them to the caches and attends to the step's own positions. y [rows, heads * splits *
+    (head_dim + 2)] gets the partial results in the layout of Attention with splits > 1. A token sees
+    the earlier tokens of its sequence in the same step.
     """
 
     opcode: ClassVar[int] = 9

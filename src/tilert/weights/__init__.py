@@ -11,17 +11,19 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from tilert.errors import UserError
-from tilert.weights import gguf, hub
-from tilert.weights.gguf import WriteTokenizer
+from tilert.weights import hub
 from tilert.weights.hub import PACKAGES, Progress
 from tilert.weights.safetensors import read_folder, read_json
 
-__all__ = ["Checkpoint", "Progress", "WriteTokenizer", "open_checkpoint", "resolve_model"]
+if TYPE_CHECKING:
+    from tilert.weights.gguf import WriteTokenizer
+
+__all__ = ["Checkpoint", "Progress", "open_checkpoint", "resolve_model"]
 
 DTYPES = ("auto", "bfloat16", "float32")
 
@@ -80,6 +82,8 @@ def resolve_model(
         if dtype != "auto":
             raise UserError(f"dtype {dtype} is for GGUF files; {name} is used as it is stored")
         return path if is_folder else hub.find_snapshot(name) or hub.download(name, progress)
+    from tilert.weights import gguf  # takes a while, and folders do not need it
+
     return gguf.convert_gguf(
         Path(os.path.abspath(path)),
         "float32" if dtype == "float32" else "bfloat16",

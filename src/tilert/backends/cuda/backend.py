@@ -20,7 +20,7 @@ from tilert.ir.tags import TAGS, Tags, derive
 from tilert.ops import Argmax, Attend, Embed, Linear, NextToken
 from tilert.ops.linear import ADD
 
-MAX_STEPS = 4096  # of one launch
+MAX_STEPS = 16384  # of one launch
 MAX_STOPS = 16
 COUNTER_PITCH = 32  # words
 UNSET = 0xFFFFFFFF  # a letter that has not come
@@ -290,7 +290,9 @@ def _cause(program: Program, failures: list[list[int]]) -> str:
     stuck = {w: why for w, why in enumerate(failures) if why[4]}
     for worker, (at, step, counter, _, want) in stuck.items():
         if counter == BY_TAG:
-            return f"worker {worker}, run {at} of step {step} waited in vain for words with tag {want}"
+            return (
+                f"worker {worker}, run {at} of step {step} waited in vain for words with tag {want}"
+            )
     signallers: dict[int, set[int]] = defaultdict(set)
     for worker, queue in enumerate(program.queues):
         for run in queue:

@@ -19,10 +19,11 @@ template <int kK, class Type, int kTileRows, int kEpilogue, bool kTagged, class 
           class Scales>
 struct Linear {
   using T = Tile<kK, Type, kTileRows, kEpilogue == kGate ? 2 : 1>;
-  static constexpr bool kOnMatrixUnits = Type::kMatrixUnits && kK % 32 == 0;
-  using Product = typename Either<kOnMatrixUnits, Matrix<T>, Scalar<T, Scales>>::Type;
+  static constexpr bool kBlocksFit = !Scales::kGiven || Scales::kCols >= kK ||
+                                     Scales::kCols * sizeof(typename Type::Bits) % 64 == 0;
+  static constexpr bool kOnMatrixUnits = Type::kMatrixUnits && T::kRowBytes % 64 == 0 && kBlocksFit;
+  using Product = typename Either<kOnMatrixUnits, Matrix<T, Scales>, Scalar<T, Scales>>::Type;
   using In = Inputs<Product>;
-  static_assert(!kOnMatrixUnits || !Scales::kGiven, "bf16 has no scales");
   static constexpr bool kRowScaled = Scales::kGiven && Scales::kCols >= kK;  // sums are multiplied
 
   static __device__ __forceinline__ bool stream(Loader& l, const Run& run) {
@@ -32,7 +33,7 @@ struct Linear {
   // One tile, or kTogether of them; `row` counts from the first of the run, `in_chunk` from the
   // first of the chunk.
   static __device__ __forceinline__ void take_together(Block& b, const Run& run,
-                                                       const typename Product::Operand& x, u32 row,
+                                                       typename Product::Operand& x, u32 row,
                                                        int in_chunk) {
     typename Product::Sums sums[Product::kTogether];
     Product::add_together(b, run, row, x, sums);
@@ -105,10 +106,11 @@ struct Linear {
   static __device__ __forceinline__ bool consume(Block& b, const Run& run) {
     typename In::template Held<Input> held;
     In::prefetch(run, held);
+    typename Product::Operand operand;
+    if constexpr (Product::kScaled) Product::load_scales(run, 0, operand);
     if (!wait_for_inputs<Input::kTagged>(b, run)) return false;
     typename In::X x;
     In::make(b, run, held, x);
-    typename Product::Operand operand;
     Product::hold(x, operand);
     for (u32 begin = 0; begin < run.count; begin += kChunkRows) {
       const bool mine = warp() == (begin / kChunkRows) % kWarps;
@@ -116,9 +118,16 @@ struct Linear {
       Rest rest;
       if (mine) rest = fetch_rest(b, run, row);
       u32 r = begin;
-      if constexpr (Product::kTogether > 1)
-        for (; r + (Product::kTogether - 1) * kTileRows < end; r += Product::kTogether * kTileRows)
+      if constexpr (Product::kTogether > 1) {
+        // Tiles that are taken together have their scales in one block.
+        constexpr int kStride = Product::kTogether * kTileRows;
+        while (Product::kScaled && (run.first + r) % kStride && r < end) {
+          take(b, run, operand, r, r - begin);
+          r += kTileRows;
+        }
+        for (; r + kStride - kTileRows < end; r += kStride)
           take_together(b, run, operand, r, r - begin);
+      }
       for (; r < end; r += kTileRows) take(b, run, operand, r, r - begin);
       sync_consumers();
       if (mine) {

@@ -42,20 +42,32 @@ __device__ __forceinline__ float* part_of_sum(Block& b, int sum, int part) {
   return b.shared.partial[b.chunk & 1] + sum * kPartialPitch + part;
 }
 
-// Matrix units, for bf16: x' as two bf16, whose sum has 16 bits or more, and f32 sums.
+// Matrix units, for bf16 and e4m3: x' as two bf16, whose sum has 16 bits or more; f32 sums.
 //
 // A product takes 16 rows of 16 weights. Where a unit has fewer rows, each row is cut into segments
 // that take their places; segment s meets columns 2 s and 2 s + 1 of B, the two parts of its own
-// x', and what other columns make of it is not used. k is taken in blocks of 32: 64 bytes, of which
-// a lane reads 16, and those are the k-slots of its two products.
-template <class T>
+// x', and what other columns make of it is not used. k is taken in blocks of 64 bytes, of which a
+// lane reads 16, and those are the k-slots of its products.
+//
+// Weights in e4m3 are widened to f16, and x' is two f16: of x' / 16, so that only what is beyond
+// a million is cut off. Scales of blocks of k multiply the sum of each block.
+template <class T, class Scales>
 struct Matrix {
-  static constexpr int kK = T::kK, kWide = 4, kRowWarps = kWarps, kBlock = 32;
+  using Bits = typename T::Bits;
+  static constexpr bool kF8 = sizeof(Bits) == 1;
+  static constexpr int kLane = 16 / sizeof(Bits);  // elements of a block in a lane
+  static constexpr int kProducts = kLane / 4, kBlock = 4 * kLane;
+  static constexpr int kK = T::kK, kWide = kLane / 2, kRowWarps = kWarps;
+  static constexpr float kInputFactor = kF8 ? 1 / 16.0f : 1, kSumFactor = kF8 ? 16 : 1;
+  static constexpr bool kScaled = Scales::kGiven && Scales::kCols < kK;
+  static constexpr int kScaleCols = (kK + Scales::kCols - 1) / Scales::kCols;
+  static_assert(!kScaled || (Scales::kCols % kBlock == 0 && Scales::kRows % T::kTileRows == 0),
+                "a block has one scale, and so have the rows of a tile");
   static constexpr int kSegments = T::kUnitRows >= 16 ? 1 : 16 / T::kUnitRows;
   static constexpr int kRowBlocks = T::kUnitRows > 16 ? T::kUnitRows / 16 : 1;
   static constexpr int kColumnBlocks = kSegments > 4 ? kSegments / 4 : 1;
   static constexpr int kSpread = kWarps * kSegments;  // blocks that are taken at once
-  static constexpr int kPieceBlocks = T::kPieceBytes / 2 / kBlock;
+  static constexpr int kPieceBlocks = T::kPieceBytes / (4 * 16);
   static constexpr int kLastBlocks = kK / kBlock - (T::kPieces - 1) * kPieceBlocks;
   static constexpr int kPieceSteps = (kPieceBlocks + kSpread - 1) / kSpread;
   static constexpr int kSteps =
@@ -85,34 +97,62 @@ struct Matrix {
   }
   static __device__ __forceinline__ int offset(int round) {
     const int step = round / kColumnBlocks;
-    return (step / kPieceSteps * kPieceBlocks + block(step, segment(round))) * kBlock + quad() * 8 +
-           column() % 2 * 4;
+    return (step / kPieceSteps * kPieceBlocks + block(step, segment(round))) * kBlock +
+           quad() * kLane + column() % 2 * kWide;
   }
 
   struct Operand {
-    u32 b[kSteps][kColumnBlocks][4];
+    u32 b[kSteps][kColumnBlocks][2 * kProducts];
+    // Of the two rows of a lane's sums in each step, for the rows of one block of scales.
+    float scale[T::kWhole ? 1 : T::kMatrices][kSteps][kRowBlocks][2];
+    u32 block = 0xffffffffu;
   };
 
   static __device__ __forceinline__ void hold(const typename Inputs<Matrix>::X& x, Operand& out) {
     const bool odd = column() % 2;
+    constexpr int kPairs = kWide / 2;
 #pragma unroll
     for (int r = 0; r < kRounds; ++r) {
-      u32 high[2], low[2];
+      u32 high[kPairs], low[kPairs];
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const float u = x.v[r][2 * i], v = x.v[r][2 * i + 1];
-        high[i] = pack_bf16(u, v);
-        low[i] = pack_bf16(u - __uint_as_float(high[i] << 16),
-                           v - __uint_as_float(high[i] & 0xffff0000u));
+      for (int i = 0; i < kPairs; ++i) {
+        const float u = x.v[r][2 * i] * kInputFactor, v = x.v[r][2 * i + 1] * kInputFactor;
+        if constexpr (kF8) {
+          high[i] = pack_f16(u, v);
+          low[i] = pack_f16(u - float_of_half(u16(high[i])), v - float_of_half(u16(high[i] >> 16)));
+        } else {
+          high[i] = pack_bf16(u, v);
+          low[i] = pack_bf16(u - __uint_as_float(high[i] << 16),
+                             v - __uint_as_float(high[i] & 0xffff0000u));
+        }
       }
-      u32(&to)[4] = out.b[r / kColumnBlocks][r % kColumnBlocks];
+      u32(&to)[2 * kProducts] = out.b[r / kColumnBlocks][r % kColumnBlocks];
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
+      for (int i = 0; i < kPairs; ++i) {
         const u32 got = __shfl_xor_sync(~0u, odd ? high[i] : low[i], 4);
         to[i] = odd ? got : high[i];
-        to[2 + i] = odd ? low[i] : got;
+        to[kPairs + i] = odd ? low[i] : got;
       }
     }
+  }
+
+  static __device__ __forceinline__ void load_scales(const Run& run, u32 row, Operand& x) {
+    const u32 block_row = (run.first + row) / Scales::kRows;
+    if (block_row == x.block) return;
+    x.block = block_row;
+#pragma unroll
+    for (int m = 0; m < (T::kWhole ? 1 : T::kMatrices); ++m)
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step)
+#pragma unroll
+        for (int i = 0; i < 2 * kRowBlocks; ++i) {
+          const int place = i * 8 + column(), segment = place % kSegments;
+          const int matrix = T::kWhole ? place / kSegments / T::kTileRows : m;
+          const int k = (step / kPieceSteps * kPieceBlocks + block(step, segment)) * kBlock;
+          const float* from = (matrix ? run.scale_up : run.scale) + u64(block_row) * kScaleCols;
+          x.scale[m][step][i / 2][i % 2] =
+              block_inside(step, segment) ? __ldg(from + k / Scales::kCols) : 0;
+        }
   }
 
   struct Sums {
@@ -123,8 +163,7 @@ struct Matrix {
                                                int virtual_row, int step) {
     const int unit_row = virtual_row / kSegments, segment = virtual_row % kSegments;
     if (!block_inside(step, segment)) return {0, 0, 0, 0};
-    const int at =
-        T::offset(run, row, unit_row) + block(step, segment) * (kBlock * 2) + quad() * 16;
+    const int at = T::offset(run, row, unit_row) + block(step, segment) * (4 * 16) + quad() * 16;
     return *reinterpret_cast<const uint4*>(slot + at);
   }
 
@@ -148,42 +187,78 @@ struct Matrix {
     release_slot(b);
   }
 
-  static __device__ __forceinline__ void add(const Weights& w, int step, int i, const Operand& x,
-                                             Sums& sums) {
+  static __device__ __forceinline__ void words(const uint4& low, const uint4& high, int product,
+                                               u32 (&a)[4]) {
+    const u32 l[4] = {low.x, low.y, low.z, low.w}, h[4] = {high.x, high.y, high.z, high.w};
+    if constexpr (kF8) {
+      halves_of_e4m3(l[product], a[0], a[2]);
+      halves_of_e4m3(h[product], a[1], a[3]);
+    } else {
+      a[0] = l[2 * product], a[1] = h[2 * product];
+      a[2] = l[2 * product + 1], a[3] = h[2 * product + 1];
+    }
+  }
+
+  static __device__ __forceinline__ void product(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    if constexpr (kF8)
+      multiply_f16(c, a, b0, b1);
+    else
+      multiply(c, a, b0, b1);
+  }
+
+  // One step of a unit: step `i` of what was fetched, step `step` of all of k.
+  static __device__ __forceinline__ void add(const Weights& w, int step, int i, int matrix,
+                                             const Operand& x, Sums& sums) {
 #pragma unroll
     for (int n = 0; n < kRowBlocks; ++n) {
-      const uint4 &low = w.v[i][n][0], &high = w.v[i][n][1];
-      const u32 first[4] = {low.x, high.x, low.y, high.y};
-      const u32 second[4] = {low.z, high.z, low.w, high.w};
+      float own[kColumnBlocks][kChains][4] = {};
+      float (&c)[kColumnBlocks][kChains][4] = kScaled ? own : sums.c[n];
 #pragma unroll
-      for (int m = 0; m < kColumnBlocks; ++m) {
-        const u32(&at)[4] = x.b[step][m];
-        multiply(sums.c[n][m][0], first, at[0], at[1]);
-        multiply(sums.c[n][m][kChains - 1], second, at[2], at[3]);
+      for (int p = 0; p < kProducts; ++p) {
+        u32 a[4];
+        words(w.v[i][n][0], w.v[i][n][1], p, a);
+#pragma unroll
+        for (int m = 0; m < kColumnBlocks; ++m)
+          product(c[m][p % kChains], a, x.b[step][m][2 * p], x.b[step][m][2 * p + 1]);
+      }
+      if constexpr (kScaled) {
+        const float (&scale)[2] = x.scale[T::kWhole ? 0 : matrix][step][n];
+#pragma unroll
+        for (int m = 0; m < kColumnBlocks; ++m)
+#pragma unroll
+          for (int chain = 0; chain < kChains; ++chain)
+#pragma unroll
+            for (int e = 0; e < 4; ++e)
+              sums.c[n][m][chain][e] = fmaf(c[m][chain][e], scale[e / 2], sums.c[n][m][chain][e]);
       }
     }
   }
 
-  static __device__ __forceinline__ void add(Block& b, const Run& run, u32 row, int piece, int,
-                                             const Operand& x, Sums& sums) {
+  static __device__ __forceinline__ void add(Block& b, const Run& run, u32 row, int piece,
+                                             int matrix, Operand& x, Sums& sums) {
     Weights w;
+    if constexpr (kScaled) load_scales(run, row, x);
     fetch(b, run, row, piece, w);
 #pragma unroll
     for (int i = 0; i < kPieceSteps; ++i)
-      if (piece * kPieceSteps + i < kSteps) add(w, piece * kPieceSteps + i, i, x, sums);
+      if (piece * kPieceSteps + i < kSteps) add(w, piece * kPieceSteps + i, i, matrix, x, sums);
   }
 
   // Two whole tiles, so that the products of one hide what the other waits for.
-  static constexpr int kTogether = T::kWhole && kRowBlocks == 1 ? 2 : 1;
-  static __device__ __forceinline__ void add_together(Block& b, const Run& run, u32 row,
-                                                      const Operand& x, Sums (&sums)[kTogether]) {
+  static constexpr int kTogether = T::kWhole && kRowBlocks == 1 && kColumnBlocks * kProducts <= 8 &&
+                                           (!kScaled || Scales::kRows % (2 * T::kTileRows) == 0)
+                                       ? 2
+                                       : 1;
+  static __device__ __forceinline__ void add_together(Block& b, const Run& run, u32 row, Operand& x,
+                                                      Sums (&sums)[kTogether]) {
     Weights w[kTogether];
+    if constexpr (kScaled) load_scales(run, row, x);
 #pragma unroll
     for (int t = 0; t < kTogether; ++t) fetch(b, run, row + t * T::kTileRows, 0, w[t]);
 #pragma unroll
     for (int i = 0; i < kSteps; ++i)
 #pragma unroll
-      for (int t = 0; t < kTogether; ++t) add(w[t], i, i, x, sums[t]);
+      for (int t = 0; t < kTogether; ++t) add(w[t], i, i, 0, x, sums[t]);
   }
 
   // The useful sums stand where a row's segment meets its own columns: lanes whose quad is the
@@ -201,6 +276,7 @@ struct Matrix {
         if (column() % kSegments == m * 4 + quad()) low = c[0] + c[1];
         if ((column() + 8) % kSegments == m * 4 + quad()) high = c[2] + c[3];
       }
+      low *= kSumFactor, high *= kSumFactor;
       if constexpr (kSegments == 16) low += high;
       if constexpr (kSegments >= 2) add_from(low, high, 5);
       if constexpr (kSegments >= 4) add_from(low, high, 10);
@@ -301,7 +377,6 @@ struct Scalar {
           total;
   }
 
- private:
   static __device__ __forceinline__ void load_scales(const Run& run, u32 row, Operand& x) {
     const u32 block = (run.first + row) / Scales::kRows;
     if (block == x.block) return;
@@ -315,6 +390,7 @@ struct Scalar {
       }
   }
 
+ private:
   // The dot product of this thread's part of one row, or of one piece of it.
   static __device__ __forceinline__ float dot(const u8* row, const Operand& x, int piece,
                                               int matrix) {

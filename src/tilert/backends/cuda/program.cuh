@@ -11,7 +11,7 @@ constexpr int kLoaderThreads = 128;    // one works; registers are dealt to grou
 constexpr int kPollWarp = kWarps - 1;
 constexpr int kChunkRows = 32;  // output rows whose partial sums are kept until they are added up
 constexpr int kPartialPitch = kWarps + 1;  // no two rows of a warp in one bank
-constexpr u64 kPatience = 2'000'000'000;   // ns that a wait may take before it is an error
+constexpr u64 kPatience = 1'500'000'000;   // ns that a wait may take before it is an error
 constexpr float kLog2e = 1.44269504088896340736f;
 
 enum Verdict : u32 { kGoOn = 0, kStopped = 1, kFailed = 2 };

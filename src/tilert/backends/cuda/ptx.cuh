@@ -197,6 +197,14 @@ __device__ __forceinline__ void multiply(float (&c)[4], const u32 (&a)[4], u32 b
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+__device__ __forceinline__ void multiply_f16(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7},"
+      " {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
 // Numbers.
 
 __device__ __forceinline__ float infinity() { return __uint_as_float(0x7f800000u); }
@@ -219,15 +227,27 @@ __device__ __forceinline__ float float_of_half(u16 h) {
   return f;
 }
 
-// Four e4m3 values, the first in the lowest byte.
-__device__ __forceinline__ void floats_of_e4m3(u32 v, float (&f)[4]) {
-  u32 low, high;
+// Four e4m3 as four f16, which hold them exactly.
+__device__ __forceinline__ void halves_of_e4m3(u32 v, u32& low, u32& high) {
   asm("{\n .reg .b16 a, b;\n mov.b32 {a, b}, %2;\n cvt.rn.f16x2.e4m3x2 %0, a;\n"
       " cvt.rn.f16x2.e4m3x2 %1, b;\n}"
       : "=r"(low), "=r"(high)
       : "r"(v));
+}
+
+__device__ __forceinline__ void floats_of_e4m3(u32 v, float (&f)[4]) {
+  u32 low, high;
+  halves_of_e4m3(v, low, high);
   f[0] = float_of_half(u16(low)), f[1] = float_of_half(u16(low >> 16));
   f[2] = float_of_half(u16(high)), f[3] = float_of_half(u16(high >> 16));
+}
+
+// Two floats rounded to f16, the first in the low half; what is too large becomes the largest.
+__device__ __forceinline__ u32 pack_f16(float low, float high) {
+  u32 v;
+  low = fminf(fmaxf(low, -65504.0f), 65504.0f), high = fminf(fmaxf(high, -65504.0f), 65504.0f);
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
+  return v;
 }
 
 // Two floats rounded to bf16, the first in the low half.

@@ -27,7 +27,7 @@ struct F32 {
 };
 
 struct F8 {
-  static constexpr bool kGiven = true, kMatrixUnits = false;
+  static constexpr bool kGiven = true, kMatrixUnits = true;
   using Bits = u8;
   static __device__ __forceinline__ float widen(u8 v) {
     float f[4];
