@@ -19,7 +19,7 @@ import numpy as np
 from tilert.errors import UserError
 from tilert.ir.program import NONE, PAGE, PAST, Buf, Buffer, Kind, Op, Program, Region, Run, Wait
 from tilert.ir.regions import Cells
-from tilert.ops import NextToken
+from tilert.ops import Draw, NextToken
 
 _Write = tuple[int, tuple[int | slice, ...], np.ndarray]  # buffer, index, values
 
@@ -120,7 +120,7 @@ class Interpreter:
         for op in self.program.ops:
             for tile in range(op.tiles):
                 self.memory.apply(self.memory.execute(op, tile, epoch), epoch)
-            if isinstance(op, NextToken):
+            if isinstance(op, NextToken | Draw):
                 sampled = self.memory.sampled(op)
         return sampled
 
@@ -187,7 +187,7 @@ class _Memory:
             if epochs is not None:
                 epochs[index] = epoch
 
-    def sampled(self, op: NextToken) -> np.ndarray:
+    def sampled(self, op: NextToken | Draw) -> np.ndarray:
         """A copy of the ids that the op has just chosen."""
         return self.arrays[op.sampled][0, : self.arrays[op.counts][0, 1]].copy()
 
@@ -379,7 +379,7 @@ class _Launch:
         self.counters = [_Counter() for _ in program.counters]
         self.sampled: list[np.ndarray] = []
         self.finished = 0  # steps that all workers have completed
-        self.samples = any(isinstance(op, NextToken) for op in program.ops)
+        self.samples = any(isinstance(op, NextToken | Draw) for op in program.ops)
         if races is not None:
             races.begin()
 
@@ -451,7 +451,7 @@ class _Launch:
         w.clock[w.index] = w.step * len(w.queue) + w.position + 1
         if run.signal >= 0:
             self.counters[run.signal].signal(w.clock)
-        if isinstance(op, NextToken):
+        if isinstance(op, NextToken | Draw):
             self.sampled.append(self.memory.sampled(op))
         w.tile, w.since, w.position = -1, -1, w.position + 1
         if w.position == len(w.queue):

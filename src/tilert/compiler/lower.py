@@ -19,7 +19,23 @@ from tilert.ir.dtype import DType
 from tilert.ir.graph import OUTPUTS, Graph, Node, Value
 from tilert.ir.machine import Machine
 from tilert.ir.program import JOIN, NONE, PAGE, Buf, Buffer, Kind, Op, Scale
-from tilert.ops import Argmax, Attend, Attention, Combine, Embed, Linear, NextToken, Norm, Rope
+from tilert.ops import (
+    Adjust,
+    Argmax,
+    Attend,
+    Attention,
+    Bins,
+    Combine,
+    Draw,
+    Embed,
+    Linear,
+    NextToken,
+    Norm,
+    Rope,
+    Sift,
+    Totals,
+)
+from tilert.ops.draw import BINS, CONTROL_WORDS, MAX_VOCAB, row_words
 from tilert.ops.linear import ADD, GATE, STORE
 
 FEW_TOKENS = 8  # up to this many tokens a step is bound by reading weights
@@ -29,12 +45,13 @@ PROMPT_BLOCK = 32  # tokens per tile of row-wise ops and of attention in steps o
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Capacities of one program; see Program."""
+    """Capacities of one program (see Program), and how it chooses tokens: the best, or sampled."""
 
     tokens: int
     outputs: int
     sequences: int
     context: int
+    sampled: bool = False
 
     @property
     def pages(self) -> int:
@@ -164,7 +181,8 @@ def lower(
         low.state(name)
     for node in graph.nodes:
         _LOWER[node.op](low, node)
-    _lower_choice(low, graph.nodes[-1].output)
+    choose = _lower_draw if limits.sampled else _lower_choice
+    choose(low, graph.nodes[-1].output)
     return low.buffers, low.ops
 
 
@@ -356,6 +374,36 @@ def _lower_choice(low: Lowering, logits: Value) -> None:
         NextToken(part, low.state("sampled"), low.state("tokens"), low.state("positions"),
                   low.state("counts"), rows, chunks, feed)
     )  # fmt: skip
+
+
+def _lower_draw(low: Lowering, logits: Value) -> None:
+    """One token is sampled from the logits and makes the next step ready; see ops/draw.py."""
+    lim, vocab = low.limits, logits.cols
+    assert lim.tokens == lim.outputs == 1, "only steps of one token are sampled on the device"
+    assert vocab <= MAX_VOCAB, f"{vocab} tokens are too many to be sampled on the device"
+    chunk = -(-vocab // low.machine.workers)
+    chunks = -(-vocab // chunk)
+
+    def state(name: str, dtype: DType, cols: int) -> Buf:
+        return low.buffer(name, Kind.STATE, dtype, 1, cols)
+
+    def work(name: str, dtype: DType, rows: int, cols: int) -> Buf:
+        return low.buffer(name, Kind.WORK, dtype, rows, cols)
+
+    controls = state("controls", DType.I32, CONTROL_WORDS)
+    mask, tally = state("mask", DType.I32, -(-vocab // 32)), state("tally", DType.I32, vocab)
+    biases = state("biases", DType.F32, vocab)
+    scores, peaks = work("scores", DType.F32, 1, vocab), work("peaks", DType.F32, 1, chunks)
+    bins, totals = work("bins", DType.I32, chunks, 4 * BINS), work("totals", DType.I32, 1, 4 * BINS)
+    candidates = work("candidates", DType.I32, chunks, row_words(chunk))
+    low.ops += [
+        Adjust(low.home[logits], controls, mask, biases, tally, scores, peaks, vocab, chunk),
+        Bins(controls, scores, peaks, bins, vocab, chunk),
+        Totals(bins, totals, chunks, -(-BINS // low.machine.workers)),
+        Sift(controls, scores, peaks, totals, candidates, vocab, chunk),
+        Draw(controls, scores, totals, candidates, tally, low.state("counts"), low.state("sampled"),
+             low.state("tokens"), low.state("positions"), vocab, chunk, chunks),
+    ]  # fmt: skip
 
 
 _LOWER = {

@@ -1,7 +1,8 @@
 """Where activations live: buffers whose lifetimes do not meet share storage; offsets in the arena.
 
-Only buffers of the same shape share, so a region of one is a region of the other and the dependency
-pass sees every reuse. Program outputs (the logits) keep storage of their own: the host reads them.
+Only buffers of the same type and shape share, so a region of one is a region of the other and the dependency
+pass sees every reuse. Program outputs (the logits, and their peaks where
+tokens are drawn) keep storage of their own: the host reads them.
 """
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import replace
 
+from tilert.ir.dtype import DType
 from tilert.ir.encode import field_kinds
 from tilert.ir.program import NONE, Buf, Buffer, Kind, Op
-from tilert.ops import Argmax
+from tilert.ops import Adjust, Argmax
 
 ALIGN = 64  # bytes; a cache line, and more than any vector load needs
 
@@ -49,21 +51,26 @@ def _share(buffers: list[Buffer], ops: list[Op]) -> dict[Buf, Buf]:
             first.setdefault(buf, i)
             last[buf] = i
     target = {Buf(i): Buf(i) for i in range(len(buffers))}
-    outputs = {op.logits for op in ops if isinstance(op, Argmax)}
+    outputs = {op.logits for op in ops if isinstance(op, Argmax | Adjust)}
+    outputs |= {op.peaks for op in ops if isinstance(op, Adjust)}
     free: list[tuple[int, Buf]] = []  # (last op that uses the storage, storage)
     work = [b for b in first if b != NONE and buffers[b].kind is Kind.WORK]
     for buf in sorted(work, key=lambda b: (first[b], b)):
         if buf in outputs:
             continue
-        shape = (buffers[buf].rows, buffers[buf].cols)
+        shape = _shape(buffers[buf])
         for slot, (end, storage) in enumerate(free):
-            if end < first[buf] and (buffers[storage].rows, buffers[storage].cols) == shape:
+            if end < first[buf] and _shape(buffers[storage]) == shape:
                 target[buf] = storage
                 free[slot] = (last[buf], storage)
                 break
         else:
             free.append((last[buf], buf))
     return target
+
+
+def _shape(b: Buffer) -> tuple[DType, int, int]:
+    return b.dtype, b.rows, b.cols
 
 
 def _rename(op: Op, number: dict[Buf, Buf]) -> Op:

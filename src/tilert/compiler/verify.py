@@ -22,16 +22,19 @@ ALIGN = 64  # bytes; every activation starts at a cache line
 
 # Kind and element type that an operand must have, by field name; one vocabulary for all ops.
 _WEIGHTS = ("w", "w_up", "bias", "bias_up", "norm", "weight", "table", "q_norm", "k_norm")
-_STATES = ("counts", "positions", "sequences", "pages", "tokens", "sampled", "gather")
-_WORKS = ("x", "y", "q", "k", "v", "part", "logits")
+_STATES = ("counts", "positions", "sequences", "pages", "tokens", "sampled", "gather", "controls",
+           "mask", "tally")  # fmt: skip
+_WORKS = ("x", "y", "q", "k", "v", "part", "logits", "scores", "peaks")
+_WORDS = ("bins", "totals", "candidates")
 _KINDS: dict[str, tuple[Kind, ...]] = {
     **dict.fromkeys(_WEIGHTS, (Kind.WEIGHT,)),
     **dict.fromkeys(_STATES, (Kind.STATE,)),
-    **dict.fromkeys(_WORKS, (Kind.WORK,)),
+    **dict.fromkeys((*_WORKS, *_WORDS), (Kind.WORK,)),
     **dict.fromkeys(("k_cache", "v_cache"), (Kind.CACHE,)),
+    "biases": (Kind.STATE,),
     "expert": (Kind.STATE, Kind.WORK),
 }
-_INTEGERS = {*_STATES, "expert"}
+_INTEGERS = {*_STATES, *_WORDS, "expert"}
 _OPTIONAL = {"w_up", "bias", "bias_up", "norm", "expert", "gather", "q_norm", "k_norm"}
 _MAY_BE_ZERO = {"y_col", "k_col", "v_col", "window", "feed", "count_index", "epilogue"}
 

@@ -1,21 +1,24 @@
 """From a row of logits to a token: masks, penalties, truncation and the draw, in numpy.
 
 A draw depends on the seed, the output's index and the token's place only (Philox, a counter-based
-generator), so it is the same whatever else runs beside it and wherever a sequence is resumed.
-Among equals the lowest id wins. Truncation sets weights to zero instead of gathering what is left:
-on a whole vocabulary that is several times faster. Knows no text and no stop strings.
+generator), so it is the same whatever else runs beside it and wherever a sequence is resumed, and on
+a device that samples by itself: ops/draw.py defines weights, borders and the draw in integers, and
+`fill` hands a sampler's state over. Among equals the lowest id wins. Truncation sets weights to zero
+instead of gathering what is left: on a whole vocabulary that is several times faster. Knows no text
+and no stop strings.
 """
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable, Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from tilert.engine.core import SamplingParams
 from tilert.errors import UserError
+from tilert.ops import draw
 
 BLOCK = 256  # weights per partial sum: a draw adds these up, then looks into one block
 
@@ -96,6 +99,47 @@ class Sampler:
         penalties = self.seen is not None or self.made is not None
         return p.greedy and not changed and not penalties and self.length >= p.min_tokens
 
+    def steady(self, steps: int) -> int:
+        """How many of the next `steps` tokens a device can sample by itself: 0 when logprobs are asked
+        for, and none beyond the place where min_tokens ends."""
+        if self.params.logprobs is not None:
+            return 0
+        left = self.params.min_tokens - self.length
+        return min(steps, left) if left > 0 else steps
+
+    def fill(self, state: Mapping[str, np.ndarray], position: int) -> None:
+        """Write what the ops of ops/draw.py need into their state buffers. position: of the token
+        that the next step begins with."""
+        p = self.params
+        held_back = self.length < p.min_tokens
+        masked, biased = self.allowed is not None or held_back, self.bias_ids.size > 0
+        counted = self.seen is not None or self.made is not None
+        flags = draw.MASKED * masked | draw.BIASED * biased | draw.COUNTED * counted
+        greedy, seed, index = p.greedy, *self.key.tolist()
+        top_k = 1 if greedy else p.top_k if 0 < p.top_k < self.vocab_size else 0
+        state["controls"][0] = np.asarray((
+            flags, top_k, 1.0 if greedy else p.temperature, p.repetition_penalty, p.frequency_penalty,
+            p.presence_penalty, (self.length - position) % 2**32, 0,
+            0 if greedy else draw.share_bits(p.top_p), 0 if greedy else draw.least_weight(p.min_p),
+            seed, index,
+        ), draw.CONTROLS)[None].view(np.int32)  # fmt: skip
+        if masked:
+            mask = np.ones(32 * state["mask"].shape[1], bool)
+            if self.allowed is not None:
+                mask[:] = False
+                mask[self.allowed] = True
+            if held_back:
+                mask[self.banned] = False
+            state["mask"][0] = np.packbits(mask, bitorder="little").view(np.int32)
+        if biased:
+            state["biases"][:] = 0
+            state["biases"][0, self.bias_ids] = self.bias
+        if counted:
+            tally = state["tally"][0]
+            tally[:] = 0 if self.made is None else self.made.counts
+            if self.seen is not None:
+                tally[self.seen.ids] |= draw.IN_PROMPT
+
     def sample(self, logits: np.ndarray) -> SampledToken:
         """Choose the next token from raw logits [vocab_size], which stay as they are; account for it."""
         assert logits.shape == (self.vocab_size,), f"{logits.shape} logits of {self.vocab_size}"
@@ -146,20 +190,20 @@ class Sampler:
     def _draw(self, logits: np.ndarray, best: np.float32) -> int:
         """One token from the tempered, then truncated distribution."""
         p = self.params
-        weights = np.exp((logits - best) / np.float32(p.temperature))  # the best token weighs 1
-        if p.min_p:
-            weights *= weights >= np.float32(p.min_p)
+        weights = draw.weigh(logits, best, p.temperature)
         if 0 < p.top_k < logits.size:
             border = np.partition(logits, -p.top_k)[-p.top_k]
             _cut(weights, logits, border, p.top_k)
+        if p.min_p:
+            weights *= weights >= draw.least_weight(p.min_p)
         if p.top_p < 1.0:
-            _cut(weights, weights, *_nucleus(weights, p.top_p))
-        return _reach(weights, self._uniform(), "right")
+            _cut(weights, logits, *_nucleus(weights, logits, best, p))
+        return _covering(weights, self._uniform())
 
     def _uniform(self) -> float:
         """A multiple of 2^-53 in [0, 1) that belongs to this seed, output and place."""
-        stream = np.random.Philox(key=self.key, counter=self.length)
-        return (int(stream.random_raw()) >> 11) * 2.0**-53
+        seed, index = self.key.tolist()
+        return draw.random_word(seed, index, self.length) * 2.0**-53
 
 
 class _Counts:
@@ -184,49 +228,43 @@ class _Counts:
         return self._ids[: self._size]
 
 
-def _cut(weights: np.ndarray, values: np.ndarray, border: np.float32, count: int) -> None:
-    """Set all weights to zero but those of the `count` largest values, the smallest of them `border`."""
-    keep = values >= border
+def _cut(weights: np.ndarray, logits: np.ndarray, border: np.float32, count: int) -> None:
+    """Set all weights to zero but those of the `count` largest logits, the smallest of them `border`."""
+    keep = logits >= border
     if surplus := np.count_nonzero(keep) - count:
-        keep[np.flatnonzero(values == border)[-surplus:]] = False
+        keep[np.flatnonzero(logits == border)[-surplus:]] = False
     weights *= keep
 
 
-def _nucleus(weights: np.ndarray, top_p: float) -> tuple[np.float32, int]:
-    """(smallest weight, count) of the fewest best tokens that reach the share top_p of all weights.
+def _nucleus(
+    weights: np.ndarray, logits: np.ndarray, best: np.float32, p: SamplingParams
+) -> tuple[np.float32, int]:
+    """(smallest logit, count) of the fewest best tokens that reach the share top_p of all weights.
 
-    Holtzman et al. 2019; the token that crosses the share is kept.
+    Holtzman et al. 2019; the token that crosses the share is kept. Tokens that were truncated before
+    have no weight.
     """
-    total = weights.sum(dtype=np.float64)
+    total = int(weights.sum())
+    goal = draw.nucleus_weight(total, draw.share_bits(p.top_p))
     # What lies below the average weight of the rest cannot be needed: all of it together is less
-    # than the rest. Half of that average leaves room for rounding, and few weights are to be sorted.
-    floor = 0.5 * (1.0 - top_p) * total / weights.size
-    enough = weights >= floor
-    few = np.count_nonzero(enough) < weights.size // 8  # to gather more costs more than to sort all
-    best = np.sort(weights[enough] if few else weights)[::-1]
-    count = _reach(best, top_p, "left", total) + 1
-    return best[count - 1], count
+    # than the rest. Half of that average leaves room for rounding, and few logits are to be sorted.
+    floor = (total - goal) // (2 * weights.size)
+    ordered = np.sort(logits[weights > floor])[::-1]
+    running = draw.weigh(ordered, best, p.temperature).cumsum()
+    last = int(running.searchsorted(goal))
+    border = ordered[last]
+    equal = last + 1 - int(np.count_nonzero(ordered > border))
+    return border, int(np.count_nonzero(logits > border)) + equal
 
 
-def _reach(
-    weights: np.ndarray, share: float, side: Literal["left", "right"], total: float | None = None
-) -> int:
-    """The first position where the running sum reaches share * total (left) or exceeds it (right).
-
-    total: the sum of the weights, unless the share is one of something larger. Rounding may leave
-    the target just above the sum; then it is the last position with a positive weight.
-    """
-    sums = np.add.reduceat(weights, np.arange(0, weights.size, BLOCK), dtype=np.float64).cumsum()
-    target = share * (sums[-1] if total is None else total)
-    block = _crossing(sums, target, side)
-    rest = target - (sums[block - 1] if block else 0.0)
-    inside = np.cumsum(weights[block * BLOCK : (block + 1) * BLOCK], dtype=np.float64)
-    return block * BLOCK + _crossing(inside, rest, side)
-
-
-def _crossing(sums: np.ndarray, target: float, side: Literal["left", "right"]) -> int:
-    # No further than the first place that has the whole sum: what follows there has no weight.
-    return min(int(sums.searchsorted(target, side)), int(sums.searchsorted(sums[-1], "left")))
+def _covering(weights: np.ndarray, uniform: float) -> int:
+    """The first position where the running sum exceeds uniform * total."""
+    sums = np.add.reduceat(weights, np.arange(0, weights.size, BLOCK)).cumsum()
+    goal = draw.aim(int(uniform * 2**53), int(sums[-1]))
+    block = int(sums.searchsorted(goal, "right"))
+    rest = goal - (int(sums[block - 1]) if block else 0)
+    inside = weights[block * BLOCK : (block + 1) * BLOCK].cumsum()
+    return block * BLOCK + int(inside.searchsorted(rest, "right"))
 
 
 def _with_logprobs(token: int, logits: np.ndarray, count: int) -> SampledToken:

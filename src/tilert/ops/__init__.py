@@ -10,6 +10,7 @@ from __future__ import annotations
 from tilert.ir.program import Op
 from tilert.ops.attend import Attend
 from tilert.ops.attention import Attention, Combine
+from tilert.ops.draw import Adjust, Bins, Draw, Sift, Totals
 from tilert.ops.embed import Embed
 from tilert.ops.linear import Linear
 from tilert.ops.norm import Norm
@@ -26,17 +27,27 @@ OPS: tuple[type[Op], ...] = (
     Argmax,
     NextToken,
     Attend,
+    Adjust,
+    Bins,
+    Totals,
+    Sift,
+    Draw,
 )
 
 __all__ = [
     "OPS",
+    "Adjust",
     "Argmax",
     "Attend",
     "Attention",
+    "Bins",
     "Combine",
+    "Draw",
     "Embed",
     "Linear",
     "NextToken",
     "Norm",
     "Rope",
+    "Sift",
+    "Totals",
 ]
