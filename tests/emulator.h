@@ -138,6 +138,22 @@ inline u32 __float_as_uint(float f) {
   std::memcpy(&v, &f, 4);
   return v;
 }
+inline u64 __umul64hi(u64 a, u64 b) {
+  return static_cast<u64>(static_cast<unsigned __int128>(a) * b >> 64);
+}
+inline int __clzll(long long v) { return v ? __builtin_clzll(v) : 64; }
+// Rounded once each; a compiler for x86-64 without options has no fused operation to offer.
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fsub_rn(float a, float b) { return a - b; }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fdiv_rn(float a, float b) { return a / b; }
+template <class T>
+T atomicAdd(T* p, T v) {
+  T old = *p;
+  *p = old + v;
+  ++emulator::progress;
+  return old;
+}
 template <class T>
 T __ldg(const T* p) {
   return *p;
@@ -147,6 +163,12 @@ inline void __syncthreads() { emulator::barrier(0, blockDim.x); }
 template <class T>
 T __shfl_xor_sync(u32, T v, int mask) {
   return emulator::exchange(v)[(threadIdx.x % 32) ^ mask];
+}
+template <class T>
+T __shfl_up_sync(u32, T v, int distance) {
+  int from = int(threadIdx.x % 32) - distance;
+  const T* all = emulator::exchange(v);
+  return from < 0 ? v : all[from];
 }
 template <class T>
 T __shfl_sync(u32, T v, int from) {

@@ -14,6 +14,7 @@ from tilert import LLM, SamplingParams
 from tilert.backends.cuda import open_device
 from tilert.backends.cuda.backend import UNSET, CudaBackend
 from tilert.errors import UserError
+from tilert.ops import Draw
 from tilert.serve import llm as serving
 from tilert.serve import trace
 
@@ -88,6 +89,15 @@ def test_a_trace_shows_the_gpu(glassllm: Path, device: EmulatedDevice) -> None:
     assert "gate_proj" in trace.summary(recorded)
 
 
+def test_a_trace_of_sampled_steps_shows_the_draw(glassllm: Path, device: EmulatedDevice) -> None:
+    gpu = LLM(glassllm, skip_tokenizer_init=True, max_model_len=64, backend="cuda")
+    params = SamplingParams(temperature=0.8, seed=1, max_tokens=4, ignore_eos=True)
+    recorded = trace.record(gpu, {"prompt_token_ids": PROMPTS[1]}, params)
+    assert len(recorded.steps) == 3
+    assert isinstance(recorded.program.ops[-1], Draw)
+    assert "Draw" in trace.page(recorded)
+
+
 def test_a_model_that_does_not_fit_is_refused(
     glassllm: Path, device: EmulatedDevice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -99,3 +109,36 @@ def test_a_model_that_does_not_fit_is_refused(
 def test_without_a_gpu_there_is_one_sentence() -> None:
     with pytest.raises(UserError, match=r"no CUDA device|needs the package"):
         open_device()
+
+
+def test_sampled_tokens_come_many_to_a_launch(
+    glassllm: Path, device: EmulatedDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One launch has the tokens that launches of one step have, also where min_tokens ends."""
+    params = SamplingParams(
+        temperature=0.9, top_p=0.9, top_k=40, seed=7, repetition_penalty=1.3, frequency_penalty=0.2,
+        logit_bias={17: 2.0}, min_tokens=5, max_tokens=12,
+    )  # fmt: skip
+    launches: list[int] = []
+    steps = CudaBackend.steps
+
+    def counted(backend: CudaBackend, count: int) -> Any:
+        launches.append(count)
+        return steps(backend, count)
+
+    monkeypatch.setattr(CudaBackend, "steps", counted)
+    gpu = LLM(glassllm, skip_tokenizer_init=True, max_model_len=64, backend="cuda")
+    prompt = {"prompt_token_ids": PROMPTS[1]}
+    together = [d.token_id for d in gpu.stream(prompt, params)]
+    assert launches == [1, 1, 1, 4, 7]  # the prompt, which gives the first token, and two launches
+    monkeypatch.setattr("tilert.engine.engine.LAUNCH_STEPS", 1)
+    assert [d.token_id for d in gpu.stream(prompt, params)] == together
+    monkeypatch.setattr(type(gpu.runner), "samples", False)
+    assert [d.token_id for d in gpu.stream(prompt, params)] == together
+
+
+def test_logprobs_are_read_on_the_host(glassllm: Path, device: EmulatedDevice) -> None:
+    gpu = LLM(glassllm, skip_tokenizer_init=True, max_model_len=64, backend="cuda")
+    plain = SamplingParams(temperature=0.8, seed=3, max_tokens=6, ignore_eos=True)
+    shown = SamplingParams(temperature=0.8, seed=3, max_tokens=6, ignore_eos=True, logprobs=2)
+    assert answers(gpu, shown) == answers(gpu, plain)

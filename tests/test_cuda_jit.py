@@ -29,7 +29,7 @@ pytest.importorskip("cuda.bindings.nvrtc")
 SOURCE = '#include "n.h"\nextern "C" __global__ void twice(float* x) { x[threadIdx.x] *= N; }\n'
 BASE: dict[str, Any] = {"model_type": "llama", "rms_norm_eps": 1e-5, "num_hidden_layers": 1,
                         "max_position_embeddings": 8192, "vocab_size": 4096}  # fmt: skip
-# One layer of each shape; the vocabulary is cut, for only its product depends on it.
+# One layer of each shape; the vocabulary is cut, for only its product and sampling depend on it.
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32,
                  "num_key_value_heads": 8},
@@ -45,6 +45,8 @@ SHAPES: dict[str, dict[str, Any]] = {
                    "num_attention_heads": 32, "num_key_value_heads": 8, "sliding_window": 4096},
     "qwen3-8b-fp8": {"model_type": "qwen3", "hidden_size": 4096, "intermediate_size": 12288,
                      "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128},
+    "sampled": {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32,
+                "num_key_value_heads": 8, "vocab_size": 151936},
     "smollm2": {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9,
                 "num_key_value_heads": 3},
 }  # fmt: skip
@@ -66,7 +68,7 @@ def source_of(name: str, arch: str) -> Source:
     if name.endswith("fp8"):
         scales = {w: Scale(f"{w}_scale_inv", (128, 128)) for w in dtypes if "_proj" in w}
         dtypes |= dict.fromkeys(scales, DType.F8E4M3)
-    program = build(graph, target, Limits(1, 1, 1, 8192), dtypes, scales)
+    program = build(graph, target, Limits(1, 1, 1, 8192, name == "sampled"), dtypes, scales)
     return generate(program, fitting_slots(program, TARGETS[arch]))
 
 

@@ -1,8 +1,8 @@
 """The engine: requests of token ids in, tokens out, as they are made.
 
 `step` is the loop body: admit what fits, work on one prompt, make one token for every other running
-sequence. When a single greedy sequence runs, its tokens are chosen on the device and many steps go
-out in one launch.
+sequence. When a single sequence runs, and it is greedy or the device samples, its tokens are chosen on
+the device and many steps go out in one launch.
 """
 
 from __future__ import annotations
@@ -109,8 +109,9 @@ class Engine:
         for sequence in [s for s in self.running if s.pending > 1][:1]:
             yield from self._prompt(sequence)
         decoding = [s for s in self.running if s.pending == 1]
-        if len(decoding) == 1 and len(self.running) == 1 and decoding[0].sampler.is_plain_greedy:
-            yield from self._loop(decoding[0])
+        alone = len(decoding) == 1 and len(self.running) == 1
+        if alone and (steps := self._launch_steps(decoding[0])):
+            yield from self._loop(decoding[0], steps)
         elif decoding:
             yield from self._decode(decoding)
 
@@ -167,11 +168,18 @@ class Engine:
             events.append(self._commit(sequence, token))
         yield from events
 
-    def _loop(self, sequence: Sequence) -> Iterator[Event]:
+    def _launch_steps(self, sequence: Sequence) -> int:
+        """How many of its next tokens the device can choose in one launch."""
         steps = min(sequence.limit - len(sequence.tokens), LAUNCH_STEPS)
+        if sequence.sampler.is_plain_greedy:
+            return steps
+        return sequence.sampler.steady(steps) if self.runner.samples else 0
+
+    def _loop(self, sequence: Sequence, steps: int) -> Iterator[Event]:
         self._reserve(sequence, len(sequence.tokens) + steps)
         row = Row(sequence.tokens[-1], sequence.computed, sequence.slot)
-        with closing(self.runner.loop(row, steps, sequence.stop_ids)) as tokens:
+        sampler = None if sequence.sampler.is_plain_greedy else sequence.sampler
+        with closing(self.runner.loop(row, steps, sequence.stop_ids, sampler)) as tokens:
             for token in tokens:
                 sequence.computed += 1
                 yield self._commit(sequence, sequence.sampler.commit(token))

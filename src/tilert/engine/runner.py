@@ -1,7 +1,8 @@
 """One model on one back end: its programs, its weights, its KV cache. Token ids in, logits out.
 
-Three programs share everything but activations: `decode` (one token), `few` (up to eight tokens of
-any sequences) and `prompt` (many tokens of one sequence). Each is compiled when it is first needed.
+Programs share everything but activations: `decode` (one token), `sampled` (one token, sampled on the
+device), `few` (up to eight tokens of any sequences) and `prompt` (many tokens of one sequence). Each is
+compiled when it is first needed.
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ from tilert.backends.cpu import CpuBackend, Pool
 from tilert.backends.cuda.backend import MAX_STOPS, CudaBackend
 from tilert.backends.interpreter import Interpreter, allocate_caches
 from tilert.compiler import Limits, build
-from tilert.engine.sampling import check_finite
+from tilert.engine.sampling import Sampler, check_finite
 from tilert.ir.dtype import DType
 from tilert.ir.graph import Graph
 from tilert.ir.machine import Machine
 from tilert.ir.program import PAGE, Program, Scale
+from tilert.ops.draw import MAX_VOCAB
 
 if TYPE_CHECKING:
     from tilert.backends.cuda.runtime import CudaRuntime
@@ -70,14 +72,20 @@ class Runner:
         self._caches: dict[str, np.ndarray] | None = None
 
     def program(self, kind: str) -> Program:
-        """The program 'decode', 'few' or 'prompt', compiled at the first call."""
+        """The program 'decode', 'sampled', 'few' or 'prompt', compiled at the first call."""
         if kind not in self.programs:
-            tokens = {"decode": 1, "few": FEW, "prompt": PROMPT}[kind]
+            tokens = {"decode": 1, "sampled": 1, "few": FEW, "prompt": PROMPT}[kind]
             outputs = 1 if kind == "prompt" else tokens
-            limits = Limits(tokens, outputs, self.sequences, self.context)
+            limits = Limits(tokens, outputs, self.sequences, self.context, kind == "sampled")
             dtypes = {name: DType.of(array) for name, array in self.weights.items()}
             self.programs[kind] = build(self.graph, self.machine, limits, dtypes, self.scales)
         return self.programs[kind]
+
+    @property
+    def samples(self) -> bool:
+        """True when `loop` takes samplers."""
+        vocab = self.graph.nodes[-1].output.cols
+        return self.place is not None and not isinstance(self.place, Pool) and vocab <= MAX_VOCAB
 
     def backend(self, kind: str) -> Backend:
         """The back end that holds the program of that kind."""
@@ -110,19 +118,22 @@ class Runner:
         return sampled, backend.read("logits")[: len(outputs)]
 
     def loop(
-        self, row: Row, steps: int, stop_ids: Iterable[int] = ()
+        self, row: Row, steps: int, stop_ids: Iterable[int] = (), sampler: Sampler | None = None
     ) -> Generator[int, None, None]:
-        """Greedy tokens of one sequence, up to `steps`, chosen and fed back on the device.
+        """Tokens of one sequence, up to `steps`, chosen and fed back on the device: greedy ones, or those
+        that `sampler` would give, which stays as it is.
 
         A back end that knows stop ids ends by itself after one of them; with others the caller stops
         asking. Raises UserError at the end when the logits are no numbers.
         """
-        backend = self._prepare("decode", [row], [0])
+        backend = self._prepare("sampled" if sampler else "decode", [row], [0])
+        if sampler:
+            sampler.fill(backend.state, row.position)
         if isinstance(backend, CudaBackend):
             backend.stop_ids = tuple(stop_ids)[:MAX_STOPS]  # the caller looks at them all
         for sampled in backend.steps(steps):
             yield int(sampled[0])
-        check_finite(backend.read("logits")[0].max())
+        check_finite(backend.read("peaks" if sampler else "logits")[0].max())
 
     def _prepare(self, kind: str, rows: Sequence[Row], outputs: Sequence[int]) -> Backend:
         backend = self.backend(kind)

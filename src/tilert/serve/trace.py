@@ -108,7 +108,8 @@ def record(llm: LLM, prompt: Any, params: SamplingParams) -> Recorded:
 
     Raises UserError when the back end has no clock or when no such step was run.
     """
-    backend = llm.runner.backend("decode")
+    sampled = llm.runner.samples and not params.greedy
+    backend = llm.runner.backend("sampled" if sampled else "decode")
     if not isinstance(backend, CpuBackend | CudaBackend):
         raise UserError("a trace needs the back end 'cpu' or 'cuda'; the interpreter has no clock")
     program = backend.program

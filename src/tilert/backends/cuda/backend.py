@@ -17,7 +17,8 @@ from tilert.backends.cuda.limits import RUN_BYTES, fitting_slots, shared_bytes
 from tilert.backends.cuda.source import KERNEL, Source, generate
 from tilert.ir.program import NONE, PAGE, Buf, Kind, Op, Program, Run
 from tilert.ir.tags import TAGS, Tags, derive
-from tilert.ops import Argmax, Attend, Embed, Linear, NextToken
+from tilert.ops import Adjust, Argmax, Attend, Bins, Draw, Embed, Linear, NextToken, Sift, Totals
+from tilert.ops.draw import BIASED, COUNTED, MASKED
 from tilert.ops.linear import ADD
 
 MAX_STEPS = 16384  # of one launch
@@ -28,6 +29,7 @@ NO_SIGNAL = 0xFFFF
 FAILED = 2  # enum Verdict
 RANK_SHIFT = 24  # kRankShift
 BY_TAG = 0xFFFFFFFF  # kByTag
+SAMPLING = {"controls": 0, "mask": MASKED, "biases": BIASED, "tally": COUNTED}  # flag that needs it
 FAILURE_BYTES = 20  # struct Failure
 RUN = np.dtype(  # struct Run
     [(name, "<u2") for name in ("variant", "wait_begin", "wait_count", "signal")]
@@ -155,15 +157,20 @@ class CudaBackend:
         self._traced: tuple[Memory, Memory, int] | None = None
         self._tracing = False
         states = (b for b in program.buffers if b.kind is Kind.STATE)
-        self.state = {b.name: np.zeros((b.rows, b.cols), np.int32) for b in states}
+        self.state = {b.name: np.zeros((b.rows, b.cols), b.dtype.numpy) for b in states}
+        # What the ops of draw.cuh read, when the program has them.
+        self.sampling = {
+            name: device.allocate(a.nbytes) for name, a in self.state.items() if name in SAMPLING
+        }
         self.stop_ids: tuple[int, ...] = ()
         assert program.arena_bytes < 4 << RANK_SHIFT, "offsets in the arena are words of 24 bits"
+        homes = {name: memory.address for name, memory in self.sampling.items()}
         self.arena = device.allocate(program.arena_bytes)
         self.counters = device.allocate(4 * COUNTER_PITCH * len(program.counters))
         self.outcome = device.allocate(4 + FAILURE_BYTES * len(program.queues))  # verdict, failures
         self.tables = {
             name: self._upload(table)
-            for name, table in _tables(program, source.variants, weights, caches).items()
+            for name, table in _tables(program, source.variants, weights, caches, homes).items()
         }
         # Token id, stop ids, page table of the sequence.
         self.inputs = device.allocate(4 * (1 + MAX_STOPS + self.state["pages"].shape[1]))
@@ -242,6 +249,9 @@ class CudaBackend:
         pages = state["pages"][state["sequences"][0, 0]]
         self.inputs.write(np.concatenate([state["tokens"][0, :1], stops, pages]).astype(np.int32))
         self.arena.clear()  # no word has a tag from an earlier launch
+        for name, memory in self.sampling.items():
+            if name == "controls" or state["controls"][0, 0] & SAMPLING[name]:
+                memory.write(state[name])
         self.counters.clear()
         self.outcome.clear()
         self.mailbox[: steps + 1] = UNSET
@@ -320,12 +330,19 @@ def _cause(program: Program, failures: list[list[int]]) -> str:
 
 
 def _tables(
-    program: Program, variants: list[int], weights: Mapping[str, int], caches: Mapping[str, int]
-) -> dict[str, np.ndarray]:
-    """The read-only tables of struct Params, with all operands resolved to addresses."""
+    program: Program, variants: list[int], weights: Mapping[str, int], caches: Mapping[str, int],
+    states: Mapping[str, int],
+) -> dict[str, np.ndarray]:  # fmt: skip
+    """The read-only tables of struct Params, with all operands resolved to addresses.
+
+    states: where the state buffers are that ops find through their run; others come with Params.
+    """
     tags = derive(program)
     homes = {Kind.WEIGHT: weights, Kind.CACHE: caches}
-    at = [homes[b.kind][b.name] if b.kind in homes else b.offset // 4 for b in program.buffers]
+    at = [
+        homes[b.kind][b.name] if b.kind in homes else states.get(b.name, b.offset // 4)
+        for b in program.buffers
+    ]
     runs = np.zeros(sum(map(len, program.queues)), RUN)
     records = iter(runs)
     waits: list[int] = []
@@ -399,3 +416,21 @@ def _resolve(record: Any, program: Program, run: Run, at: list[int]) -> None:
         record["x"], record["y"] = at[op.logits], at[op.part]
     elif isinstance(op, NextToken):
         record["x"] = at[op.part]
+    elif isinstance(op, Totals):
+        record["x"], record["y"] = at[op.bins], at[op.totals]
+    elif isinstance(op, Adjust | Bins | Sift | Draw):
+        _resolve_sampling(record, op, at)
+
+
+def _resolve_sampling(record: Any, op: Adjust | Bins | Sift | Draw, at: list[int]) -> None:
+    record["w"], record["y" if isinstance(op, Adjust) else "x"] = at[op.controls], at[op.scores]
+    if isinstance(op, Adjust):
+        record["w_up"], record["bias"] = at[op.mask], at[op.biases]
+        record["bias_up"], record["x"], record["x2"] = at[op.tally], at[op.logits], at[op.peaks]
+    elif isinstance(op, Bins):
+        record["x2"], record["y"] = at[op.peaks], at[op.bins]
+    elif isinstance(op, Sift):
+        record["x2"], record["x3"], record["y"] = at[op.peaks], at[op.totals], at[op.candidates]
+    else:
+        record["x2"], record["x3"] = at[op.candidates], at[op.totals]
+        record["bias_up"] = at[op.tally]

@@ -2,7 +2,7 @@
 // are made or somebody ends the launch. constants.h is made for one program: shapes, sizes,
 // variants.
 #include "attend.cuh"
-#include "sample.cuh"
+#include "draw.cuh"
 #include "variants.h"
 
 __device__ __forceinline__ void load_weights(Block& b) {

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 from tilert.errors import UserError
 from tilert.ir.program import Program
-from tilert.ops import Attend
+from tilert.ops import Attend, Draw
 
 SLOT_PAD = 128  # bytes behind a slot: rows that are not aligned arrive with their neighbours' bytes
+DRAW_BYTES = 13 << 10  # struct DrawScratch
 RUN_BYTES, WAIT_BYTES = 96, 4  # struct Run, struct Wait
 SHARED_BYTES = 6144  # at least sizeof(Shared) and alignment; checked when the kernel is loaded
 MIN_SLOTS = 2
 
 
 def scratch_bytes(program: Program) -> int:
-    """Bytes between the barriers of one op: Attend's Scratch, or a little for the others."""
+    """Bytes between the barriers of one op: Attend's Scratch, DrawScratch, or a little for the others."""
     sizes = [
         18 * op.head_dim * 2 + 4 * op.group * (op.head_dim + 2) * 4 + 4 * op.group
         for op in program.ops
         if isinstance(op, Attend)
     ]
+    sizes += [DRAW_BYTES for op in program.ops if isinstance(op, Draw)]
     return -(-max([256, *sizes]) // 16) * 16
 
 

@@ -45,16 +45,23 @@ class CudaRuntime:
     ) -> None:  # fmt: skip
         self.device, self.graph, self.arrays, self.num_pages = device, graph, weights, num_pages
         self.progress = progress
+        self.weights: dict[str, Memory] = {}
+        self.caches: dict[str, Memory] = {}
         self._decode: CudaBackend | None = None
         self._prompts: Any = None
 
     def backend(
         self, kind: str, program: Callable[[str], Program]
     ) -> CudaBackend | RowByRow | Prompts:
-        """The back end for steps of that kind: 'decode', 'few' or 'prompt'; program: makes programs."""
+        """The back end for steps of that kind; program: makes programs.
+
+        'decode' makes greedy tokens and 'sampled' sampled ones, 'few' and 'prompt' take several rows.
+        """
         decode = self._decoder(program)
         if kind == "decode":
             return decode
+        if kind == "sampled":
+            return self._bound(program(kind))
         rows = {"few": 8, "prompt": 256}[kind]
         if kind == "prompt" and self._prompts is not None:
             return Prompts(self._prompts, decode, rows)
@@ -63,27 +70,29 @@ class CudaRuntime:
     def _decoder(self, program: Callable[[str], Program]) -> CudaBackend:
         if self._decode is None:
             made = program("decode")
-            weights, tensors = self._load(made)
+            tensors = self._load(made)
             shapes = cache_shapes(made, self.num_pages)
-            caches = {n: self.device.allocate(2 * int(np.prod(s))) for n, s in shapes.items()}
-            self._decode = CudaBackend(
-                made, {n: m.address for n, m in weights.items()},
-                {n: m.address for n, m in caches.items()}, self.device,
-            )  # fmt: skip
-            self._memory = [*weights.values(), *caches.values()]  # for as long as this lives
+            self.caches = {n: self.device.allocate(2 * int(np.prod(s))) for n, s in shapes.items()}
+            self._decode = self._bound(made)
             self._prompts = self.device.prompt_runner(
                 self.graph, {n: (m, self.arrays[n]) for n, m in tensors.items()},
-                {n: (m, shapes[n]) for n, m in caches.items()}, _scales(made),
+                {n: (m, shapes[n]) for n, m in self.caches.items()}, _scales(made),
             )  # fmt: skip
         return self._decode
 
-    def _load(self, program: Program) -> tuple[dict[str, Memory], dict[str, Memory]]:
-        """Memory with the bytes of each weight of the program, and the part of each tensor in it."""
+    def _bound(self, program: Program) -> CudaBackend:
+        """A program over the weights and caches of all."""
+        return CudaBackend(
+            program, {n: m.address for n, m in self.weights.items()},
+            {n: m.address for n, m in self.caches.items()}, self.device,
+        )  # fmt: skip
+
+    def _load(self, program: Program) -> dict[str, Memory]:
+        """Put the weights of the program into memory; the part of each tensor in it."""
         total, done = sum(array.nbytes for array in self.arrays.values()), 0
-        weights: dict[str, Memory] = {}
         tensors: dict[str, Memory] = {}
         for buffer in (b for b in program.buffers if b.kind is Kind.WEIGHT):
-            memory = weights[buffer.name] = self.device.allocate(buffer.bytes)
+            memory = self.weights[buffer.name] = self.device.allocate(buffer.bytes)
             begin = 0
             for name in buffer.parts:
                 array = self.arrays[name]
@@ -92,7 +101,7 @@ class CudaRuntime:
                 begin, done = begin + array.nbytes, done + array.nbytes
                 if self.progress:
                     self.progress("loading", done, total)
-        return weights, tensors
+        return tensors
 
 
 def _scales(program: Program) -> dict[str, Scale]:

@@ -66,6 +66,18 @@ struct Argmax {
   }
 };
 
+// By one thread, behind all that the run stores: the next step may begin with this token, and the
+// host is told of it.
+__device__ __forceinline__ void hand_on(Block& b, const Run& run, u32 token, bool last) {
+  *b.params.tokens = token;
+  if (last || load_relaxed(b.params.verdict) != kGoOn) {
+    swap_if(b.params.verdict, kGoOn, kStopped);
+    store_shared(&b.shared.verdict, 1);
+  }
+  signal<false>(b, run);
+  store_system(b.params.mailbox + b.step, token);
+}
+
 template <int kChunks>
 struct NextToken {
   static __device__ __forceinline__ bool stream(Loader&, const Run&) { return true; }
@@ -82,15 +94,7 @@ struct NextToken {
     best = block_best(b, best);
     if (warp() == 0) {
       bool stops = __any_sync(~0u, stop == __shfl_sync(~0u, best.index, 0));
-      if (lane() == 0) {
-        *b.params.tokens = best.index;
-        if (cancelled || stops || load_relaxed(b.params.verdict) != kGoOn) {
-          swap_if(b.params.verdict, kGoOn, kStopped);
-          store_shared(&b.shared.verdict, 1);
-        }
-        signal<false>(b, run);
-        store_system(b.params.mailbox + b.step, best.index);
-      }
+      if (lane() == 0) hand_on(b, run, best.index, cancelled || stops);
     }
     sync_consumers();
     return load_shared(&b.shared.verdict) == 0;

@@ -15,12 +15,12 @@ from tilert.errors import UserError
 from tilert.ir.dtype import DType
 from tilert.ir.program import NONE, PAGE, Buf, Op, Program
 from tilert.ir.tags import TAGS, Tags, derive
-from tilert.ops import Argmax, Attend, Embed, Linear, NextToken
+from tilert.ops import Adjust, Argmax, Attend, Bins, Draw, Embed, Linear, NextToken, Sift, Totals
 
 FOLDER = Path(__file__).parent
 HEADERS = (
     "ptx.cuh", "program.cuh", "tile.cuh", "inputs.cuh", "products.cuh", "linear.cuh", "attend.cuh",
-    "sample.cuh",
+    "sample.cuh", "draw.cuh",
 )  # fmt: skip
 KERNEL = "tilert_program"
 
@@ -76,6 +76,10 @@ def _type(program: Program, op: Op, tags: Tags) -> str:
         return f"Embed<{op.width}, {_weight(program, op.table)}, {_flag(op.y in tags.writers)}>"
     if isinstance(op, Argmax):
         return f"Argmax<{op.vocab}, {op.chunk}>"
+    if isinstance(op, Adjust | Bins | Sift | Draw):
+        return f"{type(op).__name__}<{op.vocab}, {op.chunk}>"
+    if isinstance(op, Totals):
+        return f"Totals<{op.chunks}, {op.width}>"
     assert isinstance(op, NextToken), f"{type(op).__name__} has no CUDA form"
     return f"NextToken<{op.chunks}>"
 
