@@ -1,4 +1,4 @@
-# make demo | test | lint | bench | docs. Everything is installed into .venv, made on first use.
+# make demo | test | lint | bench | bench-gpu | docs. Everything is installed into .venv, made on first use.
 # Another interpreter: remove .venv, then `make test PYTHON=python3.12`.
 
 PYTHON ?= python3
@@ -6,7 +6,7 @@ VENV ?= .venv
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test lint bench docs
+.PHONY: demo test lint bench bench-gpu docs
 
 bin := $(VENV)/bin
 pip := $(bin)/python -m pip --disable-pip-version-check
@@ -29,6 +29,9 @@ lint: $(VENV)/with-dev
 
 bench: $(VENV)/with-bench
 	$(bin)/python bench/decode.py
+
+bench-gpu: $(VENV)/with-test
+	$(bin)/python bench/decode_gpu.py --peers
 
 docs: $(VENV)/with-test
 	$(bin)/python -m tilert.ops --markdown > $(VENV)/isa.md
