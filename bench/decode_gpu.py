@@ -330,12 +330,16 @@ def main() -> int:
     torch.cuda.empty_cache()
     print(f"{device.name}: reads {ceiling / 1e9:.0f} GB/s", flush=True)
     rows = [row for name in args.models for row in rows_of(name, args, device, ceiling)]
+    chosen = sys.argv[1:]
+    for option in ("--commit", "--out"):  # they say nothing of what was measured
+        if option in chosen:
+            del chosen[chosen.index(option) : chosen.index(option) + 2]
     git = ["git", "rev-parse", "--short", "HEAD"]
     commit = args.commit or subprocess.run(git, capture_output=True, text=True).stdout.strip()
     result = {
         "device": device.name, "workers": device.machine.workers_per_device, "ceiling": ceiling,
         "torch": torch.__version__, "cuda": torch.version.cuda, "commit": commit,
-        "date": date.today().isoformat(), "command": " ".join(["bench/decode_gpu.py", *sys.argv[1:]]),
+        "date": date.today().isoformat(), "command": " ".join(["python bench/decode_gpu.py", *chosen]),
         "repeats": args.repeats, "rows": rows,
     }  # fmt: skip
     out = args.out or RESULTS / f"decode-gpu-{device.name.split()[-1].lower()}.json"
