@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from tilert.backends.cuda.backend import UNSET, CudaBackend
 from tilert.errors import UserError
 from tilert.ops import Draw
 from tilert.serve import llm as serving
-from tilert.serve import trace
+from tilert.serve import report, trace
 
 pytestmark = pytest.mark.skipif(not SUPPORTED, reason="the emulator needs g++ on x86-64")
 PROMPTS = [[5, 9, 33, 7, 260, 12], [1, 2, 3]]
@@ -52,6 +53,20 @@ def test_tokens_equal_the_cpu(glassllm: Path, device: EmulatedDevice) -> None:
         SamplingParams(temperature=0.8, seed=3, max_tokens=6, ignore_eos=True),
     ):
         assert answers(gpu, params) == answers(cpu, params)
+
+
+def test_loading_is_timed_by_phase(glassllm: Path, device: EmulatedDevice) -> None:
+    gpu = LLM(glassllm, skip_tokenizer_init=True, max_model_len=64, backend="cuda")
+    assert list(gpu.load_phases) == ["program", "weights", "kernel"]
+    assert all(seconds > 0 for seconds in gpu.load_phases.values())
+    assert sum(gpu.load_phases.values()) <= gpu.load_seconds
+    (output,) = gpu.generate(
+        {"prompt_token_ids": PROMPTS[0]}, SamplingParams(temperature=0, max_tokens=2)
+    )
+    assert re.search(
+        r"loaded in [\d.]+ s \(program [\d.]+, weights [\d.]+, kernel [\d.]+\)\]$",
+        report.stats(output, gpu.load_seconds, gpu.load_phases),
+    )
 
 
 def test_streaming_can_be_stopped(glassllm: Path, device: EmulatedDevice) -> None:

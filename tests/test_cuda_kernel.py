@@ -29,7 +29,7 @@ from tilert.models import load_config
 from tilert.models.decoder import ROPE_TABLE
 from tilert.models.decoder import build as build_graph
 from tilert.models.rotary import rotary_table
-from tilert.ops import Attend
+from tilert.ops import Attend, Linear
 
 Devices = Callable[..., GpuDevice]  # called with the seed of an order of threads
 
@@ -287,6 +287,30 @@ def test_a_wait_that_never_holds_names_waiter_and_counter(devices: Devices) -> N
         LaunchError, match=rf"worker 1, run {place} .*counter {wait.counter}: it has"
     ):
         list(made.steps(3))
+
+
+def test_words_that_never_come_end_the_launch(devices: Devices) -> None:
+    """A reader that expects the tag of a write that does not happen: an error, and the next launch works."""
+    program, weights = compiled("llama")
+    made, _ = loaded(program, weights, devices())
+    begin(made, 5, 0)
+    good = [int(t[0]) for t in made.steps(3)]
+    table = made.tables["runs"].read(0, sum(map(len, program.queues)), cuda.RUN)
+    broken = table.copy()
+    place, run = next(
+        (i, r) for i, r in enumerate(program.queues[1]) if isinstance(program.ops[r.op], Linear)
+    )
+    broken["x"][len(program.queues[0]) + place] ^= 1 << cuda.RANK_SHIFT
+    made.tables["runs"].write(broken)
+    begin(made, 5, 0)
+    with pytest.raises(
+        LaunchError, match=rf"worker 1, run {place} of step 0 .* words with tag \d+"
+    ):
+        list(made.steps(3))
+    made.tables["runs"].write(table)
+    begin(made, 5, 0)
+    assert [int(t[0]) for t in made.steps(3)] == good
+    assert run.signal >= 0
 
 
 def test_what_the_kernel_cannot_run_is_refused(devices: Devices) -> None:

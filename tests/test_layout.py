@@ -29,7 +29,7 @@ ROOMS: dict[str, set[str]] = {
     "backends": {"errors", "files", "ir", "ops", "models"},
     "weights": {"errors", "files", "ir"},
     "text": {"errors"},
-    "engine": {"errors", "ir", "ops", "models", "compiler", "backends", "weights"},
+    "engine": {"errors", "files", "ir", "ops", "models", "compiler", "backends", "weights"},
     "serve": {"errors", "ir", "ops", "models", "compiler", "backends", "weights", "text", "engine"},
 }
 ROOMS["serve"] |= {"files", "tilert"}  # tilert: for the version

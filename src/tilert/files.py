@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import secrets
 import shutil
@@ -39,6 +40,24 @@ def atomic(path: Path, size: int) -> Iterator[BinaryIO]:
     finally:
         with suppress(OSError):  # where it could not be made, it cannot be removed
             partial.unlink()
+
+
+def keep(path: Path, data: bytes) -> None:
+    """Put data into the cache, with its checksum. A cache that cannot be written only costs time."""
+    whole = hashlib.sha256(data).hexdigest().encode() + b"\n" + data
+    with suppress(OSError, UserError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic(path, len(whole)) as file:
+            file.write(whole)
+
+
+def kept(path: Path) -> bytes | None:
+    """What was kept there; None when there is nothing or it is damaged."""
+    try:
+        head, _, data = path.read_bytes().partition(b"\n")
+    except OSError:
+        return None
+    return data if hashlib.sha256(data).hexdigest().encode() == head else None
 
 
 def check_space(folder: Path, size: int) -> None:

@@ -15,7 +15,8 @@ import numpy as np
 from tilert.backends.cpu import CpuBackend, Pool
 from tilert.backends.cuda.backend import MAX_STOPS, CudaBackend
 from tilert.backends.interpreter import Interpreter, allocate_caches
-from tilert.compiler import Limits, build
+from tilert.compiler import Limits
+from tilert.engine.programs import program_for
 from tilert.engine.sampling import Sampler, check_finite
 from tilert.ir.dtype import DType
 from tilert.ir.graph import Graph
@@ -78,7 +79,7 @@ class Runner:
             outputs = 1 if kind == "prompt" else tokens
             limits = Limits(tokens, outputs, self.sequences, self.context, kind == "sampled")
             dtypes = {name: DType.of(array) for name, array in self.weights.items()}
-            self.programs[kind] = build(self.graph, self.machine, limits, dtypes, self.scales)
+            self.programs[kind] = program_for(self.graph, self.machine, limits, dtypes, self.scales)
         return self.programs[kind]
 
     @property

@@ -129,7 +129,7 @@ def generate(args: argparse.Namespace) -> None:
     request = show(llm.stream(make_prompt(llm, args, text), params))
     print()
     if args.stats and request is not None:
-        print(report.stats(request, llm.load_seconds), file=sys.stderr)
+        print(report.stats(request, llm.load_seconds, llm.load_phases), file=sys.stderr)
 
 
 def chat(args: argparse.Namespace) -> None:
@@ -154,7 +154,7 @@ def chat(args: argparse.Namespace) -> None:
         if request is not None:
             messages.append({"role": "assistant", "content": request.outputs[0].text})
             if args.stats:
-                print(report.stats(request, llm.load_seconds), file=sys.stderr)
+                print(report.stats(request, llm.load_seconds, llm.load_phases), file=sys.stderr)
 
 
 def _ask() -> str | None:

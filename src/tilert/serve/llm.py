@@ -113,6 +113,7 @@ class LLM:
         self._owners: dict[int, tuple[_Request, int]] = {}  # by sequence id: request, output
         self._events: Generator[Event, None, None] | None = None  # of all requests together
         self.load_seconds = time.perf_counter() - started
+        self.load_phases = place.seconds if isinstance(place, CudaRuntime) else {}
 
     def _long_prompt(self) -> int | None:
         """Longest prompt whose rotation does not depend on its own length; None: any."""

@@ -14,13 +14,12 @@ import secrets
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tilert.errors import UserError
-from tilert.files import atomic, cache_folder
+from tilert.files import cache_folder, keep, kept
 
 # Bytes of shared memory that a block may take, by target.
 TARGETS = {"sm_90a": 232448, "sm_100a": 232448, "sm_120a": 101376}
@@ -163,26 +162,20 @@ def _write_log(cache: Path, name: str, arch: str, text: str) -> Path:
 
 def _load(path: Path, arch: str) -> Cubin | None:
     """What an earlier compile left; None when there is nothing or it is damaged."""
+    if (whole := kept(path)) is None:
+        return None
+    table, _, data = whole.partition(b"\n")
     try:
-        head, _, rest = path.read_bytes().partition(b"\n")
-        if hashlib.sha256(rest).hexdigest().encode() != head:
-            return None
-        table, _, data = rest.partition(b"\n")
         resources = {name: Resources(*values) for name, values in json.loads(table).items()}
-    except (OSError, ValueError, TypeError):
+    except (ValueError, TypeError):
         return None
     return Cubin(data, arch, resources, 0.0)
 
 
 def _store(path: Path, made: Cubin) -> None:
-    """Keep a cubin for the next process. A cache that cannot be written only costs time."""
+    """Keep a cubin for the next process."""
     table = {
         name: [r.registers, r.stack, r.spill_stores, r.spill_loads]
         for name, r in made.resources.items()
     }
-    rest = json.dumps(table).encode() + b"\n" + made.data
-    whole = hashlib.sha256(rest).hexdigest().encode() + b"\n" + rest
-    with suppress(OSError, UserError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic(path, len(whole)) as file:
-            file.write(whole)
+    keep(path, json.dumps(table).encode() + b"\n" + made.data)

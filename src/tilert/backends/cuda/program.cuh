@@ -147,6 +147,7 @@ __device__ __noinline__ bool given_up(const Params& p, u64 since, u32 run, u32 s
   }
   if (verdict != kStopped) {
     Failure& f = p.failures[blockIdx.x];
+    if (f.want) return true;  // whoever waits in vain for words goes on and fails again
     f.run = run, f.step = step, f.counter = counter, f.have = have, f.want = want;
   }
   return true;

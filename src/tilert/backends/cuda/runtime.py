@@ -6,7 +6,9 @@ are handed to the device's own prompt runner where it has one.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Generator, Mapping
+from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
@@ -45,6 +47,7 @@ class CudaRuntime:
     ) -> None:  # fmt: skip
         self.device, self.graph, self.arrays, self.num_pages = device, graph, weights, num_pages
         self.progress = progress
+        self.seconds: dict[str, float] = {}  # what loading took: program, weights, kernel
         self.weights: dict[str, Memory] = {}
         self.caches: dict[str, Memory] = {}
         self._decode: CudaBackend | None = None
@@ -69,11 +72,17 @@ class CudaRuntime:
 
     def _decoder(self, program: Callable[[str], Program]) -> CudaBackend:
         if self._decode is None:
+            marks = [time.perf_counter()]
             made = program("decode")
+            marks.append(time.perf_counter())
             tensors = self._load(made)
+            marks.append(time.perf_counter())
             shapes = cache_shapes(made, self.num_pages)
             self.caches = {n: self.device.allocate(2 * int(np.prod(s))) for n, s in shapes.items()}
             self._decode = self._bound(made)
+            marks.append(time.perf_counter())
+            spans = (b - a for a, b in pairwise(marks))
+            self.seconds = dict(zip(("program", "weights", "kernel"), spans, strict=True))
             self._prompts = self.device.prompt_runner(
                 self.graph, {n: (m, self.arrays[n]) for n, m in tensors.items()},
                 {n: (m, shapes[n]) for n, m in self.caches.items()}, _scales(made),
