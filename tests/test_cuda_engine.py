@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from tilert.backends.cuda.backend import UNSET, CudaBackend
 from tilert.errors import UserError
 from tilert.ops import Draw
 from tilert.serve import llm as serving
-from tilert.serve import report, trace
+from tilert.serve import report, trace, tune
 
 pytestmark = pytest.mark.skipif(not SUPPORTED, reason="the emulator needs g++ on x86-64")
 PROMPTS = [[5, 9, 33, 7, 260, 12], [1, 2, 3]]
@@ -67,6 +68,51 @@ def test_loading_is_timed_by_phase(glassllm: Path, device: EmulatedDevice) -> No
         r"loaded in [\d.]+ s \(program [\d.]+, weights [\d.]+, kernel [\d.]+\)\]$",
         report.stats(output, gpu.load_seconds, gpu.load_phases),
     )
+
+
+def test_tuning_keeps_the_best_window(
+    glassllm: Path, device: EmulatedDevice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TILERT_CACHE", str(tmp_path))
+    for name, value in {"WINDOWS": (1, 2, 9), "STEPS": 2, "REPEATS": 1, "WARMING": 0}.items():
+        monkeypatch.setattr(tune, name, value)
+    monkeypatch.setattr(tune, "_milliseconds", lambda backend: 1.0 / backend.program.machine.window)
+    said: list[str] = []
+
+    def model() -> LLM:
+        return LLM(glassllm, skip_tokenizer_init=True, max_model_len=64, backend="cuda")
+
+    device.machine = replace(device.machine, window=1)
+    greedy = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+    first = model()
+    expected = answers(first, greedy)
+    assert tune.search(first.runner, first.tuning_path, 0, said.append) == {
+        1: 1.0
+    }  # no time for another
+    assert model().runner.machine.window == 1
+    assert tune.search(first.runner, first.tuning_path, 60, said.append) == {
+        1: 1.0,
+        2: 0.5,
+    }  # the ring has 4 slots
+    assert said[-1] == "window 2: 0.5000 ms per token"
+    second = model()
+    assert second.runner.machine.window == 2
+    assert answers(second, greedy) == expected
+    first.tuning_path.write_bytes(b"damaged")
+    assert model().runner.machine.window == 1
+
+
+def test_tuning_times_steps_of_a_gpu_only(glassllm: Path, device: EmulatedDevice) -> None:
+    gpu = LLM(glassllm, skip_tokenizer_init=True, max_model_len=64, backend="cuda")
+    backend = gpu.runner.backend("decode")
+    assert isinstance(backend, CudaBackend)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"STEPS": 2, "REPEATS": 2, "WARMING": 0}.items():
+            patch.setattr(tune, name, value)
+        assert tune._milliseconds(backend) > 0
+    cpu = LLM(glassllm, skip_tokenizer_init=True, max_model_len=64)
+    with pytest.raises(UserError, match=r"^tune is for the back end 'cuda'; give --backend cuda"):
+        tune.search(cpu.runner, cpu.tuning_path, 1, print)
 
 
 def test_streaming_can_be_stopped(glassllm: Path, device: EmulatedDevice) -> None:

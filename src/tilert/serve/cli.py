@@ -36,6 +36,9 @@ def parser() -> argparse.ArgumentParser:
     _download(commands.add_parser("download", help="fetch a model into the cache"))
     _inspect(commands.add_parser("inspect", help="what a model is, what a token costs, what fits"))
     _compile(commands.add_parser("compile", help="compile a model's program and print or store it"))
+    _tune(
+        commands.add_parser("tune", help="find this GPU's best settings for a model, and keep them")
+    )
     _trace(commands.add_parser("trace", help="run a prompt and write what every worker did"))
     return top
 
@@ -126,6 +129,13 @@ def _compile(p: argparse.ArgumentParser) -> None:
     p.add_argument("--out", metavar="PATH", help="write the program's binary form")
     p.add_argument("--target", metavar="ARCH[,ARCH]",
                    help="compile its kernel for sm_90a, sm_100a, sm_120a; needs no GPU")  # fmt: skip
+
+
+def _tune(p: argparse.ArgumentParser) -> None:
+    p.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    p.add_argument("--seconds", type=float, default=60, metavar="S", help="stop after (default 60)")
+    _load_options(p)
+    p.set_defaults(backend="cuda")
 
 
 def _trace(p: argparse.ArgumentParser) -> None:

@@ -274,6 +274,16 @@ def trace(args: argparse.Namespace) -> None:
     print(tracing.summary(recorded))
 
 
+def tune(args: argparse.Namespace) -> None:
+    """`tilert tune`."""
+    from tilert.serve.tune import search
+
+    llm = load(args)
+    found = search(llm.runner, llm.tuning_path, args.seconds, print)
+    best = min(found, key=found.__getitem__)
+    print(f"kept: window {best}, of {', '.join(map(str, sorted(found)))}")
+
+
 COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "generate": generate,
     "chat": chat,
@@ -281,4 +291,5 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "inspect": inspect,
     "compile": compile_,
     "trace": trace,
+    "tune": tune,
 }

@@ -27,11 +27,13 @@ from tilert.engine.engine import Engine, Event
 from tilert.engine.runner import Runner
 from tilert.errors import UserError
 from tilert.ir import machine
+from tilert.ir.dtype import DType
 from tilert.ir.program import PAGE
 from tilert.models import load_config
 from tilert.models.config import DecoderConfig
 from tilert.models.decoder import build as build_graph
 from tilert.models.load import bind, scales
+from tilert.serve import tune
 from tilert.text import Detokenizer, Tokenizer, write_gguf_tokenizer
 from tilert.weights import Checkpoint, open_checkpoint, resolve_model
 
@@ -94,13 +96,16 @@ class LLM:
         graph = build_graph(self.config, context)
         weights = bind(graph, self.config, context, checkpoint.tensors)
         self.pool = make_pool(threads) if backend == "cpu" else None
+        self.tuning_path = Path()  # where the best settings of this card and model are kept
         if device is None:
             target = machine.cpu(self.pool.size if self.pool else threads or 2)
             num_pages = self._num_pages(context, max_num_seqs, _available_memory() // 2, 4)
             place: Pool | CudaRuntime | None = self.pool
             _read_ahead(checkpoint, progress)
         else:
-            target = device.machine
+            dtypes = {name: DType.of(array) for name, array in weights.items()}
+            self.tuning_path = tune.path_of(device.name, graph, dtypes)
+            target = tune.tuned(device.machine, self.tuning_path)
             num_pages = self._num_pages(context, max_num_seqs, _left_on(device, weights), 2)
             place = CudaRuntime(device, graph, weights, num_pages, progress)
         self.runner = Runner(

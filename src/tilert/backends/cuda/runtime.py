@@ -64,7 +64,7 @@ class CudaRuntime:
         if kind == "decode":
             return decode
         if kind == "sampled":
-            return self._bound(program(kind))
+            return self.bound(program(kind))
         rows = {"few": 8, "prompt": 256}[kind]
         if kind == "prompt" and self._prompts is not None:
             return Prompts(self._prompts, decode, rows)
@@ -79,7 +79,7 @@ class CudaRuntime:
             marks.append(time.perf_counter())
             shapes = cache_shapes(made, self.num_pages)
             self.caches = {n: self.device.allocate(2 * int(np.prod(s))) for n, s in shapes.items()}
-            self._decode = self._bound(made)
+            self._decode = self.bound(made)
             marks.append(time.perf_counter())
             spans = (b - a for a, b in pairwise(marks))
             self.seconds = dict(zip(("program", "weights", "kernel"), spans, strict=True))
@@ -89,7 +89,7 @@ class CudaRuntime:
             )  # fmt: skip
         return self._decode
 
-    def _bound(self, program: Program) -> CudaBackend:
+    def bound(self, program: Program) -> CudaBackend:
         """A program over the weights and caches of all."""
         return CudaBackend(
             program, {n: m.address for n, m in self.weights.items()},
