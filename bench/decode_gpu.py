@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -339,6 +340,7 @@ def main() -> int:
     result = {
         "device": device.name, "workers": device.machine.workers_per_device, "ceiling": ceiling,
         "torch": torch.__version__, "cuda": torch.version.cuda, "commit": commit,
+        "transformers": version("transformers") if args.peers else None,
         "date": date.today().isoformat(), "command": " ".join(["python bench/decode_gpu.py", *chosen]),
         "repeats": args.repeats, "rows": rows,
     }  # fmt: skip
