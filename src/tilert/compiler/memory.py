@@ -1,8 +1,8 @@
 """Where activations live: buffers whose lifetimes do not meet share storage; offsets in the arena.
 
-Only buffers of the same type and shape share, so a region of one is a region of the other and the dependency
-pass sees every reuse. Program outputs (the logits, and their peaks where
-tokens are drawn) keep storage of their own: the host reads them.
+Only buffers of the same type and shape share, so a region of one is a region of the other and the
+dependency pass sees every reuse. Program outputs (the logits, and their peaks where tokens are drawn)
+keep storage of their own: the host reads them.
 """
 
 from __future__ import annotations
