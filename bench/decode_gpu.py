@@ -1,53 +1,69 @@
 """Time per output token on one GPU, beside the rate at which its memory can be read, and peers.
 
-    make bench-gpu        or, for a part: python bench/decode_gpu.py --models Llama-3.2-1B
+    make bench-gpu        or, for a part: python bench/decode_gpu.py --models Llama-3.2-1B --inputs 32,1024
 
-Random bf16 weights at true shapes (what they are changes no time; that the numbers are right is shown by
-tests/test_cuda_shapes.py), batch 1, greedy, no speculation. 128 tokens after 32, 1024, ... others, of
-which 127 steps are timed: on the host's clock, from the launch to the last token on the host. The cache
-holds random values for what went before. Each figure is the median over processes of the medians of
-their repeats. `ceiling`: what bulk copies into shared memory read, measured in the same run; `share`: the
-time in which weights and cache could be read at that rate, over the time taken.
+Random weights at true shapes (what they are changes no time; that the numbers are right is shown by
+tests/test_cuda_shapes.py), batch 1, greedy, no speculation. 128 tokens after 32, 1024, ... others; the
+first comes with the prompt, the other 127 are timed, from the launch to the last token on the host, by
+the host's clock. A prompt of up to 1024 tokens is run, in chunks as the engine does; before a longer
+one, and behind all of them, the cache holds random values. Each figure is the median over processes of
+the medians of their repeats.
 
-The peer is transformers with a static cache, which it compiles (torch.compile, CUDA graphs) by itself,
-on the same weights' shapes; the time of 129 tokens less that of 2.
+`ceiling`: what this GPU reads, measured in the same run (gpu_ceiling.py). `share`: the time in which the
+weights and the cache could be read at that rate, over the time taken.
+
+Peers, with --peers: `transformers` (compiled whole) and `eager`, with the same shapes and protocol, and
+`chain`, tilert's own tiles as one kernel per op in a CUDA graph; one process for each input. With
+--gpt-fast and --megakernels, a checkout of theirs, once for each model (gpu_peers.py, gpu_chain.py).
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
-import pickle
+import platform
+import re
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
+from collections.abc import Callable, Sequence
 from datetime import date
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import gpu_ceiling
+import gpu_peers
 import numpy as np
+from gpu_chain import FIRST, time_chain
+from gpu_peers import NotMeasured, output_of
 
 from tilert.backends.cuda import open_device
-from tilert.backends.cuda.backend import CudaBackend, cache_shapes
-from tilert.backends.cuda.source import FOLDER, Source
-from tilert.compiler import Limits, build
+from tilert.backends.cuda.backend import CudaBackend, Memory
+from tilert.backends.cuda.runtime import CudaRuntime, GpuDevice
+from tilert.compiler import Limits
+from tilert.engine.programs import program_for
 from tilert.errors import UserError
 from tilert.ir.dtype import DType
-from tilert.ir.program import NONE, PAGE, Kind, Program, Scale
+from tilert.ir.graph import Graph
+from tilert.ir.program import PAGE, Kind, Program, Scale
 from tilert.models import load_config
 from tilert.models.decoder import ROPE_TABLE
 from tilert.models.decoder import build as build_graph
+from tilert.models.quantization import grid
 from tilert.models.rotary import rotary_table
 
-STEPS, BLOCK = 127, (128, 128)
+STEPS, LONGEST_PROMPT, BLOCK = 127, 1024, (128, 128)
+OURS_TIMEOUT = 300.0  # seconds of one process
 RESULTS = Path(__file__).parent / "results"
 LLAMA: dict[str, Any] = {
     "model_type": "llama", "vocab_size": 128256, "rms_norm_eps": 1e-5, "rope_theta": 500000.0,
     "max_position_embeddings": 131072, "num_attention_heads": 32, "num_key_value_heads": 8,
+}  # fmt: skip
+LLAMA3_ROPE: dict[str, Any] = {
+    "rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
 }  # fmt: skip
 QWEN3: dict[str, Any] = {
     "model_type": "qwen3", "vocab_size": 151936, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0,
@@ -56,9 +72,11 @@ QWEN3: dict[str, Any] = {
 }  # fmt: skip
 MODELS: dict[str, dict[str, Any]] = {
     "Llama-3.2-1B": {**LLAMA, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
-                     "head_dim": 64, "tie_word_embeddings": True},
+                     "head_dim": 64, "tie_word_embeddings": True,
+                     "rope_scaling": {**LLAMA3_ROPE, "factor": 32.0}},
     "Llama-3.1-8B": {**LLAMA, "hidden_size": 4096, "intermediate_size": 14336,
-                     "num_hidden_layers": 32, "head_dim": 128, "tie_word_embeddings": False},
+                     "num_hidden_layers": 32, "head_dim": 128, "tie_word_embeddings": False,
+                     "rope_scaling": {**LLAMA3_ROPE, "factor": 8.0}},
     "Qwen3-0.6B": {**QWEN3, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,
                    "num_attention_heads": 16},
     "Qwen3-1.7B": {**QWEN3, "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28,
@@ -69,34 +87,7 @@ MODELS: dict[str, dict[str, Any]] = {
                  "num_attention_heads": 32, "tie_word_embeddings": False},
 }  # fmt: skip
 FP8 = "-FP8"  # behind a model's name: linear layers in e4m3 with a scale for each 128 x 128 block
-
-CEILING = """
-#include "ptx.cuh"
-struct Reads { const u8* from; u64 units; };
-constexpr u32 kUnit = 16384, kSlots = 12;
-extern "C" __global__ void __launch_bounds__(384, 1) reads(const __grid_constant__ Reads r) {
-  u8* memory = shared_memory();
-  u64* full = reinterpret_cast<u64*>(memory + kSlots * kUnit);
-  if (threadIdx.x) return;
-  for (u32 i = 0; i < kSlots; ++i) barrier_init(full + i, 1);
-  barrier_init_done();
-  u64 n = 0;
-  for (u64 unit = blockIdx.x; unit < r.units; unit += gridDim.x, ++n) {
-    u64* b = full + n % kSlots;
-    if (n >= kSlots) while (!barrier_test(b, (n / kSlots - 1) & 1)) {}
-    barrier_expect(b, kUnit);
-    copy_bulk(memory + n % kSlots * kUnit, r.from + unit * kUnit, kUnit, b);
-  }
-  for (u64 i = n > kSlots ? n - kSlots : 0; i < n; ++i)
-    while (!barrier_test(full + i % kSlots, (i / kSlots) & 1)) {}
-}
-"""
-
-
-class Reads(ctypes.Structure):
-    """struct Reads of CEILING."""
-
-    _fields_ = [("start", ctypes.c_void_p), ("units", ctypes.c_uint64)]
+PEERS = ("transformers", "eager", "chain")
 
 
 def config_of(name: str) -> dict[str, Any]:
@@ -104,40 +95,23 @@ def config_of(name: str) -> dict[str, Any]:
     return MODELS[name.removesuffix(FP8)]
 
 
-def compiled(name: str, context: int, device: Any) -> Program:
-    """The decoding program of a model for that many positions."""
-    graph = build_graph(load_config(config_of(name)), context)
+def stored(name: str, graph: Graph) -> tuple[dict[str, DType], dict[str, Scale]]:
+    """Types of the weights of a model, and where the scales of those in FP8 are."""
     dtypes = {n: DType.BF16 for n in graph.weights if n != ROPE_TABLE}
-    scales: dict[str, Scale] = {}
-    if name.endswith(FP8):
-        linear = [n for n in dtypes if n.endswith("_proj.weight")]
-        scales = {n: Scale(f"{n}_scale_inv", BLOCK) for n in linear}
-        dtypes |= dict.fromkeys(linear, DType.F8E4M3)
-    return build(graph, device.machine, Limits(1, 1, 1, context), dtypes, scales)
+    linear = [n for n in dtypes if n.endswith("_proj.weight")] if name.endswith(FP8) else []
+    scales = {n: Scale(f"{n}_scale_inv", BLOCK) for n in linear}
+    return dtypes | dict.fromkeys(linear, DType.F8E4M3), scales
 
 
-def random_weights(name: str, program: Program, device: Any) -> dict[str, Any]:
-    """Memory with random values for each weight of the program."""
-    import torch
+def compiled(name: str, context: int, device: Any) -> Program:
+    """The decoding program of a model for that many positions; compiled once, then kept on disk."""
+    graph = build_graph(load_config(config_of(name)), context)
+    return program_for(graph, device.machine, Limits(1, 1, 1, context), *stored(name, graph))
 
-    made: dict[str, Any] = {}
-    scales = {program.buffers[b.scale].name for b in program.buffers if b.scale != NONE}
-    for b in (b for b in program.buffers if b.kind is Kind.WEIGHT):
-        memory = made[b.name] = device.allocate(b.bytes)
-        if b.name == ROPE_TABLE:
-            table = rotary_table(load_config(config_of(name)), b.rows)
-            memory.write(np.concatenate(table, axis=1))
-        elif b.name in scales:
-            memory.tensor.view(torch.float32).fill_(1 / 400)
-        elif b.dtype is DType.F8E4M3:
-            values = torch.randn(b.rows, b.cols, device="cuda") * 400 * b.cols**-0.5
-            memory.tensor.copy_(values.to(torch.float8_e4m3fn).view(torch.uint8).view(-1))
-        else:
-            values = torch.randn(b.rows, b.cols, device="cuda") * b.cols**-0.5
-            if b.rows == 1:
-                values = 1 + 0.1 * torch.randn(1, b.cols, device="cuda")
-            memory.tensor.view(torch.bfloat16).copy_(values.bfloat16().view(-1))
-    return made
+
+def capacity(inputs: Sequence[int]) -> int:
+    """Positions, in whole pages, that the longest input and its output need."""
+    return -(-(max(inputs) + STEPS + 1) // PAGE) * PAGE
 
 
 def step_bytes(name: str, program: Program, past: float) -> float:
@@ -152,201 +126,337 @@ def step_bytes(name: str, program: Program, past: float) -> float:
     return weights + past * config.num_hidden_layers * 2 * 2 * width
 
 
-def time_ours(name: str, inputs: list[int], repeats: int, program: Program) -> dict[int, float]:
-    """Median milliseconds per token of this process, by number of tokens before."""
+def fill(memory: Any, rows: int, cols: int, dtype: DType) -> None:
+    """Random values, made where they are needed: [rows, cols] of a weight or of its scales (f32)."""
     import torch
 
-    device = open_device()
-    weights = random_weights(name, program, device)
-    pages = program.context // PAGE
-    caches = {
-        n: device.allocate(2 * int(np.prod(s))) for n, s in cache_shapes(program, pages).items()
-    }
-    for memory in caches.values():
-        memory.tensor.view(torch.bfloat16).normal_(0, 0.5)
-    backend = CudaBackend(
-        program, {n: m.address for n, m in weights.items()},
-        {n: m.address for n, m in caches.items()}, device,
-    )  # fmt: skip
-    backend.state["counts"][0] = 1, 1
-    backend.state["pages"][0] = np.arange(pages)
-    found: dict[int, float] = {}
+    values = torch.randn(rows, cols, device=memory.tensor.device)
+    if dtype is DType.F32:
+        typed = torch.full_like(values, 1 / 400)
+    elif dtype is DType.F8E4M3:
+        typed = (values * 400 * cols**-0.5).clamp(-440, 440).to(torch.float8_e4m3fn)
+    else:
+        typed = (1 + 0.1 * values if rows == 1 else values * cols**-0.5).bfloat16()
+    memory.tensor.copy_(typed.view(torch.uint8).view(-1))
+
+
+def fill_cache(memory: Any) -> None:
+    """Random keys or values for all positions."""
+    import torch
+
+    memory.tensor.view(torch.bfloat16).normal_(0, 0.5)
+
+
+def shape_alone(shape: tuple[int, int], dtype: DType) -> np.ndarray:
+    """An array of that shape that takes no memory."""
+    return np.broadcast_to(np.zeros((), dtype.numpy), shape)
+
+
+class RandomModel(CudaRuntime):
+    """A model of random weights and an all random cache; the host holds their shapes alone."""
+
+    def __init__(self, name: str, context: int, device: GpuDevice) -> None:
+        config = load_config(config_of(name))
+        graph = build_graph(config, context)
+        dtypes, scales = stored(name, graph)
+        shapes = {n: (v.rows, v.cols) for n, v in graph.weights.items() if isinstance(v.rows, int)}
+        arrays = {n: shape_alone(shapes[n], dtype) for n, dtype in dtypes.items()}
+        for n, scale in scales.items():
+            arrays[scale.name] = shape_alone(grid(shapes[n], scale.block), DType.F32)
+        arrays[ROPE_TABLE] = np.concatenate(rotary_table(config, context), axis=1)
+        super().__init__(device, graph, arrays, context // PAGE)
+        decode = self.backend("decode", lambda _: compiled(name, context, device))
+        assert isinstance(decode, CudaBackend)
+        self.decode, self.vocab = decode, config.vocab_size
+        self.prompt = self.backend("prompt", lambda _: decode.program)
+        for memory in self.caches.values():
+            fill_cache(memory)
+        self.decode.state["counts"][0] = 1, 1
+        for each in (self.decode, self.prompt):
+            each.state["pages"][0] = np.arange(self.num_pages)
+
+    def _load(self, program: Program) -> dict[str, Memory]:
+        """Random bytes instead of those of `arrays`, laid out as the program's buffers are."""
+        tensors: dict[str, Memory] = {}
+        for buffer in (b for b in program.buffers if b.kind is Kind.WEIGHT):
+            memory, begin = self.device.allocate(buffer.bytes), 0
+            self.weights[buffer.name] = memory
+            for part in buffer.parts:
+                array = self.arrays[part]
+                tensors[part] = memory.part(begin, array.nbytes)
+                begin += array.nbytes
+                if part == ROPE_TABLE:
+                    tensors[part].write(array)
+                else:
+                    rows, cols = array.shape
+                    fill(tensors[part], rows, cols, DType.of(array))
+        return tensors
+
+    def first_token(self, ids: Sequence[int]) -> int:
+        """The greedy token after a prompt, whose keys and values go into the cache."""
+        state, sampled = self.prompt.state, np.zeros(1, np.int32)
+        chunk = state["tokens"].shape[1]
+        for begin in range(0, len(ids), chunk):
+            part = ids[begin : begin + chunk]
+            state["tokens"][0, : len(part)] = part
+            state["positions"][0, : len(part)] = np.arange(begin, begin + len(part))
+            state["output_rows"][0, 0] = len(part) - 1
+            state["counts"][0] = len(part), begin + len(part) == len(ids)
+            (sampled,) = self.prompt.steps(1)
+        return int(sampled[0])
+
+    def tokens(self, first: int, position: int, count: int) -> list[int]:
+        """`count` greedy tokens after the token `first` at `position`."""
+        state = self.decode.state
+        state["tokens"][0, 0], state["positions"][0, 0] = first, position
+        return [int(token[0]) for token in self.decode.steps(count)]
+
+
+def time_ours(
+    name: str, inputs: Sequence[int], repeats: int, device: GpuDevice
+) -> dict[str, dict[str, list[float]]]:
+    """By input: milliseconds of the repeats, `token_ms` and `first_token_ms` (none: not run)."""
+    model = RandomModel(name, capacity(inputs), device)
+    rng = np.random.default_rng(0)
+    found: dict[str, dict[str, list[float]]] = {}
     for before in inputs:
-        times: list[float] = []
-        for _ in range(repeats + 1):
-            backend.state["tokens"][0, 0], backend.state["positions"][0, 0] = 17, before
-            torch.cuda.synchronize()
-            begin = time.perf_counter()
-            tokens = sum(1 for _ in backend.steps(STEPS))
-            times.append((time.perf_counter() - begin) / STEPS * 1e3)
-            assert tokens == STEPS
-        found[before] = statistics.median(times[1:])
+        ids = rng.integers(0, model.vocab, before).tolist()
+        samples: dict[str, list[float]] = {"token_ms": [], "first_token_ms": []}
+        for repeat in range(repeats + 1):
+            first, prompt_ms = FIRST, None
+            model.decode.arena.read(0, 1, np.uint8)  # the device has nothing else to do
+            marks = [time.perf_counter()]
+            if before <= LONGEST_PROMPT:
+                first = model.first_token(ids)
+                prompt_ms = (time.perf_counter() - marks[0]) * 1e3
+            marks = [time.perf_counter()]
+            made = model.tokens(first, before, STEPS)
+            marks.append(time.perf_counter())
+            assert len(made) == STEPS, f"{len(made)} tokens instead of {STEPS}"
+            if repeat:  # the first is the warm-up
+                samples["token_ms"].append((marks[1] - marks[0]) / STEPS * 1e3)
+                samples["first_token_ms"] += [] if prompt_ms is None else [prompt_ms]
+        found[str(before)] = samples
     return found
 
 
-def time_transformers(name: str, before: int, repeats: int) -> float:
-    """Median milliseconds per token of transformers with a static cache and its own compiling."""
-    import torch
-    import transformers
-
-    config = transformers.AutoConfig.for_model(**config_of(name))
-    with torch.device("cuda"):
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
-    ids = torch.randint(0, config.vocab_size, (1, before), device="cuda")
-
-    def seconds(count: int) -> float:
-        torch.cuda.synchronize()
-        begin = time.perf_counter()
-        model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, min_new_tokens=count,
-            do_sample=False, cache_implementation="static", pad_token_id=0, eos_token_id=None,
-        )  # fmt: skip
-        torch.cuda.synchronize()
-        return time.perf_counter() - begin
-
-    for count in (2, 129) * 3:
-        seconds(count)
-    return statistics.median((seconds(129) - seconds(2)) / STEPS * 1e3 for _ in range(repeats))
+def summary(samples: Sequence[Sequence[float]]) -> dict[str, Any]:
+    """Of the repeats of each process: the median over their medians, the extremes, the medians."""
+    medians = [statistics.median(each) for each in samples]
+    return {
+        "ms": statistics.median(medians), "min": min(map(min, samples)),
+        "max": max(map(max, samples)), "processes": medians,
+    }  # fmt: skip
 
 
-def measure_ceiling(device: Any) -> float:
-    """Bytes per second that all multiprocessors together read by bulk copies; the best of 10."""
-    import torch
-
-    size = 4 << 30
-    memory = device.allocate(size)
-    memory.tensor.random_(0, 255)
-    source = Source(CEILING, {"ptx.cuh": (FOLDER / "ptx.cuh").read_text()}, [])
-    kernel = device.load(source, "reads", 12 * 16384 + 256)
-    best = 0.0
-    for _ in range(10):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        kernel.launch(device.machine.workers_per_device, Reads(memory.address, size // 16384))
-        end.record()
-        end.synchronize()
-        best = max(best, size / start.elapsed_time(end) * 1e3)
-    return best
+def row_of(
+    name: str, before: int, found: Sequence[dict[str, list[float]]], moved: float, ceiling: float
+) -> dict[str, Any]:
+    """A row of the table from the processes' samples; moved: bytes of a step, ceiling: bytes/s."""
+    token = summary([each["token_ms"] for each in found])
+    ms = token.pop("ms")
+    first = [each["first_token_ms"] for each in found if each["first_token_ms"]]
+    return {
+        "model": name, "input": before, "ms_per_token": ms, **token, "bytes": moved,
+        "share": moved / ceiling / ms * 1e3,
+        "first_token_ms": summary(first)["ms"] if first else None, "peers": {},
+    }  # fmt: skip
 
 
-def in_child(arguments: list[str], timeout: float) -> Any:
-    """What a process of this script prints as its last line; None when it fails or takes too long."""
-    command = [sys.executable, __file__, *arguments]
+def add_peer(row: dict[str, Any], peer: str, measured: dict[str, Any]) -> None:
+    """A peer's figures into a row, with the ratio of its time to ours."""
+    row["peers"][peer] = {**measured, "ratio": measured["token_ms"] / row["ms_per_token"]}
+
+
+def in_child(arguments: Sequence[str], timeout: float) -> Any:
+    """What this script, called again, prints as its last line; NotMeasured when it does not."""
+    text = output_of([sys.executable, __file__, *arguments], timeout)
+    return json.loads(text.splitlines()[-1])
+
+
+def attempt(what: str, measure: Callable[[], Any]) -> Any:
+    """What `measure` returns; None, and a sentence for the user, when there is nothing."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
-    except subprocess.TimeoutExpired:
-        print(f"{' '.join(arguments)}: more than {timeout:g} s", file=sys.stderr)
+        return measure()
+    except NotMeasured as error:
+        print(f"{what}: {error}", file=sys.stderr, flush=True)
         return None
-    if done.returncode:
-        print(f"{' '.join(arguments)}: {done.stderr[-600:]}", file=sys.stderr)
-        return None
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def rows_of(
-    name: str, args: argparse.Namespace, device: Any, ceiling: float
+    name: str, args: argparse.Namespace, device: GpuDevice, ceiling: float
 ) -> list[dict[str, Any]]:
     """The table's rows of one model."""
-    context = -(-(max(args.inputs) + STEPS + 1) // PAGE) * PAGE
-    program = compiled(name, context, device)
-    listed = ",".join(map(str, args.inputs))
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "program"
-        path.write_bytes(pickle.dumps(program))
-        child = [
-            "--child",
-            name,
-            "--inputs",
-            listed,
-            "--repeats",
-            str(args.repeats),
-            "--program",
-            str(path),
-        ]
-        found = [in_child(child, 300) for _ in range(args.processes)]
+    program = compiled(name, capacity(args.inputs), device)
+    common = ["--inputs", ",".join(map(str, args.inputs)), "--repeats", str(args.repeats)]
+    tries = [
+        attempt(name, lambda: in_child(["--child", "--models", name, *common], OURS_TIMEOUT))
+        for _ in range(args.processes)
+    ]
+    found = [each for each in tries if each is not None]
+    if not found:
+        return []
     rows: list[dict[str, Any]] = []
     for before in args.inputs:
-        medians = [each[str(before)] for each in found if each]
-        if not medians:
-            continue
-        ms = statistics.median(medians)
-        size = step_bytes(name, program, before + STEPS / 2)
-        row = {
-            "model": name, "input": before, "ms_per_token": ms, "processes": medians, "bytes": size,
-            "share": size / ceiling / ms * 1e3,
-        }  # fmt: skip
-        if args.peers and not name.endswith(FP8):
-            child = ["--peer", name, "--inputs", str(before), "--repeats", str(args.repeats)]
-            row["transformers_ms"] = in_child(child, args.peer_timeout)
+        moved = step_bytes(name, program, before + STEPS / 2)
+        row = row_of(name, before, [each[str(before)] for each in found], moved, ceiling)
+        ask_peers(row, args, first=not rows)
         rows.append(row)
-        peer = row.get("transformers_ms")
-        print(
-            f"{name:18} {before:6} {ms:8.4f} ms  {row['share']:6.1%} of the ceiling"
-            + (f"  transformers {peer:.3f} ms, ratio {peer / ms:.2f}" if peer else ""), flush=True,
-        )  # fmt: skip
+        print(line_of(row), flush=True)
     return rows
+
+
+def ask_peers(row: dict[str, Any], args: argparse.Namespace, *, first: bool) -> None:
+    """The figures of the peers; with FP8 weights in blocks only the chain is the same model."""
+    name, before = row["model"], row["input"]
+    fp8 = name.endswith(FP8)
+    for peer in (p for p in args.peers if p == "chain" or not fp8):
+        asked = f"--peer {peer} --models {name} --inputs {before} --repeats {args.repeats}".split()
+        made = attempt(f"{peer}, {name}", lambda asked=asked: in_child(asked, args.peer_timeout))
+        if made:
+            medians = {n: statistics.median(ms) for n, ms in made.items()}
+            add_peer(row, peer, {**medians, "samples": made})
+    for peer, checkout, measure in (
+        ("gpt-fast", args.gpt_fast, gpu_peers.time_gpt_fast),
+        ("megakernels", args.megakernels, gpu_peers.time_megakernels),
+    ):
+        if checkout and first and not fp8:  # by their own protocol, which has one short prompt
+            given = checkout.absolute(), name, STEPS + 1, args.peer_timeout
+            ms = attempt(f"{peer}, {name}", lambda run=measure, given=given: run(*given))
+            if ms:
+                add_peer(row, peer, {"token_ms": ms})
+
+
+def line_of(row: dict[str, Any]) -> str:
+    """One line of the table."""
+    first, peers = row["first_token_ms"], row["peers"].items()
+    return (
+        f"{row['model']:<14} after {row['input']:>6} | {row['ms_per_token']:7.4f} ms/token"
+        f" ({row['min']:.4f} to {row['max']:.4f}) | {row['share']:6.1%} of the ceiling"
+        + (f" | first token {first:.1f} ms" if first else "")
+        + "".join(f" | {n} {p['token_ms']:.3f} ms, ratio {p['ratio']:.2f}" for n, p in peers)
+    )
+
+
+def spoken(command: Sequence[str]) -> str:
+    """What a small command prints; nothing when there is no such command or it fails."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def environment(args: argparse.Namespace, device: GpuDevice) -> dict[str, Any]:
+    """Where, with what and how the figures were made."""
+    import torch
+
+    try:
+        peer = version("transformers")
+    except PackageNotFoundError:
+        peer = None
+    chosen = sys.argv[1:]
+    for option in ("--commit", "--out"):  # they say nothing of what was measured
+        if option in chosen:
+            del chosen[chosen.index(option) : chosen.index(option) + 2]
+    return {
+        "device": device.name, "workers": device.machine.workers_per_device,
+        "driver": spoken(["nvidia-smi", "-i", "0", "--query-gpu=driver_version", "--format=csv,noheader"]),
+        "cuda": torch.version.cuda, "torch": torch.__version__, "transformers": peer,
+        "python": platform.python_version(),
+        "commit": args.commit or spoken(["git", "rev-parse", "--short", "HEAD"]),
+        "date": date.today().isoformat(), "command": " ".join(["python bench/decode_gpu.py", *chosen]),
+        "protocol": {"timed_tokens": STEPS, "processes": args.processes, "repeats": args.repeats,
+                     "longest_prompt_that_is_run": LONGEST_PROMPT},
+    }  # fmt: skip
+
+
+def results_file(device_name: str) -> Path:
+    """Where the results of a device are kept: 'NVIDIA H200' is h200."""
+    words = re.sub("[^a-z0-9]+", "-", device_name.lower().replace("nvidia", "")).strip("-")
+    return RESULTS / f"decode-gpu-{words}.json"
+
+
+def comma_list(text: str) -> list[str]:
+    """The parts of an argument."""
+    return [part for part in text.split(",") if part]
 
 
 def arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    names = [*MODELS, *(f"{name}{FP8}" for name in MODELS)]
-    parser.add_argument(
-        "--models", default=",".join([*MODELS, "Qwen3-8B-FP8"]), help="names, with commas"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--inputs", default="32,1024", help="tokens before, with commas")
+    known = [*MODELS, *(f"{name}{FP8}" for name in MODELS)]
+    parser.add_argument("--models", type=comma_list, default=[*MODELS, f"Qwen3-8B{FP8}"],
+                        help=f"names, with commas; {FP8} behind one: FP8 weights in blocks")  # fmt: skip
+    parser.add_argument("--inputs", type=lambda text: [int(n) for n in comma_list(text)],
+                        default=[32, 1024, 8192, 32768], help="tokens before, with commas")  # fmt: skip
     parser.add_argument("--processes", type=int, default=3)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--peers", action="store_true", help="time transformers too")
-    parser.add_argument("--peer-timeout", type=float, default=300, help="seconds")
+    parser.add_argument("--repeats", type=int, default=5, help="in each process")
+    parser.add_argument("--peers", type=comma_list, nargs="?", default=[], const=[*PEERS],
+                        help=f"alone: all of {','.join(PEERS)}")  # fmt: skip
+    parser.add_argument("--peer-timeout", type=float, default=300.0, help="seconds for each")
+    parser.add_argument("--gpt-fast", type=Path, help="a checkout with converted weights")
+    parser.add_argument("--megakernels", type=Path, help="a checkout with its kernel built")
     parser.add_argument("--commit", help="of the code, where it is no git checkout")
     parser.add_argument("--out", type=Path, help="file of the results")
-    for hidden in ("--child", "--peer", "--program"):
-        parser.add_argument(hidden, help=argparse.SUPPRESS)
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--peer", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    args.models, args.inputs = args.models.split(","), [int(n) for n in args.inputs.split(",")]
-    if unknown := [name for name in args.models if name not in names]:
-        parser.error(f"model '{unknown[0]}' is not known; accepted are {', '.join(names)}")
+    for what, given, accepted in (("model", args.models, known), ("peer", args.peers, [*PEERS])):
+        if unknown := [name for name in given if name not in accepted]:
+            parser.error(f"{what} '{unknown[0]}' is not known; accepted are {', '.join(accepted)}")
+    longest = min(config_of(name)["max_position_embeddings"] for name in args.models) - STEPS - 1
+    if not args.inputs or not 1 <= min(args.inputs) <= max(args.inputs) <= longest:
+        parser.error(f"--inputs accepts numbers from 1 to {longest} for these models")
+    if args.processes < 1 or args.repeats < 1:
+        parser.error("--processes and --repeats accept 1 and more")
     return args
 
 
+def time_peer(peer: str, name: str, before: int, repeats: int, device: Any) -> dict[str, Any]:
+    """Milliseconds of the repeats: `token_ms`, and what else the peer measures."""
+    if peer == "chain":
+        model = RandomModel(name, capacity([before]), device)
+        return {"token_ms": time_chain(model.decode, before, STEPS, repeats)}
+    return gpu_peers.time_transformers(
+        config_of(name), before, STEPS, repeats, compiled=peer == "transformers"
+    )
+
+
 def main() -> int:
-    """Run the benchmark; 2 without a GPU."""
+    """Print the table and write it as JSON; 2 without a GPU."""
     args = arguments()
-    if args.peer:
-        print(json.dumps(time_transformers(args.peer, args.inputs[0], args.repeats)))
-        return 0
-    if args.child:
-        program = pickle.loads(Path(args.program).read_bytes())
-        print(json.dumps(time_ours(args.child, args.inputs, args.repeats, program)))
-        return 0
     try:
         device = open_device()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    if args.child:
+        print(json.dumps(time_ours(args.models[0], args.inputs, args.repeats, device)))
+    elif args.peer:
+        asked = args.peer, args.models[0], args.inputs[0], args.repeats
+        print(json.dumps(time_peer(*asked, device)))
+    else:
+        run(args, device)
+    return 0
+
+
+def run(args: argparse.Namespace, device: GpuDevice) -> None:
+    """The whole benchmark, in processes of its own."""
     import torch
 
-    ceiling = measure_ceiling(device)
-    torch.cuda.empty_cache()
-    print(f"{device.name}: reads {ceiling / 1e9:.0f} GB/s", flush=True)
-    rows = [row for name in args.models for row in rows_of(name, args, device, ceiling)]
-    chosen = sys.argv[1:]
-    for option in ("--commit", "--out"):  # they say nothing of what was measured
-        if option in chosen:
-            del chosen[chosen.index(option) : chosen.index(option) + 2]
-    git = ["git", "rev-parse", "--short", "HEAD"]
-    commit = args.commit or subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    result = {
-        "device": device.name, "workers": device.machine.workers_per_device, "ceiling": ceiling,
-        "torch": torch.__version__, "cuda": torch.version.cuda, "commit": commit,
-        "transformers": version("transformers") if args.peers else None,
-        "date": date.today().isoformat(), "command": " ".join(["python bench/decode_gpu.py", *chosen]),
-        "repeats": args.repeats, "rows": rows,
-    }  # fmt: skip
-    out = args.out or RESULTS / f"decode-gpu-{device.name.split()[-1].lower()}.json"
-    out.write_text(json.dumps(result, indent=1) + "\n")
-    return 0
+    ceilings = gpu_ceiling.measure(device)
+    ceiling = max(ceilings.values())
+    torch.cuda.empty_cache()  # for the processes
+    listed = ", ".join(f"{name} {rate / 1e9:.0f}" for name, rate in ceilings.items())
+    print(f"{device.name}: ceiling {ceiling / 1e9:.0f} GB/s ({listed})", flush=True)
+    result = {**environment(args, device), "ceiling": ceiling, "ceilings": ceilings, "rows": []}
+    out = args.out or results_file(device.name)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for name in args.models:
+        result["rows"] += rows_of(name, args, device, ceiling)
+        out.write_text(json.dumps(result, indent=1) + "\n")  # a run that is cut short leaves these
 
 
 if __name__ == "__main__":

@@ -1,37 +1,70 @@
-"""The parts of the GPU benchmark that need no GPU: shapes, bytes, and what it says without one."""
+"""The parts of the GPU benchmark that need no GPU: shapes, bytes, tables, peers, and what it says without
+one. Its own flow, and the chain of kernels, by the emulator."""
 
 from __future__ import annotations
 
-import importlib.util
+import argparse
+import importlib
+import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import emulator
+import numpy as np
 import pytest
+import torch
+import transformers
+from emulator import SUPPORTED, EmulatedDevice
 
+from tilert.backends.cuda.jit import compile_cubin
 from tilert.ir import machine
 from tilert.models import load_config
 
 SCRIPT = Path(__file__).parents[1] / "bench" / "decode_gpu.py"
+TINY: dict[str, Any] = {
+    "model_type": "qwen3", "vocab_size": 96, "rms_norm_eps": 1e-6, "max_position_embeddings": 1024,
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "tie_word_embeddings": False,
+}  # fmt: skip
+emulated = pytest.mark.skipif(not SUPPORTED, reason="the emulator needs g++ on x86-64")
 
 
 @pytest.fixture(scope="module")
-def bench() -> Any:
-    spec = importlib.util.spec_from_file_location("decode_gpu", SCRIPT)
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def bench() -> Iterator[Any]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(SCRIPT.parent))
+        yield importlib.import_module(SCRIPT.stem)
 
 
-def test_shapes_are_accepted(bench: Any) -> None:
-    for name in bench.MODELS:
-        config = load_config(bench.config_of(name))
-        assert config.hidden_size == bench.MODELS[name]["hidden_size"]
+@pytest.fixture
+def tiny(
+    bench: Any, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> EmulatedDevice:
+    """A device for the model 'Tiny', which three tokens of output are enough for."""
+    monkeypatch.setitem(bench.MODELS, "Tiny", TINY)
+    monkeypatch.setattr(bench, "STEPS", 3)
+    tensor = property(lambda memory: torch.from_numpy(memory.bytes))
+    monkeypatch.setattr(emulator.Memory, "tensor", tensor, raising=False)
+    return EmulatedDevice(tmp_path_factory.getbasetemp() / "kernels")
+
+
+def test_shapes_are_read_as_they_are_meant(bench: Any) -> None:
+    for name, given in bench.MODELS.items():
+        for config in (load_config(given), transformers.AutoConfig.for_model(**given)):
+            for key in given.keys() - {"rope_scaling", "rope_theta"}:
+                assert getattr(config, key) == given[key], (name, key)
+        rope = transformers.AutoConfig.for_model(**given).rope_parameters
+        assert rope == {"rope_type": "default", "rope_theta": given["rope_theta"]} | given.get(
+            "rope_scaling", {}
+        )
+        assert load_config(given).rope_scaling.rope_type == rope["rope_type"]
+        assert bench.config_of(name + bench.FP8) == given
 
 
 # Parameters of the model cards, without embeddings that only look up a row.
@@ -40,13 +73,182 @@ def test_shapes_are_accepted(bench: Any) -> None:
     [("Llama-3.2-1B", 2.471), ("Qwen3-0.6B", 1.192), ("Qwen3-0.6B-FP8", 0.752)],
 )
 def test_bytes_of_a_step(bench: Any, name: str, gigabytes: float) -> None:
-    small = SimpleNamespace(machine=machine.H200)
+    small: Any = SimpleNamespace(machine=machine.H200)
     program = bench.compiled(name, 128, small)
     weights = bench.step_bytes(name, program, 0)
     assert weights / 1e9 == pytest.approx(gigabytes, rel=2e-3)
     config = load_config(bench.config_of(name))
     position = 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     assert bench.step_bytes(name, program, 100) - weights == 100 * position
+
+
+def test_the_capacity_holds_the_last_token_in_whole_pages(bench: Any) -> None:
+    assert [bench.capacity(n) for n in ([32], [1024, 32], [64], [65])] == [192, 1152, 192, 256]
+
+
+def test_a_row_is_made_of_medians(bench: Any) -> None:
+    found = [
+        {"token_ms": [3.0, 1.0, 2.0], "first_token_ms": [9.0]},
+        {"token_ms": [5.0, 4.0, 6.0], "first_token_ms": []},
+        {"token_ms": [2.5, 2.5, 7.0], "first_token_ms": [11.0]},
+    ]
+    row = bench.row_of("Llama-3.2-1B", 32, found, moved=2.5e9, ceiling=2e12)
+    assert row == {
+        "model": "Llama-3.2-1B", "input": 32, "ms_per_token": 2.5, "min": 1.0, "max": 7.0,
+        "processes": [2.0, 5.0, 2.5], "bytes": 2.5e9, "share": 0.5, "first_token_ms": 10.0, "peers": {},
+    }  # fmt: skip
+    bench.add_peer(row, "eager", {"token_ms": 10.0})
+    assert row["peers"] == {"eager": {"token_ms": 10.0, "ratio": 4.0}}
+    assert bench.line_of(row) == (
+        "Llama-3.2-1B   after     32 |  2.5000 ms/token (1.0000 to 7.0000) |  50.0% of the ceiling"
+        " | first token 10.0 ms | eager 10.000 ms, ratio 4.00"
+    )
+
+
+@pytest.mark.parametrize(
+    ("device", "file"),
+    [
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA H100 80GB HBM3", "h100-80gb-hbm3"),
+        ("RTX 5090", "rtx-5090"),
+    ],
+)
+def test_results_are_named_after_the_device(bench: Any, device: str, file: str) -> None:
+    assert bench.results_file(device).name == f"decode-gpu-{file}.json"
+
+
+@emulated
+@pytest.mark.parametrize("name", ["Tiny", "Tiny-FP8"])
+def test_the_whole_flow(
+    name: str, bench: Any, tiny: EmulatedDevice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "LONGEST_PROMPT", 10)
+    monkeypatch.setattr(bench.gpu_ceiling, "measure", lambda _: {"bulk": 4e12, "plain": 3e12})
+    asked: list[list[str]] = []
+
+    def in_child(arguments: list[str], timeout: float) -> Any:
+        asked.append(arguments)
+        if "--peer" in arguments:
+            return {"token_ms": [1.0, 2.0, 3.0]}
+        return json.loads(json.dumps(bench.time_ours(name, [5, 70], 2, tiny)))
+
+    monkeypatch.setattr(bench, "in_child", in_child)
+    monkeypatch.setattr(sys, "argv", ["decode_gpu.py", "--models", name, "--commit", "abc"])
+    args = argparse.Namespace(
+        models=[name], inputs=[5, 70], processes=2, repeats=2, peers=["eager", "chain"], commit="abc",
+        peer_timeout=1.0, gpt_fast=tmp_path / "none", megakernels=None, out=tmp_path / "out" / "x.json",
+    )  # fmt: skip
+    bench.run(args, tiny)
+    result = json.loads(args.out.read_text())
+    assert result["ceiling"] == 4e12
+    assert result["device"] == "emulated GPU"
+    assert result["command"] == f"python bench/decode_gpu.py --models {name}"
+    assert result.keys() >= {
+        "driver",
+        "cuda",
+        "torch",
+        "transformers",
+        "date",
+        "protocol",
+        "commit",
+    }
+    assert [row["input"] for row in result["rows"]] == [5, 70]
+    for row in result["rows"]:
+        assert len(row["processes"]) == 2
+        assert row["min"] <= row["ms_per_token"] <= row["max"]
+        assert (row["first_token_ms"] is None) == (row["input"] == 70)
+        assert row["peers"].keys() == ({"chain"} if name.endswith("FP8") else {"eager", "chain"})
+        assert row["peers"]["chain"]["token_ms"] == 2.0
+    assert asked[0] == ["--child", "--models", name, "--inputs", "5,70", "--repeats", "2"]
+
+
+@emulated
+@pytest.mark.parametrize("name", ["Tiny", "Tiny-FP8"])
+def test_a_prompt_by_torch_and_row_by_row(
+    name: str, bench: Any, tiny: EmulatedDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("cuda.bindings.driver")
+    from tilert.backends.cuda.device import Device
+
+    ids, found = list(range(40, 90)), []
+    for runner in (EmulatedDevice.prompt_runner, Device.prompt_runner):
+        monkeypatch.setattr(EmulatedDevice, "prompt_runner", runner)
+        torch.manual_seed(5)
+        model = bench.RandomModel(name, 128, tiny)
+        first = model.first_token(ids)
+        found.append([first, *model.tokens(first, len(ids), 3)])
+        assert type(model.prompt).__name__ == ("Prompts" if len(found) == 2 else "RowByRow")
+    assert found[0] == found[1]
+
+
+@emulated
+def test_the_chain_makes_the_same_bits(bench: Any, tiny: EmulatedDevice) -> None:
+    chains = importlib.import_module("gpu_chain")
+    model = bench.RandomModel("Tiny", 128, tiny)
+    expected = model.tokens(3, 60, 6)
+    logits = model.decode.read("logits")
+    chain = chains.Chain(model.decode)
+    chain.reset(3)
+    found: list[int] = []
+    for position in range(60, 66):
+        for params in chain.launches(position):
+            model.decode.kernel.launch(chain.workers, params)
+            model.decode.kernel.wait()
+        found.append(int(model.decode.mailbox[0]))
+    assert found == expected
+    assert np.array_equal(model.decode.read("logits"), logits)
+    assert len(chain.ops) == len(model.decode.program.ops)
+
+
+def test_the_ceiling_is_read_without_spills(bench: Any) -> None:
+    pytest.importorskip("cuda.bindings.nvrtc")
+    made = bench.gpu_ceiling.source()
+    cubin = compile_cubin(made.text, name="ceiling", arch="sm_90a", headers=made.headers)
+    assert cubin.resources.keys() == bench.gpu_ceiling.KERNELS.keys()
+    assert all(r.stack == 0 for r in cubin.resources.values())
+    assert cubin.resources["plain"].registers >= 64  # 16 loads of 4 words under way
+
+
+def test_transformers_makes_tokens(bench: Any) -> None:
+    made = bench.gpu_peers.time_transformers(TINY, 9, 12, 2, compiled=False, device="cpu")
+    assert made.keys() == {"token_ms", "first_token_ms"}
+    assert all(len(samples) == 2 and min(samples) > 0 for samples in made.values())
+
+
+def test_a_peer_has_its_time_and_no_more(bench: Any, tmp_path: Path) -> None:
+    mark = tmp_path / "late"
+    late = f"import time; time.sleep(2); open({str(mark)!r}, 'w')"
+    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {late!r}])"
+    with pytest.raises(bench.NotMeasured, match=r"it took more than 0\.5 s"):
+        bench.output_of([sys.executable, "-c", code], 0.5)
+    time.sleep(2.5)
+    assert not mark.exists()
+    code = "import sys; print('no such thing', file=sys.stderr); sys.exit(3)"
+    with pytest.raises(bench.NotMeasured, match=r"code 3 and said\nno such thing"):
+        bench.output_of([sys.executable, "-c", code], 20)
+
+
+def test_checkouts_of_others(bench: Any, tmp_path: Path) -> None:
+    peers = bench.gpu_peers
+    with pytest.raises(peers.NotMeasured, match=r"there is no .*generate\.py"):
+        peers.time_gpt_fast(tmp_path, "Llama-3.2-1B", 128, 20)
+    echo = "import sys; print(sys.argv[1:]); print('{}: 250.00')"
+    (tmp_path / "generate.py").write_text(echo.format("Average tokens/sec"))
+    with pytest.raises(peers.NotMeasured, match=r"has no model\.pth of Llama-3\.2-1B"):
+        peers.time_gpt_fast(tmp_path, "Llama-3.2-1B", 128, 20)
+    weights = tmp_path / "checkpoints" / "meta-llama" / "Llama-3.2-1B-Instruct" / "model.pth"
+    weights.parent.mkdir(parents=True)
+    weights.touch()
+    assert peers.time_gpt_fast(tmp_path, "Llama-3.2-1B", 128, 20) == 4.0
+    script = tmp_path / "megakernels" / "scripts" / "generate.py"
+    script.parent.mkdir(parents=True)
+    script.write_text(echo.format("Tokens per second"))
+    assert peers.time_megakernels(tmp_path, "Llama-3.2-1B", 128, 20) == 4.0
+    with pytest.raises(peers.NotMeasured, match="not for Qwen3-4B"):
+        peers.time_megakernels(tmp_path, "Qwen3-4B", 128, 20)
+    script.write_text("print('nothing')")
+    with pytest.raises(peers.NotMeasured, match="names no tokens per second"):
+        peers.time_megakernels(tmp_path, "Llama-3.2-1B", 128, 20)
 
 
 def test_without_a_gpu_it_says_so() -> None:
@@ -57,10 +259,20 @@ def test_without_a_gpu_it_says_so() -> None:
     )  # fmt: skip
     assert done.returncode == 2
     assert done.stderr.startswith("error: there is no CUDA device")
+    assert done.stderr.count("\n") == 1
 
 
-def test_an_unknown_model_is_refused() -> None:
-    command = [sys.executable, str(SCRIPT), "--models", "none"]
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--models", "none"], "model 'none' is not known; accepted are Llama-3.2-1B"),
+        (["--peers", "none"], "peer 'none' is not known; accepted are transformers, eager, chain"),
+        (["--inputs", "40960"], "--inputs accepts numbers from 1 to 40832 for these models"),
+        (["--processes", "0"], "--processes and --repeats accept 1 and more"),
+    ],
+)
+def test_what_is_not_known_is_refused(arguments: list[str], message: str) -> None:
+    command = [sys.executable, str(SCRIPT), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert "model 'none' is not known; accepted are Llama-3.2-1B" in done.stderr
+    assert message in done.stderr

@@ -1,0 +1,125 @@
+"""The same tiles as a chain of kernels: every op a launch of its own, all of a token in one CUDA graph.
+
+What a persistent program is worth, with all else equal: the kernel is the same machine code, the tiles
+lie on the same workers, but the border between two launches takes the place of waits and signals, and no
+weights are fetched across it. Each launch also pays the kernel's prologue, which was written to be paid
+once; a chain made for the purpose would have a shorter one. The position is fixed in the graph.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from typing import Any
+
+import numpy as np
+
+from tilert.backends.cuda.backend import (
+    MAX_STEPS,
+    MAX_STOPS,
+    NO_SIGNAL,
+    RUN,
+    UNSET,
+    CudaBackend,
+    _Params,
+)
+
+FIRST = 17  # the token that the others follow
+
+
+class Chain:
+    """The program of a back end, op by op, over the same weights, caches and activations."""
+
+    def __init__(self, backend: CudaBackend) -> None:
+        self.backend, queues = backend, backend.program.queues
+        self.workers = len(queues)
+        runs = backend.tables["runs"].read(0, sum(map(len, queues)) * RUN.itemsize, np.uint8)
+        runs = runs.view(RUN)
+        runs["wait_begin"], runs["wait_count"], runs["signal"] = 0, 0, NO_SIGNAL
+        worker = np.repeat(np.arange(self.workers), [len(queue) for queue in queues])
+        place = np.array([run.op for queue in queues for run in queue]) * self.workers + worker
+        order = np.argsort(place, kind="stable")  # by op, then worker, then queue
+        self.ops = np.unique(place // self.workers)
+        bounds = self.ops[:, None] * self.workers + np.arange(self.workers + 1)
+        self.runs = self._upload(runs[order].view(np.uint8))
+        self.begins = self._upload(np.searchsorted(place[order], bounds).astype(np.uint32))
+        self.no_waits = self._upload(np.zeros(self.workers + 1, np.uint32))
+
+    def _upload(self, values: np.ndarray) -> Any:
+        memory = self.backend.device.allocate(values.nbytes)
+        memory.write(values)
+        return memory
+
+    def reset(self, token: int) -> None:
+        """The next token is made from `token`, with the pages that the back end's state names."""
+        made = self.backend
+        stops, pages = np.full(MAX_STOPS, -1, np.int32), made.state["pages"][0]
+        made.inputs.write(np.concatenate([[token], stops, pages]).astype(np.int32))
+        for memory in (made.arena, made.counters, made.outcome):
+            memory.clear()
+        made.mailbox[0], made.mailbox[MAX_STEPS] = UNSET, 0
+
+    def launches(self, position: int) -> list[ctypes.Structure]:
+        """Parameters of the kernel for each op in turn, for a token at `position`."""
+        made, row = self.backend, 4 * (self.workers + 1)
+        fixed = {
+            "runs": self.runs, "waits": self.no_waits, "wait_begin": self.no_waits,
+            "totals": made.tables["totals"], "counters": made.counters, "arena": made.arena,
+            "tokens": made.inputs, "verdict": made.outcome,
+        }  # fmt: skip
+        inputs, box = made.inputs.address, made.mailbox.ctypes.data
+        return [
+            _Params(
+                **{name: memory.address for name, memory in fixed.items()},
+                run_begin=self.begins.address + row * index, stop_ids=inputs + 4,
+                pages=inputs + 4 * (1 + MAX_STOPS), mailbox=box, cancel=box + 4 * MAX_STEPS,
+                failures=made.outcome.address + 4, position=position, steps=1,
+            )
+            for index in range(len(self.ops))
+        ]  # fmt: skip
+
+
+def time_chain(backend: CudaBackend, position: int, steps: int, repeats: int) -> list[float]:
+    """Milliseconds per token of `steps` launches of the graph in turn, without the host between them.
+
+    The back end must be on a true device; its own token at `position` is what the chain must make.
+    """
+    import torch
+
+    backend.state["tokens"][0, 0], backend.state["positions"][0, 0] = FIRST, position
+    (expected,) = backend.steps(1)
+    chain = Chain(backend)
+    chain.reset(FIRST)
+    graph = _captured(chain, position)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert int(backend.mailbox[0]) == int(expected[0]), "the chain makes another token"
+    found: list[float] = []
+    for _ in range(repeats + 1):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        for _ in range(steps):
+            graph.replay()
+        torch.cuda.synchronize()
+        found.append((time.perf_counter() - begin) / steps * 1e3)
+    return found[1:]
+
+
+def _captured(chain: Chain, position: int) -> Any:
+    """The launches of a token as a CUDA graph."""
+    import torch
+    from cuda.bindings import driver  # type: ignore[attr-defined]
+
+    from tilert.backends.cuda.device import THREADS, _call
+
+    kernel: Any = chain.backend.kernel
+    graph, launches = torch.cuda.CUDAGraph(), chain.launches(position)
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        stream = torch.cuda.current_stream().cuda_stream
+        for params in launches:
+            pointers = (ctypes.c_void_p * 1)(ctypes.addressof(params))
+            grid, block = (chain.workers, 1, 1), (THREADS, 1, 1)
+            arguments = kernel.shared_bytes, stream, ctypes.addressof(pointers), 0
+            _call(driver.cuLaunchKernel(kernel._function, *grid, *block, *arguments))
+    return graph
