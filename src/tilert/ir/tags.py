@@ -2,7 +2,7 @@
 
 A signal that orders memory makes its worker wait until all its writes are seen everywhere: on a GPU
 that streams, that is longer than the hand-off itself. Instead a *tagged* buffer holds floats whose
-last TAG_BITS bits name the op and step that wrote them. A reader that finds another tag reads again;
+last eight bits name the op and step that wrote them. A reader that finds another tag reads again;
 counters then only say when it is worth while to look.
 
 A buffer is tagged when everything that touches it can do that (Op.tagging, Op.tag_checking) and every
@@ -17,7 +17,6 @@ from itertools import pairwise
 
 from tilert.ir.program import Buf, Kind, Op, Program
 
-TAG_BITS = 8
 TAGS = 255  # 1 to 255
 
 

@@ -3,9 +3,10 @@
 // like to read them: [64 positions][head_dim] bf16, with the 16-byte pieces of a row permuted (see
 // swizzle).
 //
-// Scores and sums are mma products with the query heads as the 16 rows of A; a warp takes 16
-// positions, warps 0 to 3 the first page, the third, ... and warps 4 to 7 the others. Each warp
-// keeps its own maximum and sums (online softmax, in powers of two); they are merged at the end.
+// Scores and sums are mma products with the query heads as the 16 rows of A; rows beyond the group
+// hold anything, and what comes of them is not used. A warp takes 16 positions, warps 0 to 3 the
+// first page, the third, ... and warps 4 to 7 the others. Each warp keeps its own maximum and sums
+// (online softmax, in powers of two); they are merged at the end.
 #pragma once
 #include "linear.cuh"
 

@@ -57,13 +57,6 @@ __device__ __forceinline__ DrawScratch& draw_scratch(Block& b) {
   return *reinterpret_cast<DrawScratch*>(b.scratch);
 }
 
-// Behind a barrier, at the end of an op: Attend multiplies rows of the scratch that no token fills
-// by zero, so nothing may stay there that is no number.
-__device__ __forceinline__ void clear_scratch(Block& b) {
-  for (u32 i = thread(); i < sizeof(DrawScratch) / 4; i += kThreads)
-    reinterpret_cast<u32*>(b.scratch)[i] = 0;
-}
-
 // Floats as integers of the same order, a NaN above all.
 __device__ __forceinline__ u32 rising(float v) {
   u32 bits = __float_as_uint(v);
@@ -184,7 +177,6 @@ struct Adjust {
     }
     sync_consumers();
     if (thread() == 0) signal<false>(b, run);
-    clear_scratch(b);
     return true;
   }
 };
@@ -215,7 +207,6 @@ struct Bins {
     }
     sync_consumers();
     if (thread() == 0) signal<false>(b, run);
-    clear_scratch(b);
     return true;
   }
 };
@@ -323,7 +314,6 @@ struct Sift {
     }
     sync_consumers();
     if (thread() == 0) signal<false>(b, run);
-    clear_scratch(b);
     return true;
   }
 };
@@ -530,7 +520,6 @@ struct Draw {
       }
     }
     sync_consumers();
-    clear_scratch(b);
     return load_shared(&b.shared.verdict) == 0;
   }
 };

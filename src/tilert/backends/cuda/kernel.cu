@@ -84,8 +84,6 @@ extern "C" __global__ void __launch_bounds__(kBlockThreads, 1)
     reinterpret_cast<u32*>(queue)[i] = from[i];
   for (u32 i = threadIdx.x; i < num_waits; i += blockDim.x) waits[i] = params.waits[first_wait + i];
   for (u32 i = threadIdx.x; i < kCounters; i += blockDim.x) totals[i] = params.totals[i];
-  for (u32 i = threadIdx.x; i < kScratchBytes / 4; i += blockDim.x)
-    reinterpret_cast<u32*>(scratch)[i] = 0;  // rows that no token fills are multiplied by zero
   if (threadIdx.x == 0) {
     for (int i = 0; i < kSlots; ++i) {
       barrier_init(&shared.full[i], 1);

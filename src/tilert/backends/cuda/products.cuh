@@ -75,7 +75,8 @@ struct Matrix {
   static constexpr int kChains = kRowBlocks * kColumnBlocks == 1 ? 2 : 1;  // independent sums
   static_assert(kK % kBlock == 0, "k is whole blocks");
 
-  // Layout: of each 8 elements of a lane's column the even columns' lanes make the first half.
+  // Layout: of the elements that a lane's column has in a block, the even columns' lanes make the
+  // first half and the odd ones' the second.
   static constexpr int kRounds = kSteps * kColumnBlocks;
   static __device__ __forceinline__ int quad() { return lane() % 4; }
   static __device__ __forceinline__ int column() { return lane() / 4; }
