@@ -14,15 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from tilert.backends.cuda.backend import (
-    MAX_STEPS,
-    MAX_STOPS,
-    NO_SIGNAL,
-    RUN,
-    UNSET,
-    CudaBackend,
-    _Params,
-)
+from tilert.backends.cuda.backend import NO_SIGNAL, RUN, CudaBackend
 
 FIRST = 17  # the token that the others follow
 
@@ -50,33 +42,18 @@ class Chain:
         memory.write(values)
         return memory
 
-    def reset(self, token: int) -> None:
-        """The next token is made from `token`, with the pages that the back end's state names."""
-        made = self.backend
-        stops, pages = np.full(MAX_STOPS, -1, np.int32), made.state["pages"][0]
-        made.inputs.write(np.concatenate([[token], stops, pages]).astype(np.int32))
-        for memory in (made.arena, made.counters, made.outcome):
-            memory.clear()
-        made.mailbox[0], made.mailbox[MAX_STEPS] = UNSET, 0
-
-    def launches(self, position: int) -> list[ctypes.Structure]:
-        """Parameters of the kernel for each op in turn, for a token at `position`."""
+    def launches(self, token: int, position: int) -> list[ctypes.Structure]:
+        """Parameters of the kernel for each op in turn, for what follows `token` at `position`."""
         made, row = self.backend, 4 * (self.workers + 1)
-        fixed = {
-            "runs": self.runs, "waits": self.no_waits, "wait_begin": self.no_waits,
-            "totals": made.tables["totals"], "counters": made.counters, "arena": made.arena,
-            "tokens": made.inputs, "verdict": made.outcome,
-        }  # fmt: skip
-        inputs, box = made.inputs.address, made.mailbox.ctypes.data
-        return [
-            _Params(
-                **{name: memory.address for name, memory in fixed.items()},
-                run_begin=self.begins.address + row * index, stop_ids=inputs + 4,
-                pages=inputs + 4 * (1 + MAX_STOPS), mailbox=box, cancel=box + 4 * MAX_STEPS,
-                failures=made.outcome.address + 4, position=position, steps=1,
-            )
-            for index in range(len(self.ops))
-        ]  # fmt: skip
+        made.state["tokens"][0, 0], made.state["positions"][0, 0] = token, position
+        prepared = made.prepare(1)
+        launches: list[ctypes.Structure] = []
+        for index in range(len(self.ops)):
+            params: Any = type(prepared).from_buffer_copy(prepared)
+            params.runs, params.run_begin = self.runs.address, self.begins.address + row * index
+            params.waits = params.wait_begin = self.no_waits.address
+            launches.append(params)
+        return launches
 
 
 def time_chain(backend: CudaBackend, position: int, steps: int, repeats: int) -> list[float]:
@@ -89,7 +66,6 @@ def time_chain(backend: CudaBackend, position: int, steps: int, repeats: int) ->
     backend.state["tokens"][0, 0], backend.state["positions"][0, 0] = FIRST, position
     (expected,) = backend.steps(1)
     chain = Chain(backend)
-    chain.reset(FIRST)
     graph = _captured(chain, position)
     graph.replay()
     torch.cuda.synchronize()
@@ -113,7 +89,7 @@ def _captured(chain: Chain, position: int) -> Any:
     from tilert.backends.cuda.device import THREADS, _call
 
     kernel: Any = chain.backend.kernel
-    graph, launches = torch.cuda.CUDAGraph(), chain.launches(position)
+    graph, launches = torch.cuda.CUDAGraph(), chain.launches(FIRST, position)
     torch.cuda.synchronize()
     with torch.cuda.graph(graph):
         stream = torch.cuda.current_stream().cuda_stream

@@ -244,6 +244,7 @@ inline float2 load_float2_if(bool wanted, const float* p, float2 otherwise) {
 }
 inline float load_float(const float* p) { return *p; }
 inline void store_float(float* p, float v) { *p = v; }
+inline void store_half(u16* p, u16 v) { *p = v; }
 inline void store_float2(float* p, float2 v) { p[0] = v.x, p[1] = v.y; }
 inline u32 load_shared(const u32* p) {
   emulator::yield();

@@ -275,7 +275,7 @@ def attention_draft(machine: Machine, tokens: int, splits: int) -> Draft:
     d.op(Attention(q, k_cache, v_cache, shares, at, who, pages, counts, tokens, heads, kv_heads, dim, 0,
                    splits, max(1, tokens // 2), 2, 2, 0.5))  # fmt: skip
     if splits > 1:
-        d.op(Combine(shares, mixed, counts, tokens, heads, kv_heads, dim, splits))
+        d.op(Combine(shares, mixed, counts, tokens, heads, kv_heads, dim, splits, 0))
     wo = d.weight("wo", HIDDEN, HIDDEN)
     d.op(linear(mixed, wo, x, counts, k=HIDDEN, n=HIDDEN, tile=4, rows=tokens, epilogue=ADD))
     _choose(d, x, counts, ids, tokens)

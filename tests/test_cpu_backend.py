@@ -137,7 +137,8 @@ def decoder(
     t.ops.append(Attention(q, k_cache, v_cache, y if splits == 1 else shares, *paged, window, splits,
                            block, SEQUENCES, TABLE_COLS, HEAD_DIM**-0.5))  # fmt: skip
     if splits > 1:
-        t.ops.append(Combine(shares, y, s.counts, tokens, HEADS, KV_HEADS, HEAD_DIM, splits))
+        t.ops.append(Combine(shares, y, s.counts, tokens, HEADS, KV_HEADS, HEAD_DIM, splits,
+                             window))  # fmt: skip
     linear("wo", y, x, WIDTH, q_width, NONE, ADD, 5)
     linear("gate", x, hidden, HIDDEN, WIDTH, norm("norm_2"), GATE, 7)
     linear("down", hidden, x, WIDTH, HIDDEN, NONE, ADD)

@@ -33,11 +33,12 @@ from tilert.ops import Attend, Linear
 
 Devices = Callable[..., GpuDevice]  # called with the seed of an order of threads
 
-CONTEXT, PAGES = 256, 6
-TABLE = [5, 0, 3, 1]  # physical pages of the sequence
+CONTEXT, PAGES, SEQUENCES = 256, 12, 3
+TABLE = [5, 0, 3, 1]  # physical pages of the first sequence
+TABLES = [TABLE, [2, 4, 6, 7], [8, 9, 10, 11]]
 BASE: dict[str, Any] = {
     "model_type": "llama", "rms_norm_eps": 1e-5, "max_position_embeddings": 1024, "vocab_size": 96,
-    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 16, "tie_word_embeddings": True,
 }  # fmt: skip
 # name: (changes of the config, type of the weights, workers, changes of the machine)
@@ -45,8 +46,10 @@ MODELS: dict[str, tuple[dict[str, Any], DType, int, dict[str, int]]] = {
     "llama": ({}, DType.BF16, 3, {}),
     "llama-untied-head-64": ({"tie_word_embeddings": False, "head_dim": 64}, DType.BF16, 2,
                              {"slot_bytes": 8192}),
-    "llama-group-of-3": ({"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 144},
+    "llama-group-of-3": ({"num_attention_heads": 12, "num_key_value_heads": 4, "hidden_size": 192},
                          DType.BF16, 5, {}),
+    "not-for-matrix-units": ({"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 144,
+                              "intermediate_size": 48}, DType.BF16, 5, {}),
     "llama-head-128": ({"head_dim": 128, "num_attention_heads": 2, "num_key_value_heads": 1},
                        DType.BF16, 9, {"slot_bytes": 16384}),
     "llama-f16": ({}, DType.F16, 2, {}),
@@ -62,7 +65,7 @@ MODELS: dict[str, tuple[dict[str, Any], DType, int, dict[str, int]]] = {
                   {"slots": 24, "window": 8}),
     "fp8-blocks": ({"hidden_size": 64, "intermediate_size": 96}, DType.F8E4M3, 3, {}),
     "fp8-wide-blocks": ({"hidden_size": 512, "intermediate_size": 1088}, DType.F8E4M3, 3, {}),
-    "fp8-rows": ({"hidden_size": 64, "intermediate_size": 96}, DType.F8E4M3, 3, {}),
+    "fp8-rows": ({"hidden_size": 64, "intermediate_size": 128}, DType.F8E4M3, 3, {}),
     "fp8-one-scale": ({"hidden_size": 512, "intermediate_size": 96}, DType.F8E4M3, 3, {}),
     "qwen2": ({"model_type": "qwen2", "head_dim": None, "hidden_size": 64}, DType.BF16, 3, {}),
     "qwen3": ({"model_type": "qwen3"}, DType.BF16, 4, {}),
@@ -90,7 +93,9 @@ def devices(request: pytest.FixtureRequest, folder: Path) -> Devices:
     return lambda seed=0: gpu
 
 
-def compiled(name: str, context: int = CONTEXT) -> tuple[Program, dict[str, np.ndarray]]:
+def compiled(
+    name: str, context: int = CONTEXT, tokens: int = 1
+) -> tuple[Program, dict[str, np.ndarray]]:
     """A program for a small machine with rings, and random weights for it."""
     changes, dtype, workers, machine = MODELS[name]
     fields: dict[str, Any] = {"slots": 4, "slot_bytes": 4096, "window": 2, **machine}
@@ -121,7 +126,8 @@ def compiled(name: str, context: int = CONTEXT) -> tuple[Program, dict[str, np.n
             scaled = scaled * 50
         weights[weight] = scaled.astype(stored.numpy)
     dtypes = {weight: DType.of(array) for weight, array in weights.items()}
-    return build(graph, target, Limits(1, 1, 1, context), dtypes, scales), weights
+    limits = Limits(tokens, tokens, SEQUENCES, context)
+    return build(graph, target, limits, dtypes, scales), weights
 
 
 def loaded(
@@ -147,7 +153,7 @@ def loaded(
     made.__dict__["homes"] = homes
     for each in (made, interpreter):
         each.state["counts"][0] = 1, 1
-        each.state["pages"][0, : len(TABLE)] = TABLE
+        each.state["pages"][:, : len(TABLE)] = TABLES
     return made, interpreter
 
 
@@ -171,6 +177,70 @@ def test_logits_equal_the_interpreter(name: str, position: int, devices: Devices
         assert np.abs(logits - wanted).max() < 0.01 * np.abs(wanted).max()
         assert token[0] == logits.argmax()
         made.state["tokens"][0, 0] = expected[0]
+
+
+# Steps of several tokens: (tokens of the program, (sequence, position) of each row).
+STEPS: dict[str, tuple[int, list[tuple[int, int]]]] = {
+    "over-a-page-border": (4, [(0, 62), (0, 63), (0, 64), (0, 65)]),
+    "from-the-start": (8, [(1, p) for p in range(8)]),
+    "at-a-border": (8, [(2, p) for p in range(128, 133)]),
+    "a-batch": (8, [(2, 70), (0, 5), (1, 127)]),
+    "drafts-in-a-batch": (8, [(1, 63), (1, 64), (1, 65), (0, 200), (2, 0), (2, 1)]),
+    "one-of-two": (2, [(0, 130)]),
+}
+SEVERAL = ("llama", "llama-untied-head-64", "llama-group-of-3", "llama-head-128", "deep-ring",
+           "wide-rows", "fp8-wide-blocks", "fp8-rows", "qwen2", "qwen3", "mistral-window")  # fmt: skip
+
+
+def begin_rows(
+    backend: CudaBackend | Interpreter, rows: list[tuple[int, int]], tokens: list[int]
+) -> None:
+    state = backend.state
+    state["sequences"][0, : len(rows)], state["positions"][0, : len(rows)] = zip(*rows, strict=True)
+    state["tokens"][0, : len(rows)] = tokens
+    state["output_rows"][0, : len(rows)] = range(len(rows))
+    state["counts"][0] = len(rows), len(rows)
+
+
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("name", SEVERAL)
+def test_steps_of_several_tokens(name: str, step: str, devices: Devices) -> None:
+    """Logits as the interpreter's; and the same bits as tokens one by one, so that it does not show in
+    what a request gets whether its tokens were verified together, or beside others."""
+    tokens, rows = STEPS[step]
+    ids = [(7 * i + 3) % 30 for i in range(len(rows))]
+    device = devices(len(rows))
+    together, interpreter = loaded(*compiled(name, tokens=tokens), device)
+    for each in (together, interpreter):
+        begin_rows(each, rows, ids)
+    (expected,), (found,) = interpreter.steps(1), together.steps(1)
+    logits, wanted = together.read("logits")[: len(rows)], interpreter.read("logits")[: len(rows)]
+    assert np.abs(logits - wanted).max() < 0.02 * np.abs(wanted).max()
+    assert found.tolist() == logits.argmax(axis=1).tolist()
+    assert len(expected) == len(rows)
+    alone, _ = loaded(*compiled(name), device)
+    for row, (where, token) in enumerate(zip(rows, ids, strict=True)):
+        begin_rows(alone, [where], [token])
+        list(alone.steps(1))
+        assert alone.read("logits")[0].tobytes() == logits[row].tobytes(), row
+    for cache in cuda.cache_shapes(together.program, PAGES):
+        homes = together.__dict__["homes"][cache], alone.__dict__["homes"][cache]
+        size = homes[0].read(0, PAGES * PAGE, np.uint16).size
+        assert (
+            homes[0].read(0, size, np.uint16).tobytes()
+            == homes[1].read(0, size, np.uint16).tobytes()
+        )
+
+
+def test_several_sequences_in_one_launch(devices: Devices) -> None:
+    rows, ids, device = [(2, 60), (0, 5), (1, 126)], [4, 9, 2], devices()
+    together, _ = loaded(*compiled("llama", tokens=4), device)
+    begin_rows(together, rows, ids)
+    made = np.array(list(together.steps(6)))
+    for row, (where, token) in enumerate(zip(rows, ids, strict=True)):
+        alone, _ = loaded(*compiled("llama"), device)
+        begin_rows(alone, [where], [token])
+        assert [int(t[0]) for t in alone.steps(6)] == made[:, row].tolist()
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "one-slot-in-flight", "deep-ring"])
@@ -323,5 +393,5 @@ def test_what_the_kernel_cannot_run_is_refused(devices: Devices) -> None:
     heads = [replace(o, head_dim=24) if isinstance(o, Attend) else o for o in program.ops]
     with pytest.raises(UserError, match=r"heads of 24 elements, 2 for each kv head; .* up to 32"):
         CudaBackend(replace(program, ops=tuple(heads)), {}, {}, devices())
-    with pytest.raises(AssertionError, match="steps of 4 tokens"):
+    with pytest.raises(AssertionError, match="every token has an output"):
         CudaBackend(replace(program, tokens=4), {}, {}, devices())

@@ -140,7 +140,7 @@ class _Memory:
         ends = {d: max((b.offset + b.bytes for b in work if b.device == d), default=0) // 4
                 for d in {b.device for b in work}}  # fmt: skip
         arenas = {d: np.full(end, np.nan, np.float32) for d, end in ends.items()}
-        epochs = {d: np.zeros(end, np.int32) for d, end in ends.items()}
+        epochs = {d: np.zeros(2 * end, np.int32) for d, end in ends.items()}  # of 2 bytes each
         self.arrays: list[np.ndarray] = []
         self.epochs: list[np.ndarray | None] = []
         for b in program.buffers:
@@ -155,7 +155,8 @@ class _Memory:
             else:
                 part = slice(b.offset // 4, (b.offset + b.bytes) // 4)
                 array = arenas[b.device][part].view(b.dtype.numpy).reshape(b.rows, b.cols)
-                epoch = epochs[b.device][part].reshape(b.rows, b.cols)
+                halves = slice(b.offset // 2, (b.offset + b.bytes) // 2, b.dtype.bytes // 2)
+                epoch = epochs[b.device][halves].reshape(b.rows, b.cols)
             self.arrays.append(array)
             self.epochs.append(epoch)
         self._op: Op | None = None

@@ -36,7 +36,7 @@ from tilert.ops import (
     Totals,
 )
 from tilert.ops.draw import BINS, CONTROL_WORDS, MAX_VOCAB, row_words
-from tilert.ops.linear import ADD, GATE, STORE
+from tilert.ops.linear import ADD, GATE, STORE, multiplier
 
 FEW_TOKENS = 8  # up to this many tokens a step is bound by reading weights
 MAX_SPLITS = 8  # shares of the past positions of one kv head whose partial results a product merges
@@ -149,11 +149,13 @@ class Lowering:
             cols,
         )  # fmt: skip
 
-    def work(self, value: Value | list[Value], cols: int | None = None) -> Buf:
+    def work(
+        self, value: Value | list[Value], cols: int | None = None, dtype: DType = DType.F32
+    ) -> Buf:
         """A new activation buffer for a value (`cols` per row for it) or for several side by side."""
         values = value if isinstance(value, list) else [value]
         name, width = JOIN.join(v.name for v in values), cols or sum(v.cols for v in values)
-        buf = self.buffer(name, Kind.WORK, DType.F32, self.rows(values[0]), width)
+        buf = self.buffer(name, Kind.WORK, dtype, self.rows(values[0]), width)
         self.home.update(dict.fromkeys(values, buf))
         return buf
 
@@ -195,7 +197,7 @@ def _input(node: Node, name: str) -> Value:
 def _lower_embed(low: Lowering, node: Node) -> None:
     table = _input(node, "table")
     assert isinstance(table.rows, int)
-    block = low.limits.tokens if low.few else PROMPT_BLOCK
+    block = 1 if low.fused else low.limits.tokens if low.few else PROMPT_BLOCK
     low.ops.append(
         Embed(low.state("tokens"), low.weight(table), low.work(node.output), low.state("counts"),
               table.rows, low.limits.tokens, table.cols, block)
@@ -258,7 +260,7 @@ def _lower_silu_mul(low: Lowering, node: Node) -> None:
     assert gate.op == up.op == "linear" and gate.inputs["x"] is up.inputs["x"], (
         f"{node}: not a gated pair"
     )
-    _emit_linear(low, [gate], low.work(node.output), GATE, up)
+    _emit_linear(low, [gate], low.work(node.output, dtype=_stored(low, node.output)), GATE, up)
 
 
 def _consumer(low: Lowering, value: Value) -> Node:
@@ -280,25 +282,56 @@ def _emit_linear(
     n, k = sum(v.rows for v in w if isinstance(v.rows, int)), w[0].cols
     rows, attend = low.rows(x), low.attends.get(x)
     shares = (attend.splits, attend.group, attend.head_dim) if attend else (1, 1, 1)
-    itemsize = low.dtypes.get(w[0].name, DType.F32).bytes
+    dtype, matrices = low.dtypes.get(w[0].name, DType.F32), 2 if up else 1
     low.ops.append(
         Linear(low.home[source], low.joined(w), low.weight(up.inputs["w"]) if up else NONE,
                low.joined(biases) if biases else NONE, low.weight(up.inputs["bias"]) if up else NONE,
                norm, NONE, y, low.state("counts"), 1 if x.rows == OUTPUTS else 0, rows, k, n,
-               1, 0, tile_rows(low.machine, rows, k * itemsize * (2 if up else 1)), epilogue, eps,
-               gather, low.rows(source) if gather != NONE else 1, *shares)
+               1, 0, tile_rows(low.machine, rows, k * dtype.bytes, matrices), epilogue, eps,
+               gather, low.rows(source) if gather != NONE else 1, *shares,
+               _x_type(low, w[0], dtype))
     )  # fmt: skip
 
 
-def tile_rows(machine: Machine, tokens: int, row_bytes: int) -> int:
+def _x_type(low: Lowering, w: Value, dtype: DType) -> DType:
+    """What a product takes x' as: matrix units read rows in blocks of 64 bytes, each with one scale."""
+    if not low.fused:
+        return DType.F32
+    scale = low.scales.get(w.name)
+    per_scale = scale.block[1] if scale and scale.block[1] < w.cols else w.cols
+    whole = w.cols * dtype.bytes % 64 == 0 and per_scale * dtype.bytes % 64 == 0
+    return multiplier(dtype) if whole else DType.F32
+
+
+def _stored(low: Lowering, value: Value) -> DType:
+    """BF16 for what one product alone takes, as bf16: with several tokens, to load it takes longer than
+    what a tag saves. Else F32."""
+    consumer = _consumer(low, value)
+    if low.limits.tokens == 1 or consumer.op != "linear" or low.uses[value] > 1:
+        return DType.F32
+    w = _input(consumer, "w")
+    x_type = _x_type(low, w, low.dtypes.get(w.name, DType.F32))
+    return x_type if x_type is DType.BF16 else DType.F32
+
+
+def tile_rows(machine: Machine, tokens: int, row_bytes: int, matrices: int = 1) -> int:
     """Output rows per tile.
 
-    With a ring: as many as fit one slot. Without: about 16 KB for few tokens, so that workers can
-    share evenly; for many tokens 32 rows, a panel that the CPU kernel keeps in its cache.
+    With a ring: as many as fit one slot, up to 16. Where that is less than four of all matrices together,
+    four, whose pieces share slots, so that each element of x meets four rows; or fewer where the pieces
+    would be less than a quarter of a slot, for many small copies are slower. Without a ring: about 16 KB
+    for few tokens, so that workers can share evenly; for many tokens 32 rows, a panel that the CPU kernel
+    keeps in its cache.
     """
+    slot = machine.slot_bytes
     if machine.slots:
-        fit = max(1, min(machine.slot_bytes // row_bytes, 32))
-        return 1 << (fit.bit_length() - 1)
+        fit = min(slot // (row_bytes * matrices), 16)
+        if fit * matrices >= 4 or row_bytes % 16:
+            return 1 << (max(fit, 1).bit_length() - 1)
+        pieces = {rows: -(-row_bytes // (slot // rows)) for rows in (4, 2, 1)}
+        large = (rows for rows in (4, 2) if row_bytes // pieces[rows] >= slot // 4)
+        return max(next(large, 1) // matrices, 1)
+    row_bytes *= matrices
     if tokens > FEW_TOKENS:
         return 32
     return min(64, max(4, 16384 // row_bytes // 4 * 4))
@@ -326,16 +359,28 @@ def _lower_attend(low: Lowering, node: Node) -> None:
     q, k, v, table = (_input(rope, name) for name in ("q", "k", "v", "table"))
     layer, d, kv_heads = (int(node.attrs[name]) for name in ("layer", "head_dim", "kv_heads"))
     heads, splits = q.cols // d, max(2, min(MAX_SPLITS, low.machine.workers // kv_heads))
-    y = low.work(node.output, heads * splits * (d + 2))
-    low.attends[node.output] = op = Attend(
+    window, width = int(node.attrs["window"]), heads * splits * (d + 2)
+    one = lim.tokens == 1
+    y = low.work(node.output, width if one else None, _stored(low, node.output))
+    part = (
+        y
+        if one
+        else low.buffer(f"{node.output.name}.part", Kind.WORK, DType.F32, lim.tokens, width)
+    )
+    op = Attend(
         low.home[q], low.home[k], low.home[v], low.weight(rope.inputs["q_norm"]),
         low.weight(rope.inputs["k_norm"]), low.weight(table), low.cache("k", layer, k.cols),
-        low.cache("v", layer, v.cols), y, low.state("positions"), low.state("sequences"),
-        low.state("pages"), low.state("counts"), lim.tokens, heads, kv_heads, d,
-        int(node.attrs["window"]), splits, lim.context, lim.sequences, lim.pages, rope.attrs["eps"],
-        node.attrs["scale"], low.column.get(k, 0), low.column.get(v, 0),
+        low.cache("v", layer, v.cols), part, low.state("positions"), low.state("sequences"),
+        low.state("pages"), low.state("counts"), lim.tokens, heads, kv_heads, d, window, splits,
+        lim.context, lim.sequences, lim.pages, rope.attrs["eps"], node.attrs["scale"],
+        low.column.get(k, 0), low.column.get(v, 0),
     )  # fmt: skip
     low.ops.append(op)
+    if one:  # the product that follows merges the shares; for more tokens it would read too much
+        low.attends[node.output] = op
+    else:
+        merged = Combine(part, y, op.counts, op.rows, heads, kv_heads, d, splits, window)
+        low.ops.append(merged)
 
 
 def _lower_attention(low: Lowering, node: Node) -> None:
@@ -358,8 +403,9 @@ def _lower_attention(low: Lowering, node: Node) -> None:
     )  # fmt: skip
     if splits > 1:
         low.ops.append(
-            Combine(target, y, low.state("counts"), lim.tokens, heads, kv_heads, d, splits)
-        )
+            Combine(target, y, low.state("counts"), lim.tokens, heads, kv_heads, d, splits,
+                    int(node.attrs["window"]))
+        )  # fmt: skip
 
 
 def _lower_choice(low: Lowering, logits: Value) -> None:

@@ -36,7 +36,8 @@ _KINDS: dict[str, tuple[Kind, ...]] = {
 }
 _INTEGERS = {*_STATES, *_WORDS, "expert"}
 _OPTIONAL = {"w_up", "bias", "bias_up", "norm", "expert", "gather", "q_norm", "k_norm"}
-_MAY_BE_ZERO = {"y_col", "k_col", "v_col", "window", "feed", "count_index", "epilogue"}
+_MAY_BE_ZERO = {"y_col", "k_col", "v_col", "window", "feed", "count_index", "epilogue",
+                "x_type"}  # fmt: skip
 
 
 class VerifyError(AssertionError):
@@ -124,7 +125,9 @@ def _sound_operand(program: Program, name: str, index: int) -> Iterator[str]:
     if b.kind not in _KINDS[name]:
         yield f"b{index} '{b.name}', a {b.kind.name.lower()} buffer"
     floats = {DType.F32}
-    if b.kind is Kind.WEIGHT:
+    if b.kind is Kind.WORK and program.machine.slots and program.tokens > 1:
+        floats = {DType.F32, DType.BF16}  # what one product alone takes
+    elif b.kind is Kind.WEIGHT:
         floats = set(DType) - {DType.I32}
     elif b.kind is Kind.CACHE:
         floats = {program.machine.cache_dtype}
@@ -141,6 +144,8 @@ def _sound_fields(has: dict[str, int], program: Program) -> Iterator[str]:
     if "epilogue" in has:
         if has["epilogue"] > 2 or has["count_index"] > 1:
             yield f"epilogue {has['epilogue']} or count_index {has['count_index']} is unknown"
+        if has["x_type"] > DType.F16:
+            yield f"x_type {has['x_type']} is unknown"
         if (has["epilogue"] == 2) != (has["w_up"] != NONE):
             yield "w_up belongs to the gate epilogue and to no other"
         for w in (has["w"], has["w_up"]):
@@ -322,8 +327,9 @@ def ring(facts: Facts) -> Iterator[str]:
 
 
 def stream(facts: Facts) -> Iterator[str]:
-    """Past cache rows can be streamed as soon as the run after the one that reads them has started in
-    the step before: that start comes after the appends of that step. Older ones are in order with it."""
+    """Past cache rows can be streamed as soon as the run `stream_lead` after the one that reads them has
+    started in the step before: that start comes after the appends of that step. Older ones are in order
+    with it."""
     program = facts.program
     if not program.machine.slots:
         return
@@ -335,14 +341,17 @@ def stream(facts: Facts) -> Iterator[str]:
     for number, regions in enumerate(facts.reads):
         place = facts.places[number]
         past = {r.buffer for r in regions if r.row_lo < 0}
-        wrap = place.position + 1 == facts.lengths[place.worker]
-        after = facts.numbers[place.worker][0 if wrap else place.position + 1]
+        wrap, later = divmod(place.position + program.stream_lead, facts.lengths[place.worker])
+        if wrap > 1:
+            yield f"{facts.name(place)} streams a cache, but its worker has too few runs"
+            continue
+        after = facts.numbers[place.worker][later]
         for writer in (w for buffer in sorted(past) for w in writers[buffer]):
             at = facts.places[writer]
-            known = facts.clock[int(wrap), after, at.worker]
+            known = facts.clock[wrap, after, at.worker]
             if at.worker != place.worker and known < facts.moment(0, at):
-                yield (f"{facts.name(place)} streams what {facts.name(at)} appends, but the run after it"
-                       " can start before that")  # fmt: skip
+                yield (f"{facts.name(place)} streams what {facts.name(at)} appends, but the run that its"
+                       " loader waits for can start before that")  # fmt: skip
 
 
 def memory(facts: Facts) -> Iterator[str]:

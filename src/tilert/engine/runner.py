@@ -75,7 +75,10 @@ class Runner:
     def program(self, kind: str) -> Program:
         """The program 'decode', 'sampled', 'few' or 'prompt', compiled at the first call."""
         if kind not in self.programs:
-            tokens = {"decode": 1, "sampled": 1, "few": FEW, "prompt": PROMPT}[kind]
+            few = FEW
+            if kind == "few" and self.place is not None and not isinstance(self.place, Pool):
+                few = self.place.step_rows(self.program)
+            tokens = {"decode": 1, "sampled": 1, "few": few, "prompt": PROMPT}[kind]
             outputs = 1 if kind == "prompt" else tokens
             limits = Limits(tokens, outputs, self.sequences, self.context, kind == "sampled")
             dtypes = {name: DType.of(array) for name, array in self.weights.items()}

@@ -224,6 +224,13 @@ class Program:
         """Bytes of all weights that the program is bound to, each counted once."""
         return sum(b.bytes for b in self.buffers if b.kind is Kind.WEIGHT)
 
+    @property
+    def stream_lead(self) -> int:
+        """How far behind a run that streams past cache rows is the run whose start in the step before
+        says that all rows are there. With several tokens a run of Combine may lie in between, which
+        does not wait for all."""
+        return 1 if self.tokens == 1 else 2
+
     def weight_itemsize(self, op: Op) -> int:
         """Bytes per element of the op's weights; the widest when they differ, 4 when it has none."""
         sizes = [b.dtype.bytes for b in self.operands(op) if b.kind is Kind.WEIGHT and b.rows > 1]
@@ -232,19 +239,14 @@ class Program:
     def ring_units(self, op: Op, lo: int, hi: int) -> int:
         """Ring slots that the weights of tiles [lo, hi) take in turn; each tile starts a new slot.
 
-        A tile that is larger than a slot is streamed row by row, each row in as many slots as it
-        needs. All tiles of an op but its last read the same number of bytes.
+        Of a tile that is larger than a slot, all rows are streamed in pieces side by side.
         """
         if not op.streamed:
             return 0
-        itemsize, slot = self.weight_itemsize(op), self.machine.slot_bytes
-        total = 0
-        for t, tiles in ((lo, hi - lo - 1), (hi - 1, 1)):
-            size, rows = op.cost(t, t + 1, itemsize, 0).bytes, max(1, op.weight_rows(t, t + 1))
-            total += tiles * (
-                -(-size // slot) if size <= slot else rows * -(-(size // rows) // slot)
-            )
-        return total
+        size, rows = op.cost(0, 1, self.weight_itemsize(op), 0).bytes, max(1, op.weight_rows(0, 1))
+        slot = self.machine.slot_bytes
+        pieces = -(-size // slot) if size <= slot else -(-(size // rows) // (slot // rows))
+        return (hi - lo) * pieces
 
     def operands(self, op: Op) -> list[Buffer]:
         """The buffers that an op names, in the order of its fields."""

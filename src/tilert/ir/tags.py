@@ -15,9 +15,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import pairwise
 
+from tilert.ir.dtype import DType
 from tilert.ir.program import Buf, Kind, Op, Program
 
 TAGS = 255  # 1 to 255
+MOST_TOKENS = 8  # of a step whose rows are all written, whether they hold tokens or not
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +47,7 @@ def derive(program: Program) -> Tags:
     would signal without order what it wrote elsewhere.
     """
     writers: dict[Buf, list[int]] = {}
-    if program.machine.slots and program.tokens == 1:
+    if program.machine.slots and program.tokens <= MOST_TOKENS:
         writers = _tagged(program)
     ranks = {op: i for i, op in enumerate(sorted({op for ops in writers.values() for op in ops}))}
     stride = len(ranks)
@@ -65,7 +67,9 @@ def derive(program: Program) -> Tags:
 def _tagged(program: Program) -> dict[Buf, list[int]]:
     """Ops that write each buffer that can be tagged."""
     found: dict[Buf, list[int]] = {
-        Buf(i): [] for i, b in enumerate(program.buffers) if b.kind is Kind.WORK and b.rows == 1
+        Buf(i): []
+        for i, b in enumerate(program.buffers)
+        if b.kind is Kind.WORK and b.dtype is DType.F32
     }
     for index, op in enumerate(program.ops):
         for buf in {r.buffer for r in op.writes(0, op.tiles)} & found.keys():
@@ -81,7 +85,8 @@ def _tagged(program: Program) -> dict[Buf, list[int]]:
 
 def _whole(program: Program, op: Op, buf: Buf) -> bool:
     regions = [r for r in op.writes(0, op.tiles) if r.buffer == buf]
-    return sum(r.col_hi - r.col_lo for r in regions) == program.buffers[buf].cols
+    b = program.buffers[buf]
+    return sum((r.col_hi - r.col_lo) * (r.row_hi - r.row_lo) for r in regions) == b.rows * b.cols
 
 
 def _writes_elsewhere(op: Op, buf: Buf) -> bool:

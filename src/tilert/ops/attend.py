@@ -7,7 +7,7 @@ step, so a loader may stream them early; the step's own keys and values are rota
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -17,17 +17,21 @@ from tilert.ops.memory import Memory, count
 from tilert.ops.rope import turned
 
 
-def page_share(lo: int, hi: int, split: int, splits: int) -> tuple[int, int]:
-    """The part of the positions [lo, hi) whose pages belong to `split`: consecutive whole pages.
+def page_share(lo: int, hi: int, split: int, splits: int) -> list[tuple[int, int]]:
+    """The part of the positions [lo, hi) that belongs to `split`, [begin, end) in each of its pages.
 
-    Where there are fewer pages than splits, the first splits have one each and the others none.
+    Pages are dealt out in rounds that begin one split later each, for the first split has most to do
+    besides. A page belongs to the same split whoever looks: what a token finds does not depend on how
+    many tokens the step has.
     """
-    first, pages = lo // PAGE, -(-hi // PAGE) - lo // PAGE if lo < hi else 0
-    active = min(splits, pages)
-    if split >= active:
-        return lo, lo
-    begin, end = (first + pages * s // active for s in (split, split + 1))
-    return max(lo, begin * PAGE), min(hi, end * PAGE)
+    pages = range(lo // PAGE, -(-hi // PAGE)) if lo < hi else range(0)
+    own = [page for page in pages if split_of(page, splits) == split]
+    return [(max(lo, page * PAGE), min(hi, (page + 1) * PAGE)) for page in own]
+
+
+def split_of(page: Any, splits: int) -> Any:
+    """The split that a page belongs to; or for an array of pages."""
+    return (page + page // splits) % splits
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +40,9 @@ class Attend(Op):
 
     q, k, v as the products left them, in buffers of their own or side by side in one: q and k are
     normed (if q_norm, k_norm) and rotated here, then all are rounded to the cache's type. Split 0 also
-    appends them to the caches and attends to the step's own positions. y [rows, heads * splits *
+    appends them to the caches and attends to each token's own position. y [rows, heads * splits *
     (head_dim + 2)] gets the partial results in the layout of Attention with splits > 1. A token sees
-    the earlier tokens of its sequence in the same step.
+    the earlier tokens of its sequence in the same step as part of their pages.
     """
 
     opcode: ClassVar[int] = 9
@@ -88,7 +92,7 @@ class Attend(Op):
             g, split = divmod(tile, self.splits)
             out.append(Region(self.q, 0, self.rows, g * q_width, (g + 1) * q_width))
             out += [Region(b, -PAST, 0, g * d, (g + 1) * d) for b in (self.k_cache, self.v_cache)]
-            if split == 0:
+            if split == 0 or self.rows > 1:
                 fresh = ((self.k, self.k_col), (self.v, self.v_col))
                 out += [Region(b, 0, self.rows, c + g * d, c + (g + 1) * d) for b, c in fresh]
         return out
@@ -115,9 +119,9 @@ class Attend(Op):
         tokens, d = count(mem, self.counts, 0), self.head_dim
         for tile in range(lo, hi):
             g, split = divmod(tile, self.splits)
-            fresh = self._fresh(mem, g, tokens) if split == 0 else None
+            fresh = self._fresh(mem, g, tokens) if split == 0 or self.rows > 1 else None
             for t in range(tokens):
-                if fresh is not None:
+                if split == 0 and fresh is not None:
                     mem.write_cache(self.k_cache, t, g * d, fresh[0][t])
                     mem.write_cache(self.v_cache, t, g * d, fresh[1][t])
                 width = self.group * (d + 2)
@@ -148,17 +152,22 @@ class Attend(Op):
         tokens = count(mem, self.counts, 0)
         positions = mem.read(self.positions, 0, 1, 0, tokens)[0]
         sequences = mem.read(self.sequences, 0, 1, 0, tokens)[0]
-        lo, hi = visible(int(positions[t]), self.window)
-        own = (sequences == sequences[t]) & (positions >= lo) & (positions < hi)
+        lo, own = visible(int(positions[t]), self.window)[0], int(positions[t])
         past = int(positions[sequences == sequences[t]].min())
-        begin, end = page_share(lo, min(past, hi), split, self.splits)
-        keys = [np.zeros((0, d), np.float32)] * 2
-        if begin < end:
-            keys = [mem.read_cache(b, t, begin, end, g * d, (g + 1) * d).astype(np.float32)
-                    for b in (self.k_cache, self.v_cache)]  # fmt: skip
+        keys: list[list[np.ndarray]] = [
+            [np.zeros((0, d), np.float32)],
+            [np.zeros((0, d), np.float32)],
+        ]
+        for begin, end in page_share(lo, min(past, own), split, self.splits):
+            for part, b in zip(keys, (self.k_cache, self.v_cache), strict=True):
+                part.append(mem.read_cache(b, t, begin, end, g * d, (g + 1) * d).astype(np.float32))
         if fresh is not None:
-            keys = [np.concatenate([a, b[own]]) for a, b in zip(keys, fresh, strict=True)]
-        k_SD, v_SD = keys
+            here = (positions < own) & (split_of(positions // PAGE, self.splits) == split)
+            here |= (positions == own) & (split == 0)
+            here &= (sequences == sequences[t]) & (positions >= lo)
+            for part, made in zip(keys, fresh, strict=True):
+                part.append(made[here])
+        k_SD, v_SD = (np.concatenate(part) for part in keys)
         if not len(k_SD):
             return empty_share(self.group, d)
         heads = range(g * self.group, (g + 1) * self.group)

@@ -177,9 +177,10 @@ class Attention(Op):
 
 @dataclass(frozen=True, slots=True)
 class Combine(Op):
-    """Merge the shares that Attention left: a tile is one kv head's group of query heads.
+    """Merge the shares that Attention or Attend left. Tile t * kv_heads + g: token t, kv head g.
 
-    part [rows, heads * splits * (head_dim + 2)] f32, y [rows, heads * head_dim] f32.
+    part [rows, heads * splits * (head_dim + 2)] f32, y [rows, heads * head_dim] f32. window: of the
+    attention, for back ends that leave out shares without positions.
     """
 
     opcode: ClassVar[int] = 6
@@ -191,34 +192,45 @@ class Combine(Op):
     kv_heads: int
     head_dim: int
     splits: int
+    window: int
 
     @property
     def tiles(self) -> int:
-        return self.kv_heads
+        return self.rows * self.kv_heads
 
     @property
     def group(self) -> int:
         """Query heads per kv head."""
         return self.heads // self.kv_heads
 
+    def _regions(self, buf: Buf, lo: int, hi: int, width: int) -> list[Region]:
+        """Columns [g * width, (g + 1) * width) of row t for the tiles [lo, hi), a region per token."""
+        out: list[Region] = []
+        for t in range(lo // self.kv_heads, -(-hi // self.kv_heads)):
+            first, last = max(lo - t * self.kv_heads, 0), min(hi - t * self.kv_heads, self.kv_heads)
+            out.append(Region(buf, t, t + 1, first * width, last * width))
+        return out
+
     def reads(self, lo: int, hi: int) -> list[Region]:
-        width = self.splits * self.group * (self.head_dim + 2)
-        return [
-            Region(self.counts, 0, 1, 0, 2),
-            Region(self.part, 0, self.rows, lo * width, hi * width),
-        ]
+        shares = self._regions(self.part, lo, hi, self.splits * self.group * (self.head_dim + 2))
+        return [Region(self.counts, 0, 1, 0, 2), *shares]
 
     def writes(self, lo: int, hi: int) -> list[Region]:
-        width = self.group * self.head_dim
-        return [Region(self.y, 0, self.rows, lo * width, hi * width)]
+        return self._regions(self.y, lo, hi, self.group * self.head_dim)
+
+    def tagging(self) -> tuple[Buf, ...]:
+        return (self.y,)
 
     def cost(self, lo: int, hi: int, dtype_bytes: int, context: int) -> Cost:
-        return Cost(0, 0, 3 * (hi - lo) * self.rows * self.splits * self.group * self.head_dim)
+        return Cost(0, 0, 3 * (hi - lo) * self.splits * self.group * self.head_dim)
 
     def reference(self, mem: Memory, lo: int, hi: int) -> None:
         """The definition: rescale every share to the common maximum, add, divide."""
         d, tokens = self.head_dim, count(mem, self.counts, 0)
         width = self.splits * self.group * (d + 2)
-        for g in range(lo, hi):
-            part = mem.read(self.part, 0, tokens, g * width, (g + 1) * width)
-            mem.write(self.y, 0, g * self.group * d, merge(part, self.group * d, d, self.splits))
+        for t, g in (divmod(tile, self.kv_heads) for tile in range(lo, hi)):
+            if t < tokens:
+                part = mem.read(self.part, t, t + 1, g * width, (g + 1) * width)
+                mem.write(
+                    self.y, t, g * self.group * d, merge(part, self.group * d, d, self.splits)
+                )

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
+from tilert.ir.dtype import DType
 from tilert.ir.program import NONE, Buf, Cost, Op, Region
 from tilert.ops.attention import merge, partial_width
 from tilert.ops.memory import Memory, count
-from tilert.ops.norm import rms_norm
+from tilert.ops.norm import root_mean_square
 
 STORE, ADD, GATE = 0, 1, 2  # epilogues
 
@@ -26,6 +27,8 @@ class Linear(Op):
     `gather`, when given, is an i32 buffer [1, rows]: row i of x' is made from x[gather[i]].
     splits > 1: x holds the partial results of Attend, `group` query heads of `head_dim` for each kv
     head, and x' is what Combine makes of them.
+    x_type: what the multiplier takes; x' is rounded to it (see rounded). With a norm, the root of the
+    mean square divides the products and not x'.
     """
 
     opcode: ClassVar[int] = 1
@@ -52,6 +55,7 @@ class Linear(Op):
     splits: int = 1
     group: int = 1
     head_dim: int = 1
+    x_type: int = DType.F32
 
     @property
     def tiles(self) -> int:
@@ -107,14 +111,16 @@ class Linear(Op):
         """The definition, on whatever the step's real number of rows is."""
         begin, end = self.span(lo, hi)
         rows = count(mem, self.counts, self.count_index)
-        x = self._input(mem, rows)
+        x, root = self._input(mem, rows), np.float32(1)
         if self.norm != NONE:
-            x = rms_norm(x, mem.read(self.norm, 0, 1, 0, self.k), self.eps)
-        y = self._product(mem, self.w, self.bias, x, begin, end)
+            root = root_mean_square(x, self.eps)
+            x = x * mem.read(self.norm, 0, 1, 0, self.k).astype(np.float32)
+        x = rounded(x, DType(self.x_type))
+        y = self._product(mem, self.w, self.bias, x, root, begin, end)
         if self.epilogue == ADD:
             y += mem.read(self.y, 0, rows, self.y_col + begin, self.y_col + end)
         elif self.epilogue == GATE:
-            up = self._product(mem, self.w_up, self.bias_up, x, begin, end)
+            up = self._product(mem, self.w_up, self.bias_up, x, root, begin, end)
             y = y / (1 + np.exp(-y)) * up
         mem.write(self.y, 0, self.y_col + begin, y)
 
@@ -132,17 +138,29 @@ class Linear(Op):
         return np.concatenate([mem.read(self.x, int(r), int(r) + 1, 0, self.k) for r in chosen])
 
     def _product(
-        self, mem: Memory, w: Buf, bias: Buf, x: np.ndarray, begin: int, end: int
+        self, mem: Memory, w: Buf, bias: Buf, x: np.ndarray, root: Any, begin: int, end: int
     ) -> np.ndarray:
         first = 0
         if self.expert != NONE:
             chosen = int(mem.read(self.expert, 0, 1, 0, 1)[0, 0])
             assert 0 <= chosen < self.bank, f"expert {chosen} outside [0, {self.bank})"
             first = chosen * self.n
-        y = x @ weight_f32(mem, w, first + begin, first + end, self.k).T
+        y = x @ weight_f32(mem, w, first + begin, first + end, self.k).T / root
         if bias != NONE:
             y = y + mem.read(bias, 0, 1, begin, end).astype(np.float32)
         return y
+
+
+def multiplier(weight: DType) -> DType:
+    """What matrix units take x' as for weights of this type; F32 where it is not for them."""
+    return {DType.BF16: DType.BF16, DType.F8E4M3: DType.F16}.get(weight, DType.F32)
+
+
+def rounded(x: np.ndarray, x_type: DType) -> np.ndarray:
+    """f32 values that x_type can hold. f16 holds x / 16, so that only what is beyond a million is cut off."""
+    if x_type is DType.F16:
+        return np.clip(x / 16, -65504, 65504).astype(np.float16).astype(np.float32) * 16
+    return x.astype(x_type.numpy).astype(np.float32)
 
 
 def weight_f32(mem: Memory, w: Buf, begin: int, end: int, k: int) -> np.ndarray:

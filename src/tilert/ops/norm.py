@@ -11,11 +11,15 @@ from tilert.ir.program import NONE, Buf, Cost, Op, Region
 from tilert.ops.memory import Memory, count
 
 
+def root_mean_square(x: np.ndarray, eps: float) -> np.ndarray:
+    """sqrt(mean(x^2) + eps) over the last axis, in f32; [..., 1]."""
+    x = x.astype(np.float32)
+    return np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + np.float32(eps))
+
+
 def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
     """x / sqrt(mean(x^2) + eps) * weight over the last axis, in f32; weight [1, width]."""
-    x = x.astype(np.float32)
-    scale = 1 / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + np.float32(eps))
-    return x * scale * weight.astype(np.float32)
+    return x.astype(np.float32) * (1 / root_mean_square(x, eps)) * weight.astype(np.float32)
 
 
 @dataclass(frozen=True, slots=True)

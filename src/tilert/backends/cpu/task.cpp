@@ -365,16 +365,16 @@ class CombineTask final : public Task {
     y_ = in.floats(f.y, f.rows, int64_t{f.heads} * f.head_dim);
   }
 
-  int tiles() const override { return f_.kv_heads; }
+  int tiles() const override { return f_.rows * f_.kv_heads; }
 
   void run(int lo, int hi, float*) const override {
-    const int tokens = count_(), group = f_.heads / f_.kv_heads;
+    const int group = f_.heads / f_.kv_heads;
     const int64_t shares = int64_t{group} * f_.splits * (f_.head_dim + 2);
-    for (int t = 0; t < tokens; ++t) {
-      for (int g = lo; g < hi; ++g) {
-        kernels_.combine(y_.row(t) + int64_t{g} * group * f_.head_dim, part_.row(t) + g * shares,
-                         f_.splits, group, f_.head_dim);
-      }
+    hi = std::min(hi, count_() * f_.kv_heads);
+    for (int tile = lo; tile < hi; ++tile) {
+      const int t = tile / f_.kv_heads, g = tile % f_.kv_heads;
+      kernels_.combine(y_.row(t) + int64_t{g} * group * f_.head_dim, part_.row(t) + g * shares,
+                       f_.splits, group, f_.head_dim);
     }
   }
 

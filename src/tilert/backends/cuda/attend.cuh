@@ -3,10 +3,14 @@
 // like to read them: [64 positions][head_dim] bf16, with the 16-byte pieces of a row permuted (see
 // swizzle).
 //
-// Scores and sums are mma products with the query heads as the 16 rows of A; rows beyond the group
-// hold anything, and what comes of them is not used. A warp takes 16 positions, warps 0 to 3 the
-// first page, the third, ... and warps 4 to 7 the others. Each warp keeps its own maximum and sums
-// (online softmax, in powers of two); they are merged at the end.
+// Scores and sums are mma products with rows of A for the query heads of all tokens of one
+// sequence; rows beyond them hold anything, and what comes of them is not used. A warp takes 16
+// positions, warps 0 to 3 the even pages of the share and warps 4 to 7 the odd ones. Each warp
+// keeps its own maximum and sums (online softmax, in powers of two); they are merged at the end.
+//
+// A token's own position is scored apart, from shared memory. The earlier tokens of its sequence in
+// the same step are put into their pages where those have arrived, for the cache may not have them
+// yet. So a token finds the same bits whether those before it were in its step or in earlier ones.
 #pragma once
 #include "linear.cuh"
 
@@ -18,94 +22,130 @@ __device__ __forceinline__ u32 swizzle(u32 row, u32 piece) {
 }
 
 template <int kHeads, int kKvHeads, int kHeadDim, int kAttnWindow, int kSplits, bool kTagged,
-          class QNorm, class KNorm, u32 kEpsBits, u32 kScaleBits>
+          class QNorm, class KNorm, u32 kEpsBits, u32 kScaleBits, int kQPitch, int kKPitch,
+          int kVPitch>
 struct Attend {
-  static constexpr int kGroup = kHeads / kKvHeads;
-  static_assert(kGroup <= 16 && kHeadDim % 16 == 0 && kHeadDim <= 128, "shape of a kv head");
+  static constexpr int kGroup = kHeads / kKvHeads, kRows = kGroup * kTokens;
+  static constexpr int kRowBlocks = (kRows + 15) / 16;
+  static_assert(kRowBlocks <= 2 && kHeadDim % 16 == 0 && kHeadDim <= 128, "shape of a kv head");
   static constexpr u32 kPageBytes = kPage * kHeadDim * 2;
   static_assert(kPageBytes <= kSlotBytes, "a page of one kv head fits a slot");
   static constexpr int kSteps = kHeadDim / 16;
   static constexpr int kPairs = (kHeadDim / 2 + 31) / 32;  // rotated pairs of a head per lane
   static constexpr int kPitch = kHeadDim + 2;
+  static constexpr int kYPitch = kHeads * kSplits * kPitch;        // of a token's results
+  static constexpr int kMergeRows = kRows < 16 ? kRows : 16;       // merged at once
+  static constexpr int kTurns = (kTokens * (kGroup + 2) + 7) / 8;  // heads that a warp makes ready
   static __device__ __forceinline__ float scale() { return __uint_as_float(kScaleBits) * kLog2e; }
 
-  static constexpr int kFirstAppender = kWarps - 2;
-
-  // The memory between barriers: rotated queries, the new key and value, its scores, and the
-  // partial results of four warps.
+  // The memory between barriers: rotated queries, the new keys and values, the scores of each with
+  // its own, and the partial results of four warps.
   struct Scratch {
-    u16 q[16 * kHeadDim], k[kHeadDim], v[kHeadDim];
-    float merged[4][kGroup][kPitch];
-    float own[kGroup];
+    u16 q[16 * kRowBlocks * kHeadDim], k[kTokens][kHeadDim], v[kTokens][kHeadDim];
+    float merged[4][kMergeRows][kPitch];
+    float own[kRows];
   };
   static_assert(sizeof(Scratch) <= kScratchBytes, "scratch is too small");
 
-  static __device__ __forceinline__ u32 active(const Block& b) {
-    return active_shares(first_visible(b.position(), kAttnWindow), b.position(), kSplits);
+  // Tokens [begin, end) of the step, of one sequence.
+  struct Span {
+    u32 begin = 0, end = 0;
+    __device__ __forceinline__ bool next(const Params& p) {
+      if constexpr (kTokens == 1) {
+        begin = end;
+        return end++ == 0;
+      }
+      begin = end;
+      if (begin >= p.count) return false;
+      do ++end;
+      while (end < p.count && p.sequences[end] == p.sequences[begin]);
+      return true;
+    }
+    __device__ __forceinline__ u32 tokens() const { return end - begin; }
+  };
+
+  // The pages of a span, from the first that its first token sees; a split has one of each round.
+  static __device__ __forceinline__ u32 first_of(const Block& b, const Span& span) {
+    return first_visible(b.position(span.begin), kAttnWindow) / kPage;
+  }
+  static __device__ __forceinline__ u32 end_of(const Block& b, const Span& span) {
+    return (b.position(span.end - 1) + kPage - 1) / kPage;
+  }
+  // Nobody reads the result of a split that has no page, but for the first.
+  static __device__ __forceinline__ bool idle(const Block& b, const Span& span, u32 split) {
+    const u32 hi = b.position(span.end - 1);
+    return split > 0 && split >= active_shares(first_visible(hi, kAttnWindow), hi, kSplits);
   }
 
-  static __device__ __forceinline__ void share(const Block& b, u32 split, u32& begin, u32& end) {
-    u32 hi = b.position();
-    page_share(first_visible(hi, kAttnWindow), hi, split, kSplits, begin, end);
+  static __device__ __forceinline__ u64 page_at(const Block& b, u32 token, u32 page, u32 g) {
+    const u32* table = b.params.pages + b.params.sequences[token] * b.params.page_cols;
+    return (u64(__ldg(table + page)) * kKvHeads + g) * kPageBytes;
   }
 
-  static __device__ __forceinline__ u64 page_at(const Block& b, u32 page, u32 g) {
-    return (u64(__ldg(b.params.pages + page)) * kKvHeads + g) * kPageBytes;
-  }
-
-  // Rows that this launch has appended may be streamed once the run after this one has started in
-  // the step before: it comes after all appends of this op (verified as rule `stream`).
+  // Rows that this launch has appended may be streamed once the run kStreamLead after this one has
+  // started in the step before: it comes after all appends of this op (verified as rule `stream`).
   static __device__ __forceinline__ bool stream(Loader& l, const Run& run) {
     Block& b = l.b;
     if (b.step) {
-      u32 passed = (b.step - 1) * b.length + b.number + 2;
+      u32 passed = (b.step - 1) * b.length + b.number + kStreamLead + 1;
       while (load_shared(&b.shared.progress) < passed)
         if (load_shared(&b.shared.verdict)) return false;
       fence_proxy();
     }
-    for (u32 tile = run.first; tile < run.first + run.count; ++tile) {
-      u32 begin, end;
-      share(b, tile % kSplits, begin, end);
-      for (u32 page = begin / kPage; page * kPage < end; ++page) {
-        u64 at = page_at(b, page, tile / kSplits);
+    for (u32 tile = run.first; tile < run.first + run.count; ++tile)
+      for (Span span; span.next(b.params);) {
+        const u32 split = tile % kSplits, first = first_of(b, span), end = end_of(b, span);
+        if (idle(b, span, split)) continue;
+        for (u32 round = first / kSplits; round * kSplits < end; ++round) {
+          const u32 page = page_of(round, split, kSplits);
+          if (page < first || page >= end) continue;
+          u64 at = page_at(b, span.begin, page, tile / kSplits);
 #pragma unroll
-        for (int kv = 0; kv < 2; ++kv) {
-          if (!l.acquire()) return false;
-          l.expect(kPageBytes);
-          l.copy(0, (kv ? run.w_up : run.w) + at, kPageBytes);
-          l.next();
+          for (int kv = 0; kv < 2; ++kv) {
+            if (!l.acquire()) return false;
+            l.expect(kPageBytes);
+            l.copy(0, (kv ? run.w_up : run.w) + at, kPageBytes);
+            l.next();
+          }
         }
       }
-    }
     return true;
   }
 
-  // A head as the products left it, and then normed and rotated; lane l has the elements l + 32 i
-  // of both halves.
-  static __device__ __forceinline__ void load_head(const Block& b, u32 operand, u32 head,
-                                                   float (&low)[kPairs], float (&high)[kPairs]) {
-    constexpr int kHalf = kHeadDim / 2;
-    const float* from[2 * kPairs];
-    float v[2 * kPairs];
+  // One head that a warp makes ready: a query, or the key or value of a token.
+  struct Head {
+    enum Kind { kNone, kQuery, kKey, kValue } kind;
+    u32 token, j;  // in the span; query head of the group
+    // Heads are dealt to the warps in turn: first all queries, then keys, then values.
+    __device__ __forceinline__ Head(u32 at, u32 tokens, bool fresh) {
+      const u32 queries = tokens * kGroup;
+      kind = at < queries                ? kQuery
+             : !fresh                    ? kNone
+             : at < queries + tokens     ? kKey
+             : at < queries + 2 * tokens ? kValue
+                                         : kNone;
+      token = kind == kQuery ? at / kGroup : kind == kKey ? at - queries : at - queries - tokens;
+      j = at % kGroup;
+    }
+  };
+
+  // Cosines and sines of a position for the pairs of a lane.
+  struct Angles {
+    float cosine[kPairs], sine[kPairs];
+  };
+  static __device__ __forceinline__ void fetch_angles(const Run& run, u32 position, Angles& to) {
+    const float* table = reinterpret_cast<const float*>(run.bias_up) + u64(position) * kHeadDim;
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) {
-      const int e = lane() + 32 * i;
-      const float* at = b.at(operand) + head * kHeadDim + e;
-      from[2 * i] = e < kHalf ? at : nullptr, from[2 * i + 1] = e < kHalf ? at + kHalf : nullptr;
+      const int e = min(lane() + 32 * i, kHeadDim / 2 - 1);
+      to.cosine[i] = __ldg(table + e), to.sine[i] = __ldg(table + kHeadDim / 2 + e);
     }
-    if constexpr (kTagged) {
-      load_tagged(b, from, b.tag(operand), v);
-    } else {
-#pragma unroll
-      for (int i = 0; i < 2 * kPairs; ++i) v[i] = from[i] ? load_float(from[i]) : 0;
-    }
-#pragma unroll
-    for (int i = 0; i < kPairs; ++i) low[i] = v[2 * i], high[i] = v[2 * i + 1];
   }
 
-  // What turning a head needs, fetched while the inputs are awaited.
+  // What turning heads needs, fetched while the inputs are awaited; the angles of several tokens
+  // come later.
   struct Held {
-    float cosine[kPairs], sine[kPairs];
+    Angles angles;
     float q_norm[2 * kPairs], k_norm[2 * kPairs];
   };
 
@@ -123,30 +163,26 @@ struct Attend {
   }
 
   static __device__ __forceinline__ void prefetch(const Block& b, const Run& run, Held& held) {
-    const float* table = reinterpret_cast<const float*>(run.bias_up) + u64(b.position()) * kHeadDim;
-#pragma unroll
-    for (int i = 0; i < kPairs; ++i) {
-      const int e = min(lane() + 32 * i, kHeadDim / 2 - 1);
-      held.cosine[i] = __ldg(table + e), held.sine[i] = __ldg(table + kHeadDim / 2 + e);
-    }
+    if constexpr (kTokens == 1) fetch_angles(run, b.position(0), held.angles);
     fetch_norm<QNorm>(run.norm, held.q_norm);
     fetch_norm<KNorm>(run.norm2, held.k_norm);
   }
 
+  // Elements l + 32 i of both halves of a head are lane l's: v[2 i] and v[2 i + 1].
   template <class Norm>
-  static __device__ __forceinline__ void turn(const Held& held, const float (&norm)[2 * kPairs],
-                                              float (&low)[kPairs], float (&high)[kPairs]) {
+  static __device__ __forceinline__ void turn(const Angles& angles, const float (&norm)[2 * kPairs],
+                                              float* v) {
     float sum = 0, factor = 1;
 #pragma unroll
-    for (int i = 0; i < kPairs; ++i) sum += low[i] * low[i] + high[i] * high[i];
+    for (int i = 0; i < 2 * kPairs; ++i) sum = fmaf(v[i], v[i], sum);
     if constexpr (Norm::kGiven)
       factor = inverse_root(warp_sum(sum) / kHeadDim + __uint_as_float(kEpsBits));
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) {
-      float a = low[i], c = high[i];
+      float a = v[2 * i], c = v[2 * i + 1];
       if constexpr (Norm::kGiven) a *= factor * norm[2 * i], c *= factor * norm[2 * i + 1];
-      low[i] = a * held.cosine[i] - c * held.sine[i],
-      high[i] = c * held.cosine[i] + a * held.sine[i];
+      v[2 * i] = fmaf(a, angles.cosine[i], -(c * angles.sine[i]));
+      v[2 * i + 1] = fmaf(c, angles.cosine[i], a * angles.sine[i]);
     }
   }
 
@@ -154,47 +190,107 @@ struct Attend {
     rows[row * kHeadDim + swizzle<kHeadDim>(row, e / 8) * 8 + e % 8] = u16(pack_bf16(v, 0));
   }
 
-  static __device__ __forceinline__ void put_head(u16* rows, u32 row, const float (&low)[kPairs],
-                                                  const float (&high)[kPairs]) {
+  static __device__ __forceinline__ void put_head(u16* rows, u32 row, const float* v) {
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) {
       u32 e = lane() + 32 * i;
       if (e >= kHeadDim / 2) continue;
-      put(rows, row, e, low[i]), put(rows, row, kHeadDim / 2 + e, high[i]);
+      put(rows, row, e, v[2 * i]), put(rows, row, kHeadDim / 2 + e, v[2 * i + 1]);
     }
   }
 
-  // Queries to shared memory, a warp for each head; for split 0 the last two warps do the same with
-  // the new key and value and append them to the cache.
+  // The words of this warp's heads as the products left them, all loads under way at once.
+  static __device__ __forceinline__ void load_heads(const Block& b, const Run& run, u32 g,
+                                                    const Span& span, bool fresh,
+                                                    float (&v)[kTurns * 2 * kPairs]) {
+    constexpr int kHalf = kHeadDim / 2;
+    const float* from[kTurns * 2 * kPairs];
+    u32 tag[kTurns * 2 * kPairs];
+#pragma unroll
+    for (int turn = 0; turn < kTurns; ++turn) {
+      const Head head(warp() + turn * kWarps, span.tokens(), fresh);
+      const u32 token = span.begin + head.token;
+      const float* first = b.at(run.x) + token * kQPitch + (g * kGroup + head.j) * kHeadDim;
+      u32 operand = run.x;
+      if (head.kind == Head::kKey)
+        first = b.at(run.x2) + token * kKPitch + g * kHeadDim, operand = run.x2;
+      if (head.kind == Head::kValue)
+        first = b.at(run.x3) + token * kVPitch + g * kHeadDim, operand = run.x3;
+#pragma unroll
+      for (int i = 0; i < kPairs; ++i) {
+        const int e = lane() + 32 * i, at = (turn * kPairs + i) * 2;
+        const bool in = head.kind != Head::kNone && e < kHalf;
+        from[at] = in ? first + e : nullptr, from[at + 1] = in ? first + kHalf + e : nullptr;
+        tag[at] = tag[at + 1] = b.tag(operand);
+      }
+    }
+    if constexpr (kTagged) {
+      load_tagged(b, from, tag, v);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kTurns * 2 * kPairs; ++i) v[i] = from[i] ? load_float(from[i]) : 0;
+    }
+  }
+
+  // Queries to shared memory, new keys and values too where they are needed; split 0 appends those
+  // to the cache.
   static __device__ __forceinline__ void prepare(Block& b, const Run& run, const Held& held, u32 g,
-                                                 u32 split, Scratch& scratch) {
-    float low[kPairs], high[kPairs];
-    for (int h = warp(); h < kGroup; h += kWarps) {
-      load_head(b, run.x, g * kGroup + h, low, high);
-      turn<QNorm>(held, held.q_norm, low, high);
-      put_head(scratch.q, h, low, high);
+                                                 u32 split, const Span& span, Scratch& scratch) {
+    const bool fresh = split == 0 || span.tokens() > 1;
+    float v[kTurns * 2 * kPairs];
+    load_heads(b, run, g, span, fresh, v);
+#pragma unroll
+    for (int turns = 0; turns < kTurns; ++turns) {
+      const Head head(warp() + turns * kWarps, span.tokens(), fresh);
+      if (head.kind == Head::kNone) continue;
+      float* own = v + turns * 2 * kPairs;
+      const u32 position = b.position(span.begin + head.token);
+      Angles angles;
+      if constexpr (kTokens > 1) fetch_angles(run, position, angles);
+      const Angles& of = kTokens > 1 ? angles : held.angles;
+      if (head.kind == Head::kQuery) {
+        turn<QNorm>(of, held.q_norm, own);
+        put_head(scratch.q, head.token * kGroup + head.j, own);
+        continue;
+      }
+      const bool key = head.kind == Head::kKey;
+      if (key) turn<KNorm>(of, held.k_norm, own);
+      put_head((key ? scratch.k : scratch.v)[head.token], 0, own);
+      if (split) continue;
+      u8* cache = const_cast<u8*>(key ? run.w : run.w_up);
+      const u64 at = page_at(b, span.begin, position / kPage, g);
+      put_head(reinterpret_cast<u16*>(cache + at), position % kPage, own);
+      fence_proxy();  // others will stream what is new
     }
-    if (split || warp() < kFirstAppender) return;
-    const bool key = warp() == kFirstAppender;
-    load_head(b, key ? run.x2 : run.x3, g, low, high);
-    if (key) turn<KNorm>(held, held.k_norm, low, high);
-    put_head(key ? scratch.k : scratch.v, 0, low, high);
-    u8* cache = const_cast<u8*>(key ? run.w : run.w_up);
-    u32 page = b.position() / kPage, row = b.position() % kPage;
-    put_head(reinterpret_cast<u16*>(cache + page_at(b, page, g)), row, low, high);
   }
 
-  // Scores of the step's own position, in powers of two; its one key needs no matrix unit.
-  static __device__ __forceinline__ void score_own(Scratch& scratch) {
-    for (int h = warp() - kWarps / 2; h < kGroup; h += kWarps / 2) {
+  // Scores of the tokens' own positions, in powers of two; one key each needs no matrix unit.
+  static __device__ __forceinline__ void score_own(Scratch& scratch, u32 rows) {
+    for (u32 r = warp() - kWarps / 2; r < rows; r += kWarps / 2) {
       float sum = 0;
       for (u32 e = lane(); e < kHeadDim; e += 32) {
-        const u32 q = h * kHeadDim + swizzle<kHeadDim>(h, e / 8) * 8 + e % 8;
-        sum += BF16::widen(scratch.q[q]) * BF16::widen(scratch.k[e]);
+        const u32 q = r * kHeadDim + swizzle<kHeadDim>(r, e / 8) * 8 + e % 8;
+        sum = fmaf(BF16::widen(scratch.q[q]), BF16::widen(scratch.k[r / kGroup][e]), sum);
       }
       sum = warp_sum(sum) * scale();
-      if (lane() == 0) scratch.own[h] = sum;
+      if (lane() == 0) scratch.own[r] = sum;
     }
+  }
+
+  // The 16 positions of this warp in a page get what the step's earlier tokens have for them.
+  static __device__ __forceinline__ void patch(const Block& b, const Span& span, u32 position0,
+                                               const u16 (&made)[kTokens][kHeadDim], u16* page) {
+    const u32 first = b.position(span.begin);
+    for (u32 t = 0; t + 1 < span.tokens(); ++t) {
+      const u32 row = first + t - position0;
+      if (row >= 16) continue;
+      const u32 at = position0 % kPage + row;
+      if (lane() < kHeadDim / 8)
+        reinterpret_cast<uint4*>(page + at * kHeadDim)[swizzle<kHeadDim>(at, lane())] =
+            reinterpret_cast<const uint4*>(made[t])[lane()];
+    }
+    fence_proxy();  // the copy engine will write to this slot again
+    __syncwarp();
   }
 
   // Online softmax of one warp. Rows of A are query heads: lane l has rows l / 4 and l / 4 + 8.
@@ -206,18 +302,22 @@ struct Attend {
   // s = q k^T of 16 positions. The queries are read again each time: held in registers they would
   // be a fifth of all that a thread has.
   static __device__ __forceinline__ void score(const u16* q, const u16* k, u32 row0,
-                                               float (&s)[2][4]) {
+                                               float (&s)[kRowBlocks][2][4]) {
 #pragma unroll
-    for (int n = 0; n < 2; ++n)
+    for (int r = 0; r < kRowBlocks; ++r)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) s[n][i] = 0;
+      for (int i = 0; i < 8; ++i) s[r][i / 4][i % 4] = 0;
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
-      u32 a[4], m[4];
-      load_at(a, q, lane() % 16, step * 2 + lane() / 16);
+      u32 m[4];
       load_at(m, k, row0 + lane() % 8 + lane() / 16 * 8, step * 2 + lane() / 8 % 2);
-      multiply(s[0], a, m[0], m[1]);
-      multiply(s[1], a, m[2], m[3]);
+#pragma unroll
+      for (int r = 0; r < kRowBlocks; ++r) {
+        u32 a[4];
+        load_at(a, q, r * 16 + lane() % 16, step * 2 + lane() / 16);
+        multiply(s[r][0], a, m[0], m[1]);
+        multiply(s[r][1], a, m[2], m[3]);
+      }
     }
   }
 
@@ -226,11 +326,26 @@ struct Attend {
     load_matrices(m, shared_address(rows + row * kHeadDim + swizzle<kHeadDim>(row, piece) * 8));
   }
 
-  // Scores to weights for 16 positions, of which [lo, hi) are visible; p: the weights as rows of A.
-  static __device__ __forceinline__ void weigh(State& state, float (&s)[2][4], int lo, int hi,
-                                               u32 (&p)[4]) {
+  // Positions [lo, hi) that the two rows of a lane see.
+  struct Visible {
+    int lo[2], hi[2];
+    __device__ __forceinline__ void find(const Block& b, const Span& span, int block) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const u32 token = kTokens == 1 ? 0 : (block * 16 + half * 8 + lane() / 4) / kGroup;
+        const bool in = kTokens == 1 || token < span.tokens();
+        hi[half] = in ? b.position(span.begin + token) : 0;
+        lo[half] = in ? first_visible(hi[half], kAttnWindow) : 0;
+      }
+    }
+  };
+
+  // Scores to weights for the 16 positions from `from` on; p: the weights as rows of A.
+  static __device__ __forceinline__ void weigh(State& state, float (&s)[2][4], const Visible& seen,
+                                               int from, u32 (&p)[4]) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
+      const int lo = seen.lo[half] - from, hi = seen.hi[half] - from;
       float most = state.most[half];
 #pragma unroll
       for (int n = 0; n < 2; ++n)
@@ -256,7 +371,7 @@ struct Attend {
       sum += __shfl_xor_sync(~0u, sum, 1);
       sum += __shfl_xor_sync(~0u, sum, 2);
       state.most[half] = most;
-      state.sum[half] = state.sum[half] * fade + sum;
+      state.sum[half] = fmaf(state.sum[half], fade, sum);
 #pragma unroll
       for (int d = 0; d < kHeadDim / 8; ++d) {
         state.out[d][half * 2] *= fade, state.out[d][half * 2 + 1] *= fade;
@@ -266,7 +381,8 @@ struct Attend {
     p[2] = pack_bf16(s[1][0], s[1][1]), p[3] = pack_bf16(s[1][2], s[1][3]);
   }
 
-  static __device__ __forceinline__ void add_values(State& state, const u32 (&p)[4], const u16* v,
+  static __device__ __forceinline__ void add_values(State (&state)[kRowBlocks],
+                                                    const u32 (&p)[kRowBlocks][4], const u16* v,
                                                     u32 row0) {
     u32 row = row0 + lane() % 16;
 #pragma unroll
@@ -274,21 +390,24 @@ struct Attend {
       u32 m[4], piece = d * 2 + lane() / 16;
       load_matrices_transposed(
           m, shared_address(v + row * kHeadDim + swizzle<kHeadDim>(row, piece) * 8));
-      multiply(state.out[2 * d], p, m[0], m[1]);
-      multiply(state.out[2 * d + 1], p, m[2], m[3]);
+#pragma unroll
+      for (int r = 0; r < kRowBlocks; ++r) {
+        multiply(state[r].out[2 * d], p[r], m[0], m[1]);
+        multiply(state[r].out[2 * d + 1], p[r], m[2], m[3]);
+      }
     }
   }
 
   static __device__ __forceinline__ void store_state(const State& state, float (*to)[kPitch]) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      int head = lane() / 4 + half * 8;
-      if (head >= kGroup) continue;
+      int row = lane() / 4 + half * 8;
+      if (row >= kMergeRows) continue;
       if (lane() % 4 == 0)
-        to[head][kHeadDim] = state.most[half], to[head][kHeadDim + 1] = state.sum[half];
+        to[row][kHeadDim] = state.most[half], to[row][kHeadDim + 1] = state.sum[half];
 #pragma unroll
       for (int d = 0; d < kHeadDim / 8; ++d) {
-        float* at = to[head] + d * 8 + (lane() % 4) * 2;
+        float* at = to[row] + d * 8 + (lane() % 4) * 2;
         at[0] = state.out[d][half * 2], at[1] = state.out[d][half * 2 + 1];
       }
     }
@@ -298,27 +417,27 @@ struct Attend {
   static __device__ __forceinline__ void join(State& state, float (*from)[kPitch]) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      int head = lane() / 4 + half * 8;
-      if (head >= kGroup) continue;
-      float other = from[head][kHeadDim], most = fmaxf(state.most[half], other);
+      int row = lane() / 4 + half * 8;
+      if (row >= kMergeRows) continue;
+      float other = from[row][kHeadDim], most = fmaxf(state.most[half], other);
       float base = most == -infinity() ? 0 : most;
       float mine = exp2_fast(state.most[half] - base), theirs = exp2_fast(other - base);
       state.most[half] = most;
-      state.sum[half] = state.sum[half] * mine + from[head][kHeadDim + 1] * theirs;
+      state.sum[half] = fmaf(state.sum[half], mine, from[row][kHeadDim + 1] * theirs);
 #pragma unroll
       for (int d = 0; d < kHeadDim / 8; ++d)
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           float& v = state.out[d][half * 2 + i];
-          v = v * mine + from[head][d * 8 + (lane() % 4) * 2 + i] * theirs;
+          v = fmaf(v, mine, from[row][d * 8 + (lane() % 4) * 2 + i] * theirs);
         }
     }
   }
 
-  // Warps 4 to 7, if they had pages, give to 0 to 3, and all threads add up those four and the
-  // step's own position.
-  static __device__ __forceinline__ void merge(State& state, Scratch& scratch, bool both, bool own,
-                                               float* y) {
+  // Rows [first, first + 16): warps 4 to 7, if they had pages, give to 0 to 3, and all threads add
+  // up those four and the tokens' own positions. y: of the span's first token, this tile's columns.
+  static __device__ __forceinline__ void merge(State& state, Scratch& scratch, u32 first, u32 rows,
+                                               bool both, bool own, float* y) {
     if (both) {
       if (warp() >= 4) store_state(state, scratch.merged[warp() - 4]);
       sync_consumers();
@@ -327,66 +446,93 @@ struct Attend {
     }
     if (warp() < 4) store_state(state, scratch.merged[warp()]);
     sync_consumers();
-    constexpr int kHeadPairs = kPitch / 2;  // of columns; the last is maximum and sum
-    for (int i = thread(); i < kGroup * kHeadPairs; i += kThreads) {
-      const int head = i / kHeadPairs, column = i % kHeadPairs * 2;
-      const bool last = column == kHeadDim;
-      float most = own ? scratch.own[head] : -infinity();
-#pragma unroll
-      for (int w = 0; w < 4; ++w) most = fmaxf(most, scratch.merged[w][head][kHeadDim]);
-      const float base = most == -infinity() ? 0 : most;
-      float2 sum = {0, 0};
-      if (own) {
-        const float weight = exp2_fast(scratch.own[head] - base);
-        sum.x = last ? 0 : weight * BF16::widen(scratch.v[column]);
-        sum.y = last ? weight : weight * BF16::widen(scratch.v[column + 1]);
-      }
-#pragma unroll
-      for (int w = 0; w < 4; ++w) {
-        const float* part = scratch.merged[w][head];
-        const float weight = exp2_fast(part[kHeadDim] - base);
-        if (!last) sum.x += weight * part[column];
-        sum.y += weight * part[column + 1];
-      }
-      if (last) sum.x = most / kLog2e;
-      store_float2(y + 2 * i, sum);
+    constexpr int kRowPairs = kPitch / 2;  // of columns; the last is maximum and sum
+    for (u32 i = thread(); i < min(rows - first, 16u) * kRowPairs; i += kThreads) {
+      const u32 part = i / kRowPairs, column = i % kRowPairs * 2, row = first + part;
+      store_float2(y + row / kGroup * kYPitch + row % kGroup * kPitch + column,
+                   merged(scratch, row, part, column, own));
     }
   }
 
-  static __device__ __forceinline__ void tile(Block& b, const Run& run, const Held& held, u32 index,
-                                              Scratch& scratch) {
-    const u32 g = index / kSplits, split = index % kSplits;
-    if (split > 0 && split >= active(b)) return;  // nobody reads the result
-    prepare(b, run, held, g, split, scratch);
-    sync_consumers();
-    if (split == 0 && warp() >= kWarps / 2) score_own(scratch);
-    if (split == 0 && warp() >= kFirstAppender) fence_proxy();  // others will stream what is new
-    State state;
+  static __device__ __forceinline__ float2 merged(const Scratch& scratch, u32 row, u32 part,
+                                                  u32 column, bool own) {
+    const bool last = column == kHeadDim;
+    float most = own ? scratch.own[row] : -infinity();
 #pragma unroll
-    for (int d = 0; d < kHeadDim / 8; ++d)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) state.out[d][i] = 0;
-    u32 begin, end;
-    share(b, split, begin, end);
-    const u32 row0 = warp() % 4 * 16, first = begin / kPage;
-    for (u32 page = first; page * kPage < end; ++page) {
-      const bool mine = (page - first) % 2 == u32(warp() / 4);
-      u32 p[4];
-      wait_full(b);
-      if (mine) {
-        float s[2][4];
-        score(scratch.q, reinterpret_cast<const u16*>(b.slot()), row0, s);
-        int at = int(page * kPage + row0);
-        weigh(state, s, int(begin) - at, int(end) - at, p);
-      }
-      release_slot(b);
-      wait_full(b);
-      if (mine) add_values(state, p, reinterpret_cast<const u16*>(b.slot()), row0);
-      release_slot(b);
+    for (int w = 0; w < 4; ++w) most = fmaxf(most, scratch.merged[w][part][kHeadDim]);
+    const float base = most == -infinity() ? 0 : most;
+    float2 sum = {0, 0};
+    if (own) {
+      const u16* v = scratch.v[row / kGroup];
+      const float weight = exp2_fast(scratch.own[row] - base);
+      sum.x = last ? 0 : weight * BF16::widen(v[column]);
+      sum.y = last ? weight : weight * BF16::widen(v[column + 1]);
     }
-    const bool both = end > (first + 1) * kPage;
-    merge(state, scratch, both, split == 0, b.at(run.y) + index * kGroup * kPitch);
+#pragma unroll
+    for (int w = 0; w < 4; ++w) {
+      const float* from = scratch.merged[w][part];
+      const float weight = exp2_fast(from[kHeadDim] - base);
+      if (!last) sum.x = fmaf(weight, from[column], sum.x);
+      sum.y = fmaf(weight, from[column + 1], sum.y);
+    }
+    if (last) sum.x = most / kLog2e;
+    return sum;
+  }
+
+  static __device__ __forceinline__ void tile(Block& b, const Run& run, const Held& held, u32 index,
+                                              const Span& span, Scratch& scratch) {
+    const u32 g = index / kSplits, split = index % kSplits, rows = span.tokens() * kGroup;
+    if (idle(b, span, split)) return;
+    prepare(b, run, held, g, split, span, scratch);
     sync_consumers();
+    if (split == 0 && warp() >= kWarps / 2) score_own(scratch, rows);
+    State state[kRowBlocks];
+    Visible seen[kRowBlocks];
+#pragma unroll
+    for (int r = 0; r < kRowBlocks; ++r) {
+      seen[r].find(b, span, r);
+#pragma unroll
+      for (int i = 0; i < kHeadDim / 2; ++i) state[r].out[i / 4][i % 4] = 0;
+    }
+    bool both = false;
+    const u32 first = first_of(b, span), end = end_of(b, span);
+    for (u32 round = first / kSplits; round * kSplits < end; ++round) {
+      const u32 page = page_of(round, split, kSplits);
+      if (page < first || page >= end) continue;
+      both |= round % 2;
+      add_page(b, span, page, round % 2 == (warp() >= 4), scratch, seen, state);
+    }
+    float* y = b.at(run.y) + span.begin * kYPitch + index * kGroup * kPitch;
+#pragma unroll
+    for (int r = 0; r < kRowBlocks; ++r) {
+      if (u32(r * 16) < rows) merge(state[r], scratch, r * 16, rows, both, split == 0, y);
+      sync_consumers();
+    }
+  }
+
+  // A page's keys and then its values, each a unit of the ring.
+  static __device__ __forceinline__ void add_page(Block& b, const Span& span, u32 page, bool mine,
+                                                  const Scratch& scratch,
+                                                  const Visible (&seen)[kRowBlocks],
+                                                  State (&state)[kRowBlocks]) {
+    const u32 row0 = warp() % 4 * 16, from = page * kPage + row0;
+    const bool fresh = kTokens > 1 && span.tokens() > 1 && from + 16 > b.position(span.begin);
+    u32 p[kRowBlocks][4];
+    wait_full(b);
+    if (mine) {
+      if (fresh) patch(b, span, from, scratch.k, reinterpret_cast<u16*>(b.slot()));
+      float s[kRowBlocks][2][4];
+      score(scratch.q, reinterpret_cast<const u16*>(b.slot()), row0, s);
+#pragma unroll
+      for (int r = 0; r < kRowBlocks; ++r) weigh(state[r], s[r], seen[r], int(from), p[r]);
+    }
+    release_slot(b);
+    wait_full(b);
+    if (mine) {
+      if (fresh) patch(b, span, from, scratch.v, reinterpret_cast<u16*>(b.slot()));
+      add_values(state, p, reinterpret_cast<const u16*>(b.slot()), row0);
+    }
+    release_slot(b);
   }
 
   static __device__ __forceinline__ bool consume(Block& b, const Run& run) {
@@ -394,8 +540,59 @@ struct Attend {
     prefetch(b, run, held);
     if (!wait_for_inputs<kTagged>(b, run)) return false;
     Scratch& scratch = *reinterpret_cast<Scratch*>(b.scratch);
-    for (u32 i = 0; i < run.count; ++i) tile(b, run, held, run.first + i, scratch);
+    for (u32 i = run.first; i < run.first + run.count; ++i)
+      for (Span span; span.next(b.params);) tile(b, run, held, i, span, scratch);
     if (thread() == 0) signal<false>(b, run);
     return true;
+  }
+};
+
+// Merges the shares that Attend left, as Inputs does where there is one token; tile t * kKvHeads +
+// g: kv head g of token t. Rows without a token get zeros, so that their tags are there.
+template <int kKvHeads, int kGroup, int kHeadDim, int kSplits, int kAttnWindow, bool kTagged,
+          bool kNarrow>
+struct Combine {
+  static constexpr int kPitch = kHeadDim + 2, kStride = kGroup * kPitch;  // of a head, of a share
+  static constexpr int kWidth = kGroup * kHeadDim;
+
+  static __device__ __forceinline__ bool stream(Loader&, const Run&) { return true; }
+  static __device__ __forceinline__ bool consume(Block& b, const Run& run) {
+    if (!wait_for_inputs<false>(b, run)) return false;
+    for (u32 tile = run.first; tile < run.first + run.count; ++tile)
+      for (int i = thread(); i < kWidth / 2; i += kThreads) {
+        const float2 v = blended(b, run, tile, i * 2 / kHeadDim, i * 2 % kHeadDim);
+        const u32 at = tile * kWidth + 2 * i;
+        store_output<kTagged, kNarrow>(b.at(run.y), at, v.x, b.tag(run.y));
+        store_output<kTagged, kNarrow>(b.at(run.y), at + 1, v.y, b.tag(run.y));
+      }
+    sync_consumers();
+    if (thread() == 0) signal<kTagged>(b, run);
+    return true;
+  }
+
+ private:
+  static __device__ __forceinline__ float2 blended(const Block& b, const Run& run, u32 tile,
+                                                   u32 head, u32 column) {
+    const u32 token = tile / kKvHeads;
+    if (token >= b.params.count) return {0, 0};
+    const u32 hi = b.position(token);
+    const int shares = max(1u, active_shares(first_visible(hi, kAttnWindow), hi, kSplits));
+    const float* from = b.at(run.x) + u64(tile) * kSplits * kStride + head * kPitch;
+    float2 top[kSplits], v[kSplits];
+#pragma unroll
+    for (int s = 0; s < kSplits; ++s) {
+      top[s] = load_float2_if(s < shares, from + s * kStride + kHeadDim, {-infinity(), 0});
+      v[s] = load_float2_if(s < shares, from + s * kStride + column, {0, 0});
+    }
+    Blend blend;
+    float2 x = {0, 0};
+#pragma unroll
+    for (int s = 0; s < kSplits; ++s) {
+      float fade, weight;
+      blend.join(top[s], fade, weight);
+      x.x = fmaf(x.x, fade, weight * v[s].x), x.y = fmaf(x.y, fade, weight * v[s].y);
+    }
+    const float inverse = 1 / blend.sum;
+    return {x.x * inverse, x.y * inverse};
   }
 };

@@ -17,11 +17,24 @@ from tilert.backends.cuda.limits import RUN_BYTES, fitting_slots, shared_bytes
 from tilert.backends.cuda.source import KERNEL, Source, generate
 from tilert.ir.program import NONE, PAGE, Buf, Kind, Op, Program, Run
 from tilert.ir.tags import TAGS, Tags, derive
-from tilert.ops import Adjust, Argmax, Attend, Bins, Draw, Embed, Linear, NextToken, Sift, Totals
+from tilert.ops import (
+    Adjust,
+    Argmax,
+    Attend,
+    Bins,
+    Combine,
+    Draw,
+    Embed,
+    Linear,
+    NextToken,
+    Sift,
+    Totals,
+)
 from tilert.ops.draw import BIASED, COUNTED, MASKED
 from tilert.ops.linear import ADD
 
 MAX_STEPS = 16384  # of one launch
+MAX_TOKENS = 8  # kMaxTokens
 MAX_STOPS = 16
 COUNTER_PITCH = 32  # words
 UNSET = 0xFFFFFFFF  # a letter that has not come
@@ -109,7 +122,8 @@ class _Params(ctypes.Structure):
         (name, ctypes.c_void_p)
         for name in ("runs", "run_begin", "waits", "wait_begin", "totals", "counters", "arena", "tokens",
                      "pages", "stop_ids", "mailbox", "cancel", "verdict", "failures", "stamps", "clocks")
-    ] + [("position", ctypes.c_uint32), ("steps", ctypes.c_uint32)]  # fmt: skip
+    ] + [(name, ctypes.c_uint32 * MAX_TOKENS) for name in ("positions", "sequences")
+    ] + [(name, ctypes.c_uint32) for name in ("count", "page_cols", "steps")]  # fmt: skip
 
 
 def cache_shapes(program: Program, pages: int) -> dict[str, tuple[int, int, int, int]]:
@@ -135,8 +149,10 @@ def swizzle(head_dim: int) -> np.ndarray:
 
 
 class CudaBackend:
-    """A program of one token per step, bound to weights and caches on `device`.
+    """A program of up to 8 tokens per step, bound to weights and caches on `device`.
 
+    In `state`, tokens of one sequence stand together and at consecutive positions; with several tokens
+    every one has an output.
     weights: address by buffer name, of the bytes as stored. caches: likewise, of bf16 in the shapes of
     cache_shapes, each page swizzled as attend.cuh says. Whoever gives addresses keeps what lies there.
     """
@@ -148,7 +164,7 @@ class CudaBackend:
         caches: Mapping[str, int],
         device: Device,
     ) -> None:
-        assert program.tokens == 1, f"steps of {program.tokens} tokens have no CUDA form yet"
+        assert program.tokens == program.outputs <= MAX_TOKENS, "every token has an output"
         self.program, self.device = program, device
         self.slots = fitting_slots(program, device.shared_bytes)
         source = generate(program, self.slots)
@@ -172,9 +188,9 @@ class CudaBackend:
             name: self._upload(table)
             for name, table in _tables(program, source.variants, weights, caches, homes).items()
         }
-        # Token id, stop ids, page table of the sequence.
-        self.inputs = device.allocate(4 * (1 + MAX_STOPS + self.state["pages"].shape[1]))
-        self.mailbox = device.pinned(MAX_STEPS + 1)  # the last word is the cancel flag
+        # Stop ids, token ids, page tables.
+        self.inputs = device.allocate(4 * (MAX_STOPS + MAX_TOKENS + self.state["pages"].size))
+        self.mailbox = device.pinned(MAX_STEPS * program.tokens + 1)  # at the end the cancel flag
 
     def _load(self, source: Source) -> Kernel:
         return self.device.load(source, KERNEL, shared_bytes(self.program, self.slots))
@@ -225,37 +241,47 @@ class CudaBackend:
     def steps(self, count: int) -> Generator[np.ndarray, None, None]:
         """Run up to `count` steps; after each, the sampled token ids. Closing it cancels the rest.
 
-        Ends early after an id of `stop_ids`. Raises LaunchError when a wait of the kernel never held.
+        Ends early after an id of `stop_ids`, if the program makes one token per step. Raises LaunchError
+        when a wait of the kernel never held.
         """
         assert 1 <= count <= MAX_STEPS, f"{count} steps in one launch"
+        rows, width = int(self.state["counts"][0, 0]), self.program.tokens
         self._launch(count)
         try:
             for index in range(count):
-                token = self._receive(index)
-                if token is None:
+                tokens = [self._receive(index * width + row) for row in range(rows)]
+                if None in tokens:
                     return
-                self.state["tokens"][0, 0] = token
-                self.state["positions"][0, 0] += 1
-                yield np.asarray([token], np.int32)
+                self.state["tokens"][0, :rows] = tokens
+                self.state["positions"][0, :rows] += 1
+                yield np.asarray(tokens, np.int32)
         finally:
-            self.mailbox[MAX_STEPS] = 1
+            self.mailbox[-1] = 1
             self.kernel.wait()
         self._check()
 
     def _launch(self, steps: int) -> None:
-        state = self.state
-        stops = np.full(MAX_STOPS, -1, np.int32)
+        self.kernel.launch(len(self.program.queues), self.prepare(steps))
+
+    def prepare(self, steps: int) -> ctypes.Structure:
+        """Everything on the device as it is before a launch of so many steps; the kernel's parameters."""
+        state, rows = self.state, int(self.state["counts"][0, 0])
+        assert rows == state["counts"][0, 1] and 1 <= rows <= self.program.tokens, (
+            "a row per output"
+        )
+        _check_spans(state["sequences"][0, :rows].tolist(), state["positions"][0, :rows].tolist())
+        stops, tokens = np.full(MAX_STOPS, -1, np.int32), np.zeros(MAX_TOKENS, np.int32)
         stops[: len(self.stop_ids)] = self.stop_ids
-        pages = state["pages"][state["sequences"][0, 0]]
-        self.inputs.write(np.concatenate([state["tokens"][0, :1], stops, pages]).astype(np.int32))
+        tokens[:rows] = state["tokens"][0, :rows]
+        self.inputs.write(np.concatenate([stops, tokens, state["pages"].ravel()]).astype(np.int32))
         self.arena.clear()  # no word has a tag from an earlier launch
         for name, memory in self.sampling.items():
             if name == "controls" or state["controls"][0, 0] & SAMPLING[name]:
                 memory.write(state[name])
         self.counters.clear()
         self.outcome.clear()
-        self.mailbox[: steps + 1] = UNSET
-        self.mailbox[MAX_STEPS] = 0
+        self.mailbox[: steps * self.program.tokens] = UNSET
+        self.mailbox[-1] = 0
         self._traced = None
         if self._tracing:
             workers, runs = len(self.program.queues), sum(map(len, self.program.queues))
@@ -265,17 +291,20 @@ class CudaBackend:
         inputs, box = self.inputs.address, self.mailbox.ctypes.data
         params = _Params(
             **{name: memory.address for name, memory in self.tables.items()},
-            counters=self.counters.address, arena=self.arena.address, tokens=inputs,
-            stop_ids=inputs + 4, pages=inputs + 4 * (1 + MAX_STOPS), mailbox=box,
-            cancel=box + 4 * MAX_STEPS, verdict=self.outcome.address,
+            counters=self.counters.address, arena=self.arena.address, stop_ids=inputs,
+            tokens=inputs + 4 * MAX_STOPS, pages=inputs + 4 * (MAX_STOPS + MAX_TOKENS), mailbox=box,
+            cancel=box + 4 * (self.mailbox.size - 1), verdict=self.outcome.address,
             stamps=self._traced[0].address if self._traced else None,
             clocks=self._traced[1].address if self._traced else None,
-            failures=self.outcome.address + 4, position=int(state["positions"][0, 0]), steps=steps,
+            failures=self.outcome.address + 4, page_cols=state["pages"].shape[1], steps=steps,
+            count=rows,
         )  # fmt: skip
-        self.kernel.launch(len(self.program.queues), params)
+        params.positions[:rows] = state["positions"][0, :rows].tolist()
+        params.sequences[:rows] = state["sequences"][0, :rows].tolist()
+        return params
 
     def _receive(self, index: int) -> int | None:
-        """The token of a step; None when the launch ended before it."""
+        """A letter of the mailbox; None when the launch ended before it."""
         spins = 0
         while (token := int(self.mailbox[index])) == UNSET:
             spins += 1
@@ -290,6 +319,14 @@ class CudaBackend:
         verdict, *words = self.outcome.read(0, 1 + 5 * len(self.program.queues), np.uint32).tolist()
         if verdict == FAILED:
             raise LaunchError(_cause(self.program, np.reshape(words, (-1, 5)).tolist()))
+
+
+def _check_spans(sequences: list[int], positions: list[int]) -> None:
+    """The kernel takes tokens of one sequence together, each after the one before it."""
+    ends = [i for i in range(1, len(sequences)) if sequences[i] != sequences[i - 1]]
+    assert len(ends) + 1 == len(set(sequences)), "tokens of one sequence stand together"
+    steps = [positions[i] - positions[i - 1] for i in range(1, len(positions)) if i not in ends]
+    assert all(step == 1 for step in steps), "at consecutive positions"
 
 
 def _cause(program: Program, failures: list[list[int]]) -> str:
@@ -418,6 +455,8 @@ def _resolve(record: Any, program: Program, run: Run, at: list[int]) -> None:
         record["x"] = at[op.part]
     elif isinstance(op, Totals):
         record["x"], record["y"] = at[op.bins], at[op.totals]
+    elif isinstance(op, Combine):
+        record["x"], record["y"] = at[op.part], at[op.y]
     elif isinstance(op, Adjust | Bins | Sift | Draw):
         _resolve_sampling(record, op, at)
 

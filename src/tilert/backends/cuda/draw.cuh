@@ -496,7 +496,7 @@ struct Draw {
     u32 cancelled = thread() == 0 ? load_system(b.params.cancel) : 0;
     u32 stop = thread() < kMaxStops ? __ldg(b.params.stop_ids + thread()) : 0xffffffffu;
     const Controls& c = controls_of(run);
-    const u64 word = random_word(c, b.position() + c.shift);
+    const u64 word = random_word(c, b.position(0) + c.shift);
     if (!wait_for_inputs<false>(b, run)) return false;
     const float* rows = b.at(run.x2);
     float4 share{};
@@ -516,7 +516,8 @@ struct Draw {
       if (lane() == 0) {
         u32* tally = reinterpret_cast<u32*>(const_cast<u8*>(run.bias_up));
         if (c.flags & kCounted) tally[token] = load_relaxed(tally + token) + 1;
-        hand_on(b, run, token, cancelled || stops || !sound);
+        const u32 tokens[kTokens] = {token};
+        hand_on(b, run, tokens, cancelled || stops || !sound);
       }
     }
     sync_consumers();

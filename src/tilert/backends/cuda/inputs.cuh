@@ -1,56 +1,67 @@
 // How x', the input of a product, is made of what lies in the arena: copied, normed, or merged from
 // the shares of attention. Every block makes its own, each thread the elements that it will need.
 //
-// A Layout says which: kRounds pieces of kWide elements, piece r from offset(r) on, where
-// inside(r). Each element belongs to one thread of a group of kRowWarps warps.
+// A Layout says which: kRounds pieces of kWide elements; piece r begins at offset(r) of row(r), a
+// token, where inside(r), and put(operand, r, values) takes it. Pieces r = i modulo kPair are of
+// the i-th row of a thread.
 #pragma once
 #include "tile.cuh"
 
 template <bool kChecked>
 struct Plain {
-  static constexpr bool kTagged = kChecked;
+  static constexpr bool kTagged = kChecked, kNormed = false;
 };
+// In bf16, as the products take it.
+struct Stored {
+  static constexpr bool kTagged = false, kNormed = false;
+};
+// The products are divided by the root of the mean square at their end: see Inputs::factor.
 template <bool kChecked, class Type, u32 kEpsBits>
 struct Normed {
-  static constexpr bool kTagged = kChecked;
+  static constexpr bool kTagged = kChecked, kNormed = true;
 };
 template <int kSplits, int kGroup, int kHeadDim, int kAttnWindow>
 struct Merged {
-  static constexpr bool kTagged = false;
+  static constexpr bool kTagged = false, kNormed = false;
 };
 
-// Positions [lo, hi) of the past that belong to a share: page_share of ops/attend.py. The first
-// active_shares() have some.
+// Pages of the positions [lo, hi) are dealt out to the splits in rounds: page_share of
+// ops/attend.py. Only the first active_shares() can have some.
 __device__ __forceinline__ u32 active_shares(u32 lo, u32 hi, u32 splits) {
-  return lo < hi ? min(splits, (hi + kPage - 1) / kPage - lo / kPage) : 0;
+  if (lo >= hi) return 0;
+  return lo < kPage ? min(splits, (hi + kPage - 1) / kPage) : splits;
 }
-__device__ __forceinline__ void page_share(u32 lo, u32 hi, u32 split, u32 splits, u32& begin,
-                                           u32& end) {
-  begin = end = 0;  // no page lies in between
-  const u32 active = active_shares(lo, hi, splits);
-  if (split >= active) return;
-  const u32 first = lo / kPage, pages = (hi + kPage - 1) / kPage - first;
-  begin = max(lo, (first + pages * split / active) * kPage);
-  end = min(hi, (first + pages * (split + 1) / active) * kPage);
+__device__ __forceinline__ u32 page_of(u32 round, u32 split, u32 splits) {
+  return round * splits + (split + splits - round % splits) % splits;
 }
-
 __device__ __forceinline__ u32 first_visible(u32 position, u32 window) {
   return window && position + 1 > window ? position + 1 - window : 0;
 }
 
+// Shares of attention join one after another: what is known fades, and the next one gets a weight.
+struct Blend {
+  float most = -infinity(), sum = 0;
+  __device__ __forceinline__ void join(float2 top, float& fade, float& weight) {
+    const float higher = fmaxf(most, top.x), base = higher == -infinity() ? 0 : higher;
+    fade = exp2_fast((most - base) * kLog2e);
+    weight = exp2_fast((top.x - base) * kLog2e);
+    most = higher;
+    sum = fmaf(sum, fade, weight * top.y);
+  }
+};
+
 template <class Layout>
 struct Inputs {
   static constexpr int kRounds = Layout::kRounds, kWide = Layout::kWide;
-  struct X {
-    float v[kRounds][kWide];
-  };
+  static constexpr int kBatch = kWide >= 64 ? 1 : 64 / kWide;  // rounds whose loads go out together
+  using Operand = typename Layout::Operand;
 
   // Bits of the norm's weight, fetched while the inputs are awaited.
   template <class Input>
   struct Held {};
   template <bool kTagged, class T, u32 kEps>
   struct Held<Normed<kTagged, T, kEps>> {
-    alignas(16) typename T::Bits v[kRounds][kWide];
+    alignas(16) typename T::Bits v[kRounds / Layout::kPair][kWide];
   };
 
   template <class Input>
@@ -61,80 +72,102 @@ struct Inputs {
     using B = typename T::Bits;
     const B* w = reinterpret_cast<const B*>(run.norm);
 #pragma unroll
-    for (int r = 0; r < kRounds; ++r) {
+    for (int h = 0; h < kRounds / Layout::kPair; ++h) {
+      const int r = h * Layout::kPair;
       if (!Layout::inside(r)) continue;
       const B* at = w + Layout::offset(r);
       constexpr int kBytes = kWide * sizeof(B);
       if constexpr (kBytes % 16 == 0) {
 #pragma unroll
         for (int i = 0; i < kBytes / 16; ++i)
-          reinterpret_cast<uint4*>(held.v[r])[i] = __ldg(reinterpret_cast<const uint4*>(at) + i);
+          reinterpret_cast<uint4*>(held.v[h])[i] = __ldg(reinterpret_cast<const uint4*>(at) + i);
       } else if constexpr (kBytes == 8) {
-        reinterpret_cast<uint2*>(held.v[r])[0] = __ldg(reinterpret_cast<const uint2*>(at));
+        reinterpret_cast<uint2*>(held.v[h])[0] = __ldg(reinterpret_cast<const uint2*>(at));
       } else {
 #pragma unroll
-        for (int i = 0; i < kWide; ++i) held.v[r][i] = __ldg(at + i);
+        for (int i = 0; i < kWide; ++i) held.v[h][i] = __ldg(at + i);
       }
     }
   }
 
   template <bool kTagged>
   static __device__ __forceinline__ void make(Block& b, const Run& run, Held<Plain<kTagged>>&,
-                                              X& x) {
-    load<kTagged>(b, run, x);
+                                              Operand& out) {
+    fill<kTagged>(b, run, [&](int round, float (&v)[kWide]) { Layout::put(out, round, v); });
+  }
+
+  template <class L = Layout>
+  static __device__ __forceinline__ void make(Block& b, const Run& run, Held<Stored>&,
+                                              Operand& out) {
+    L::load_stored(reinterpret_cast<const u16*>(b.at(run.x)), out);
   }
 
   template <bool kTagged, class T, u32 kEps>
   static __device__ __forceinline__ void make(Block& b, const Run& run,
-                                              Held<Normed<kTagged, T, kEps>>& held, X& x) {
-    load<kTagged>(b, run, x);
-    float sum = 0;
+                                              Held<Normed<kTagged, T, kEps>>& held, Operand& out) {
+    float sums[Layout::kPair][Layout::kParts];
+    fill<kTagged>(b, run, [&](int round, float (&v)[kWide]) {
+      if (round == 0)  // again where words are read again
 #pragma unroll
-    for (int r = 0; r < kRounds; ++r)
+        for (int i = 0; i < Layout::kPair * Layout::kParts; ++i)
+          sums[i / Layout::kParts][i % Layout::kParts] = 0;
+      float& sum = sums[round % Layout::kPair][Layout::part(round)];
 #pragma unroll
-      for (int i = 0; i < kWide; ++i) sum += x.v[r][i] * x.v[r][i];
-    sum = warp_sum(sum);
-    if (lane() == 0) b.shared.squares[warp()] = sum;
-    sync_consumers();
-    sum = 0;
+      for (int i = 0; i < kWide; ++i) {
+        sum = fmaf(v[i], v[i], sum);
+        v[i] = Layout::inside(round) ? v[i] * T::widen(held.v[round / Layout::kPair][i]) : 0;
+      }
+      Layout::put(out, round, v);
+    });
 #pragma unroll
-    for (int i = 0; i < Layout::kRowWarps; ++i)
-      sum += b.shared.squares[warp() / Layout::kRowWarps * Layout::kRowWarps + i];
-    float scale = inverse_root(sum / Layout::kK + __uint_as_float(kEps));
-#pragma unroll
-    for (int r = 0; r < kRounds; ++r)
-#pragma unroll
-      for (int i = 0; i < kWide; ++i)
-        x.v[r][i] = Layout::inside(r) ? x.v[r][i] * scale * T::widen(held.v[r][i]) : 0;
+    for (int i = 0; i < Layout::kPair; ++i) {
+      const float sum = row_sum(sums[i]);
+      if (lane() % 4 == 0 && lane() / 4 < kTokens && lane() / 4 == Layout::row(i))
+        b.shared.squares[warp()][lane() / 4] = sum;
+    }
   }
+
+  // What the products of a row are multiplied with; behind a barrier after make().
+  template <class Input>
+  struct Factor {
+    static __device__ __forceinline__ float of(const Block&, int) { return 1; }
+  };
+  template <bool kTagged, class T, u32 kEps>
+  struct Factor<Normed<kTagged, T, kEps>> {
+    static __device__ __forceinline__ float of(const Block& b, int row) {
+      float sum = 0;
+#pragma unroll
+      for (int i = 0; i < Layout::kRowWarps; ++i) sum += b.shared.squares[i][row];
+      return inverse_root(fmaf(sum, 1.0f / Layout::kK, __uint_as_float(kEps)));
+    }
+  };
 
   // Adds up the shares of attention that Attend left: merge of ops/attention.py. Shares are taken a
   // few at a time, all loads of those before the first use.
   template <int kSplits, int kGroup, int kHeadDim, int kAttnWindow>
   static __device__ __forceinline__ void make(Block& b, const Run& run,
                                               Held<Merged<kSplits, kGroup, kHeadDim, kAttnWindow>>&,
-                                              X& x) {
+                                              Operand& out) {
     static_assert(kHeadDim % kWide == 0, "a piece lies in one head");
+    static_assert(kTokens == 1 || kSplits == 0, "several tokens are merged by Combine");
     constexpr int kPitch = kHeadDim + 2, kStride = kGroup * kPitch;  // of a head, of a share
-    const u32 hi = b.position();
+    const u32 hi = b.position(0);
     const int shares = max(1u, active_shares(first_visible(hi, kAttnWindow), hi, kSplits));
-    float most[kRounds], sum[kRounds];
+    Blend blend[kRounds];
+    float x[kRounds][kWide] = {};
     const float* from[kRounds];
 #pragma unroll
     for (int r = 0; r < kRounds; ++r) {
-#pragma unroll
-      for (int i = 0; i < kWide; ++i) x.v[r][i] = 0;
-      most[r] = -infinity(), sum[r] = 0;
       int at = Layout::inside(r) ? Layout::offset(r) : 0, head = at / kHeadDim;
       from[r] =
           b.at(run.x) + (head / kGroup * kSplits * kGroup + head % kGroup) * kPitch + at % kHeadDim;
     }
-    constexpr int kBatch = 2;
-    for (int first = 0; first < shares; first += kBatch) {
-      float2 top[kBatch][kRounds];  // maximum and sum of a share
-      float v[kBatch][kRounds][kWide];
+    constexpr int kAtOnce = kRounds * kWide > 32 ? 1 : 2;
+    for (int first = 0; first < shares; first += kAtOnce) {
+      float2 top[kAtOnce][kRounds];  // maximum and sum of a share
+      float v[kAtOnce][kRounds][kWide];
 #pragma unroll
-      for (int s = 0; s < kBatch; ++s)
+      for (int s = 0; s < kAtOnce; ++s)
 #pragma unroll
         for (int r = 0; r < kRounds; ++r) {
           const bool in = Layout::inside(r) && first + s < shares;
@@ -144,70 +177,88 @@ struct Inputs {
           load_pairs(in, share, v[s][r]);
         }
 #pragma unroll
-      for (int s = 0; s < kBatch; ++s)
+      for (int s = 0; s < kAtOnce; ++s)
 #pragma unroll
         for (int r = 0; r < kRounds; ++r) {
-          const float higher = fmaxf(most[r], top[s][r].x);
-          const float base = higher == -infinity() ? 0 : higher;
-          const float fade = exp2_fast((most[r] - base) * kLog2e);
-          const float weight = exp2_fast((top[s][r].x - base) * kLog2e);
-          most[r] = higher;
-          sum[r] = sum[r] * fade + weight * top[s][r].y;
+          float fade, weight;
+          blend[r].join(top[s][r], fade, weight);
 #pragma unroll
-          for (int i = 0; i < kWide; ++i) x.v[r][i] = x.v[r][i] * fade + weight * v[s][r][i];
+          for (int i = 0; i < kWide; ++i) x[r][i] = fmaf(x[r][i], fade, weight * v[s][r][i]);
         }
     }
 #pragma unroll
     for (int r = 0; r < kRounds; ++r) {
-      const float inverse = Layout::inside(r) ? 1 / sum[r] : 0;
+      const float inverse = Layout::inside(r) ? 1 / blend[r].sum : 0;
 #pragma unroll
-      for (int i = 0; i < kWide; ++i) x.v[r][i] *= inverse;
+      for (int i = 0; i < kWide; ++i) x[r][i] = rounded_for_tag(x[r][i] * inverse);  // as Combine
+      Layout::put(out, r, x[r]);
     }
   }
 
  private:
-  template <bool kTagged>
-  static __device__ __forceinline__ void load(const Block& b, const Run& run, X& x) {
+  // The sum of a row over all lanes of a warp, for those that hold it. Parts are what lanes are
+  // where there are fewer tokens, so the order of the sum is the same for any number of them.
+  static __device__ __forceinline__ float row_sum(float (&parts)[Layout::kParts]) {
+#pragma unroll
+    for (int n = Layout::kParts / 2; n; n /= 2)
+#pragma unroll
+      for (int i = 0; i < n; ++i) parts[i] += parts[i + n];
+    float sum = parts[0];
+#pragma unroll
+    for (int o = 16; o >= 4 * (kTokens == 1 ? 2 : kTokens); o /= 2)
+      sum += __shfl_xor_sync(~0u, sum, o);
+#pragma unroll
+    for (int o = 4; o; o /= 2) sum += __shfl_xor_sync(~0u, sum, o);
+    return sum;
+  }
+
+  // Loads all pieces of this thread, again while tags say that some are late, and gives each to
+  // take(round, values).
+  template <bool kTagged, class Take>
+  static __device__ __forceinline__ void fill(const Block& b, const Run& run, Take take) {
     const float* from = b.at(run.x);
     const u32 tag = b.tag(run.x);
-    load_once(from, x);
-    if constexpr (kTagged) {
-      Retry retry;
-      while (has_other_tags(x, tag) && !retry.in_vain(b, tag)) load_once(from, x);
+    Retry retry;
+    for (bool again = true; again;) {
+      u32 other = 0;
 #pragma unroll
-      for (int r = 0; r < kRounds; ++r)
+      for (int first = 0; first < kRounds; first += kBatch) {
+        float v[kBatch][kWide];
 #pragma unroll
-        for (int i = 0; i < kWide; ++i) x.v[r][i] = untagged(x.v[r][i]);
+        for (int i = 0; i < kBatch; ++i)
+          if (first + i < kRounds) load(from, first + i, v[i]);
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+          if (first + i >= kRounds) continue;
+          if constexpr (kTagged) {
+#pragma unroll
+            for (int e = 0; e < kWide; ++e) {
+              if (Layout::inside(first + i)) other |= other_tag(v[i][e], tag);
+              v[i][e] = untagged(v[i][e]);
+            }
+          }
+          take(first + i, v[i]);
+        }
+      }
+      // All lanes go on together: put() exchanges words between them.
+      again = kTagged && __any_sync(~0u, other != 0) && !__any_sync(~0u, retry.in_vain(b, tag));
     }
   }
 
-  static __device__ __forceinline__ bool has_other_tags(const X& x, u32 tag) {
-    u32 other = 0;
+  static __device__ __forceinline__ void load(const float* from, int round, float (&v)[kWide]) {
 #pragma unroll
-    for (int r = 0; r < kRounds; ++r)
+    for (int i = 0; i < kWide; ++i) v[i] = 0;
+    if (!Layout::inside(round)) return;
+    const float* at = from + Layout::row(round) * Layout::kK + Layout::offset(round);
+    if constexpr (kWide % 4 == 0) {
 #pragma unroll
-      for (int i = 0; i < kWide; ++i)
-        if (Layout::inside(r)) other |= other_tag(x.v[r][i], tag);
-    return other != 0;
-  }
-
-  static __device__ __forceinline__ void load_once(const float* from, X& x) {
-#pragma unroll
-    for (int r = 0; r < kRounds; ++r) {
-#pragma unroll
-      for (int i = 0; i < kWide; ++i) x.v[r][i] = 0;
-      if (!Layout::inside(r)) continue;
-      const float* at = from + Layout::offset(r);
-      if constexpr (kWide % 4 == 0) {
-#pragma unroll
-        for (int i = 0; i < kWide; i += 4) {
-          float4 v = load_float4(at + i);
-          x.v[r][i] = v.x, x.v[r][i + 1] = v.y, x.v[r][i + 2] = v.z, x.v[r][i + 3] = v.w;
-        }
-      } else {
-#pragma unroll
-        for (int i = 0; i < kWide; ++i) x.v[r][i] = load_float(at + i);
+      for (int i = 0; i < kWide; i += 4) {
+        float4 four = load_float4(at + i);
+        v[i] = four.x, v[i + 1] = four.y, v[i + 2] = four.z, v[i + 3] = four.w;
       }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kWide; ++i) v[i] = load_float(at + i);
     }
   }
 

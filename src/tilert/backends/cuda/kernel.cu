@@ -66,6 +66,8 @@ static_assert(kComputeRegisters * kThreads + kLoaderRegisters * kLoaderThreads <
                   kGivenRegisters * kBlockThreads,
               "the block has no more registers");
 
+static_assert(sizeof(Shared) <= kSharedBytes, "the host leaves too little for it");
+
 extern "C" __global__ void __launch_bounds__(kBlockThreads, 1)
     tilert_program(const __grid_constant__ Params params) {
   u8* memory = shared_memory();

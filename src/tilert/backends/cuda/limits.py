@@ -1,27 +1,53 @@
-"""How the shared memory of a block is divided: ring, scratch, queue. One place for these sums."""
+"""What a block holds: how its shared memory is divided, and how many tokens its registers take."""
 
 from __future__ import annotations
 
 from tilert.errors import UserError
+from tilert.ir.dtype import DType
 from tilert.ir.program import Program
-from tilert.ops import Attend, Draw
+from tilert.ops import Attend, Draw, Linear
 
 SLOT_PAD = 128  # bytes behind a slot: rows that are not aligned arrive with their neighbours' bytes
 DRAW_BYTES = 13 << 10  # struct DrawScratch
 RUN_BYTES, WAIT_BYTES = 96, 4  # struct Run, struct Wait
-SHARED_BYTES = 6144  # at least sizeof(Shared) and alignment; checked when the kernel is loaded
 MIN_SLOTS = 2
+X_BYTES = 256 * 128 * 4  # half of the registers of the threads that compute
+MAX_ROWS = 32  # of query heads, of all tokens of a step: two blocks of 16 for the matrix units
+
+
+def step_rows(program: Program) -> int:
+    """Most tokens of a step (1, 2, 4 or 8), from the program of one: each block holds x' of all of them.
+
+    One where a product does not go through the matrix units.
+    """
+    linears = [op for op in program.ops if isinstance(op, Linear)]
+    if any(op.x_type == DType.F32 for op in linears):
+        return 1
+    group = max((op.group for op in program.ops if isinstance(op, Attend)), default=1)
+    fit = min(X_BYTES // (2 * max(op.k for op in linears)), MAX_ROWS // group)
+    return next(rows for rows in (8, 4, 2, 1) if rows <= max(fit, 1))
+
+
+def shared_struct_bytes(tokens: int) -> int:
+    """At least sizeof(Shared), and alignment; a static_assert compares them."""
+    chunk_rows = 32 if tokens == 1 else 16
+    return 1024 + 4 * tokens * (8 + 2 * 2 * chunk_rows * 9)
 
 
 def scratch_bytes(program: Program) -> int:
     """Bytes between the barriers of one op: Attend's Scratch, DrawScratch, or a little for the others."""
     sizes = [
-        18 * op.head_dim * 2 + 4 * op.group * (op.head_dim + 2) * 4 + 4 * op.group
+        _attend_bytes(op.group * program.tokens, op.head_dim, program.tokens)
         for op in program.ops
         if isinstance(op, Attend)
     ]
     sizes += [DRAW_BYTES for op in program.ops if isinstance(op, Draw)]
     return -(-max([256, *sizes]) // 16) * 16
+
+
+def _attend_bytes(rows: int, head_dim: int, tokens: int) -> int:
+    queries, merged = -(-rows // 16) * 16, 4 * min(rows, 16) * (head_dim + 2) * 4
+    return (queries + 2 * tokens) * head_dim * 2 + merged + 4 * rows
 
 
 def queue_bytes(program: Program) -> int:
@@ -36,7 +62,8 @@ def queue_bytes(program: Program) -> int:
 def shared_bytes(program: Program, slots: int) -> int:
     """Dynamic shared memory of a block whose ring has so many slots."""
     ring = slots * (program.machine.slot_bytes + SLOT_PAD)
-    return ring + scratch_bytes(program) + SHARED_BYTES + queue_bytes(program)
+    own = scratch_bytes(program) + shared_struct_bytes(program.tokens)
+    return ring + own + queue_bytes(program)
 
 
 def fitting_slots(program: Program, available: int) -> int:

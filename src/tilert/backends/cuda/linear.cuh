@@ -1,6 +1,6 @@
-// y = epilogue(x' @ w + bias). Every unit of weights is taken by all warps, which hold x' in
-// registers for the whole run. Partial sums of up to kChunkRows rows wait in shared memory for one
-// barrier, then one warp finishes those rows while the others go on.
+// y = epilogue(x' @ w + bias), for each token. Every unit of weights is taken by all warps, which
+// hold x' in registers for the whole run. Partial sums of up to kChunkRows rows wait in shared
+// memory for one barrier, then one or more warps finish those rows while the others go on.
 #pragma once
 #include "products.cuh"
 
@@ -15,16 +15,15 @@ struct Either<false, A, B> {
   using Type = B;
 };
 
-template <int kK, class Type, int kTileRows, int kEpilogue, bool kTagged, class Input, class Bias,
-          class Scales>
+template <int kK, class Type, int kTileRows, int kEpilogue, bool kTagged, bool kNarrow,
+          bool kOnMatrixUnits, int kPitch, class Input, class Bias, class Scales>
 struct Linear {
   using T = Tile<kK, Type, kTileRows, kEpilogue == kGate ? 2 : 1>;
-  static constexpr bool kBlocksFit = !Scales::kGiven || Scales::kCols >= kK ||
-                                     Scales::kCols * sizeof(typename Type::Bits) % 64 == 0;
-  static constexpr bool kOnMatrixUnits = Type::kMatrixUnits && T::kRowBytes % 64 == 0 && kBlocksFit;
   using Product = typename Either<kOnMatrixUnits, Matrix<T, Scales>, Scalar<T, Scales>>::Type;
+  using Operand = typename Product::Operand;
   using In = Inputs<Product>;
   static constexpr bool kRowScaled = Scales::kGiven && Scales::kCols >= kK;  // sums are multiplied
+  static constexpr int kFinishers = kChunkRows * kTokens / 32;  // warps that finish a chunk
 
   static __device__ __forceinline__ bool stream(Loader& l, const Run& run) {
     return T::stream(l, run);
@@ -32,110 +31,125 @@ struct Linear {
 
   // One tile, or kTogether of them; `row` counts from the first of the run, `in_chunk` from the
   // first of the chunk.
-  static __device__ __forceinline__ void take_together(Block& b, const Run& run,
-                                                       typename Product::Operand& x, u32 row,
-                                                       int in_chunk) {
+  static __device__ __forceinline__ void take_together(Block& b, const Run& run, Operand& x,
+                                                       u32 row, int in_chunk) {
     typename Product::Sums sums[Product::kTogether];
     Product::add_together(b, run, row, x, sums);
 #pragma unroll
     for (int i = 0; i < Product::kTogether; ++i)
-      Product::leave(b, 0, in_chunk + i * kTileRows, sums[i]);
+      Product::leave(b, in_chunk + i * kTileRows, sums[i]);
   }
 
-  static __device__ __forceinline__ void take(Block& b, const Run& run,
-                                              typename Product::Operand& x, u32 row, int in_chunk) {
+  static __device__ __forceinline__ void take(Block& b, const Run& run, Operand& x, u32 row,
+                                              int in_chunk) {
+    typename Product::Sums sums;
 #pragma unroll
-    for (int m = 0; m < (T::kWhole ? 1 : T::kMatrices); ++m) {
-      typename Product::Sums sums;
-#pragma unroll
-      for (int piece = 0; piece < T::kPieces; ++piece) Product::add(b, run, row, piece, m, x, sums);
-      Product::leave(b, m, in_chunk, sums);
-    }
+    for (int piece = 0; piece < T::kPieces; ++piece) Product::add(b, run, row, piece, x, sums);
+    Product::leave(b, in_chunk, sums);
   }
 
-  static __device__ __forceinline__ float add_up(Block& b, int row) {
-    const float* from = part_of_sum(b, row, 0);
+  static __device__ __forceinline__ float add_up(Block& b, int row, int token) {
+    const float* from = part_of_sum(b, row, 0, token);
     float sum = 0;
 #pragma unroll
     for (int i = 0; i < Product::kRowWarps; ++i) sum += from[i];
     return sum;
   }
 
+  // One output of a chunk, for a lane: of which token, and where; which row in the chunk and in the
+  // run.
+  struct Place {
+    int token;
+    u32 in_chunk, row, y;  // y: element of the output buffer
+    __device__ __forceinline__ Place(const Run& run, u32 begin, u32 index)
+        : token(index / kChunkRows),
+          in_chunk(index % kChunkRows),
+          row(begin + in_chunk),
+          y(token * kPitch + run.first + row) {}
+  };
+
   // What finishing a row needs besides its sums, fetched before they are there.
   struct Rest {
     float old = 0, scale = 1, scale_up = 1;
   };
 
-  static __device__ __forceinline__ Rest fetch_rest(const Block& b, const Run& run, u32 row) {
+  static __device__ __forceinline__ Rest fetch_rest(const Block& b, const Run& run,
+                                                    const Place& at) {
     Rest rest;
-    if (row >= run.count) return rest;
+    if (at.row >= run.count) return rest;
     if constexpr (kEpilogue == kAdd) {
-      const float* const old[1] = {b.at(run.y) + run.first + row};
+      const float* const old[1] = {b.at(run.y) + at.y};
+      const u32 tag[1] = {b.tag(run.x2)};
       float v[1];
-      if constexpr (kTagged) load_tagged(b, old, b.tag(run.x2), v);
+      if constexpr (kTagged) load_tagged(b, old, tag, v);
       rest.old = kTagged ? v[0] : load_float(old[0]);
     }
     if constexpr (kRowScaled) {
-      rest.scale = __ldg(run.scale + (run.first + row) / Scales::kRows);
+      rest.scale = __ldg(run.scale + (run.first + at.row) / Scales::kRows);
       if (T::kMatrices == 2)
-        rest.scale_up = __ldg(run.scale_up + (run.first + row) / Scales::kRows);
+        rest.scale_up = __ldg(run.scale_up + (run.first + at.row) / Scales::kRows);
     }
     return rest;
   }
 
-  // One warp, a lane for each row of the chunk.
-  static __device__ __forceinline__ void finish(Block& b, const Run& run, u32 row,
-                                                const Rest& rest) {
-    if (row >= run.count) return;
-    float y = add_up(b, lane());
-    if constexpr (kRowScaled) y *= rest.scale;
+  static __device__ __forceinline__ float finished(Block& b, const Run& run, const Place& at,
+                                                   int matrix, float factor) {
+    float y = add_up(b, matrix * kChunkRows + at.in_chunk, at.token) * factor;
     if constexpr (Bias::kGiven)
-      y += Bias::widen(reinterpret_cast<const typename Bias::Bits*>(run.bias)[row]);
-    if constexpr (kEpilogue == kGate) {
-      float up = add_up(b, kChunkRows + lane());
-      if constexpr (kRowScaled) up *= rest.scale_up;
-      if constexpr (Bias::kGiven)
-        up += Bias::widen(reinterpret_cast<const typename Bias::Bits*>(run.bias_up)[row]);
-      y = y / (1 + exp2_fast(-y * kLog2e)) * up;
-    }
+      y += Bias::widen(
+          reinterpret_cast<const typename Bias::Bits*>(matrix ? run.bias_up : run.bias)[at.row]);
+    return y;
+  }
+
+  static __device__ __forceinline__ void finish(Block& b, const Run& run, const Place& at,
+                                                const Rest& rest) {
+    if (at.row >= run.count) return;
+    const float factor = In::template Factor<Input>::of(b, at.token);
+    float y = finished(b, run, at, 0, factor * rest.scale);
+    if constexpr (kEpilogue == kGate)
+      y = y / (1 + exp2_fast(-y * kLog2e)) * finished(b, run, at, 1, factor * rest.scale_up);
     if constexpr (kEpilogue == kAdd) y += rest.old;
-    float* to = b.at(run.y) + run.first + row;
-    kTagged ? store_tagged(to, y, b.tag(run.y)) : store_float(to, y);
+    store_output<kTagged, kNarrow>(b.at(run.y), at.y, y, b.tag(run.y));
+  }
+
+  // By the warps that have finished the last chunk of a run.
+  static __device__ __forceinline__ void tell(const Block& b, const Run& run, int finisher) {
+    if constexpr (kFinishers > 1)
+      sync_threads<2, 32 * kFinishers>();
+    else
+      __syncwarp();
+    if (finisher == 0 && lane() == 0) signal<kTagged>(b, run);
   }
 
   static __device__ __forceinline__ bool consume(Block& b, const Run& run) {
     typename In::template Held<Input> held;
     In::prefetch(run, held);
-    typename Product::Operand operand;
-    if constexpr (Product::kScaled) Product::load_scales(run, 0, operand);
+    Operand x;
+    if constexpr (Product::kScaled) Product::load_scales(run, 0, x);
     if (!wait_for_inputs<Input::kTagged>(b, run)) return false;
-    typename In::X x;
     In::make(b, run, held, x);
-    Product::hold(x, operand);
     for (u32 begin = 0; begin < run.count; begin += kChunkRows) {
-      const bool mine = warp() == (begin / kChunkRows) % kWarps;
-      const u32 row = begin + lane(), end = min(begin + kChunkRows, run.count);
+      const int finisher = (warp() - begin / kChunkRows * kFinishers) % kWarps;
+      const bool mine = finisher < kFinishers;
+      const Place at(run, begin, finisher * 32 + lane());
+      const u32 end = min(begin + kChunkRows, run.count);
       Rest rest;
-      if (mine) rest = fetch_rest(b, run, row);
+      if (mine) rest = fetch_rest(b, run, at);
       u32 r = begin;
       if constexpr (Product::kTogether > 1) {
         // Tiles that are taken together have their scales in one block.
         constexpr int kStride = Product::kTogether * kTileRows;
         while (Product::kScaled && (run.first + r) % kStride && r < end) {
-          take(b, run, operand, r, r - begin);
+          take(b, run, x, r, r - begin);
           r += kTileRows;
         }
-        for (; r + kStride - kTileRows < end; r += kStride)
-          take_together(b, run, operand, r, r - begin);
+        for (; r + kStride - kTileRows < end; r += kStride) take_together(b, run, x, r, r - begin);
       }
-      for (; r < end; r += kTileRows) take(b, run, operand, r, r - begin);
+      for (; r < end; r += kTileRows) take(b, run, x, r, r - begin);
       sync_consumers();
       if (mine) {
-        finish(b, run, row, rest);
-        if (end == run.count) {
-          __syncwarp();
-          if (lane() == 0) signal<kTagged>(b, run);
-        }
+        finish(b, run, at, rest);
+        if (end == run.count) tell(b, run, finisher);
       }
       ++b.chunk;
     }

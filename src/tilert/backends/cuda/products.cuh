@@ -2,7 +2,7 @@
 // each warp leaves its part of the sum in shared memory.
 //
 // Both have the interface of Inputs' Layout, and besides
-//   Operand, hold(X, Operand): x' as the products want it, in registers for the whole run
+//   Operand: x' as the products want it, in registers for the whole run
 //   Sums, add(unit, ...): one unit, whose slot is given back on the way
 //   kTogether, add_together(...): so many tiles at once, if that is more than one
 //   leave(Sums, ...): to shared memory
@@ -37,27 +37,31 @@ __device__ __forceinline__ float warp_sums(float (&v)[kCount]) {
   return v[0];
 }
 
-// Where the part of this warp for a sum of the chunk goes.
-__device__ __forceinline__ float* part_of_sum(Block& b, int sum, int part) {
-  return b.shared.partial[b.chunk & 1] + sum * kPartialPitch + part;
+// Where the part of this warp for a sum of the chunk goes, one for each row of x'.
+__device__ __forceinline__ float* part_of_sum(Block& b, int sum, int part, int row) {
+  return b.shared.partial[b.chunk & 1][row] + sum * kPartialPitch + part;
 }
 
-// Matrix units, for bf16 and e4m3: x' as two bf16, whose sum has 16 bits or more; f32 sums.
+// Matrix units, for bf16 and e4m3, with f32 sums. x' is rounded: to bf16, or for weights in e4m3,
+// which are widened to f16, to f16 of x' / 16, so that only what is beyond a million is cut off.
 //
 // A product takes 16 rows of 16 weights. Where a unit has fewer rows, each row is cut into segments
-// that take their places; segment s meets columns 2 s and 2 s + 1 of B, the two parts of its own
-// x', and what other columns make of it is not used. k is taken in blocks of 64 bytes, of which a
-// lane reads 16, and those are the k-slots of its products.
+// that take their places; segment s meets the columns of B that hold its own part of x', one for
+// each token, and what other columns make of it is not used. k is taken in blocks of 64 bytes, of
+// which a lane reads 16, and those are the k-slots of its products.
 //
-// Weights in e4m3 are widened to f16, and x' is two f16: of x' / 16, so that only what is beyond
-// a million is cut off. Scales of blocks of k multiply the sum of each block.
+// Of x' two lanes of neighbouring columns load every second group of four for each other, so that
+// no load leaves half of a sector of memory unused. One token has two columns that hold the same.
+//
+// A token's sums are the same bits however many tokens there are: only the column differs.
+// Scales of blocks of k multiply the sum of each block.
 template <class T, class Scales>
 struct Matrix {
   using Bits = typename T::Bits;
   static constexpr bool kF8 = sizeof(Bits) == 1;
   static constexpr int kLane = 16 / sizeof(Bits);  // elements of a block in a lane
   static constexpr int kProducts = kLane / 4, kBlock = 4 * kLane;
-  static constexpr int kK = T::kK, kWide = kLane / 2, kRowWarps = kWarps;
+  static constexpr int kK = T::kK, kWide = 4, kRowWarps = kWarps;
   static constexpr float kInputFactor = kF8 ? 1 / 16.0f : 1, kSumFactor = kF8 ? 16 : 1;
   static constexpr bool kScaled = Scales::kGiven && Scales::kCols < kK;
   static constexpr int kScaleCols = (kK + Scales::kCols - 1) / Scales::kCols;
@@ -65,23 +69,38 @@ struct Matrix {
                 "a block has one scale, and so have the rows of a tile");
   static constexpr int kSegments = T::kUnitRows >= 16 ? 1 : 16 / T::kUnitRows;
   static constexpr int kRowBlocks = T::kUnitRows > 16 ? T::kUnitRows / 16 : 1;
-  static constexpr int kColumnBlocks = kSegments > 4 ? kSegments / 4 : 1;
+  static constexpr int kWidth = kTokens == 1 ? 2 : kTokens;  // columns of a segment
+  static constexpr int kColumns = kSegments * kWidth;
+  static constexpr int kColumnBlocks = kColumns > 8 ? kColumns / 8 : 1;
   static constexpr int kSpread = kWarps * kSegments;  // blocks that are taken at once
   static constexpr int kPieceBlocks = T::kPieceBytes / (4 * 16);
   static constexpr int kLastBlocks = kK / kBlock - (T::kPieces - 1) * kPieceBlocks;
   static constexpr int kPieceSteps = (kPieceBlocks + kSpread - 1) / kSpread;
   static constexpr int kSteps =
       (T::kPieces - 1) * kPieceSteps + (kLastBlocks + kSpread - 1) / kSpread;
-  static constexpr int kChains = kRowBlocks * kColumnBlocks == 1 ? 2 : 1;  // independent sums
+  static constexpr int kChains = kRowBlocks == 1 && kSegments <= 8 ? 2 : 1;  // independent sums
   static_assert(kK % kBlock == 0, "k is whole blocks");
 
-  // Layout: of the elements that a lane's column has in a block, the even columns' lanes make the
-  // first half and the odd ones' the second.
-  static constexpr int kRounds = kSteps * kColumnBlocks;
+  // Layout: a lane's column of B is one segment of one token, and another segment in each column
+  // block. In each round it loads four elements, for itself or the lane beside it.
+  static constexpr int kPair = kTokens == 1 ? 1 : 2;  // tokens that two lanes load for
+  static constexpr int kGroups = kLane / 8;           // of four, of a token in a block of k
+  static constexpr int kParts = kColumnBlocks;
+  static constexpr int kRounds = kSteps * kParts * kGroups * kPair;
   static __device__ __forceinline__ int quad() { return lane() % 4; }
   static __device__ __forceinline__ int column() { return lane() / 4; }
+  static __device__ __forceinline__ int odd() { return column() % 2; }
+  static __device__ __forceinline__ int row(int round) {
+    return kTokens == 1 ? 0 : column() % kWidth / kPair * kPair + round % kPair;
+  }
+  static __device__ __forceinline__ int part(int round) {
+    return round / (kGroups * kPair) % kParts;
+  }
+  static __device__ __forceinline__ int step(int round) {
+    return round / (kGroups * kPair * kParts);
+  }
   static __device__ __forceinline__ int segment(int round) {
-    return round % kColumnBlocks * 4 + column() / 2;
+    return (part(round) * 8 + column()) / kWidth;
   }
   // The block of a segment in its piece.
   static __device__ __forceinline__ int block(int step, int segment) {
@@ -93,47 +112,52 @@ struct Matrix {
     return block(step, segment) < (last ? kLastBlocks : kPieceBlocks);
   }
   static __device__ __forceinline__ bool inside(int round) {
-    if (kSegments < 4 && segment(round) >= kSegments) return false;
-    return block_inside(round / kColumnBlocks, segment(round));
+    if (kColumns < 8 && segment(round) >= kSegments) return false;
+    return block_inside(step(round), segment(round));
   }
   static __device__ __forceinline__ int offset(int round) {
-    const int step = round / kColumnBlocks;
-    return (step / kPieceSteps * kPieceBlocks + block(step, segment(round))) * kBlock +
-           quad() * kLane + column() % 2 * kWide;
+    const int group = round / kPair % kGroups * 2 + odd(), at = step(round);
+    return (at / kPieceSteps * kPieceBlocks + block(at, segment(round))) * kBlock + quad() * kLane +
+           group * kWide;
   }
 
   struct Operand {
     u32 b[kSteps][kColumnBlocks][2 * kProducts];
     // Of the two rows of a lane's sums in each step, for the rows of one block of scales.
-    float scale[T::kWhole ? 1 : T::kMatrices][kSteps][kRowBlocks][2];
+    float scale[kSteps][kRowBlocks][2];
     u32 block = 0xffffffffu;
   };
 
-  static __device__ __forceinline__ void hold(const typename Inputs<Matrix>::X& x, Operand& out) {
-    const bool odd = column() % 2;
-    constexpr int kPairs = kWide / 2;
+  // Rows that are stored as the products take them.
+  static __device__ __forceinline__ void load_stored(const u16* from, Operand& out) {
 #pragma unroll
-    for (int r = 0; r < kRounds; ++r) {
-      u32 high[kPairs], low[kPairs];
+    for (int at = 0; at < kSteps; ++at)
 #pragma unroll
-      for (int i = 0; i < kPairs; ++i) {
-        const float u = x.v[r][2 * i] * kInputFactor, v = x.v[r][2 * i + 1] * kInputFactor;
-        if constexpr (kF8) {
-          high[i] = pack_f16(u, v);
-          low[i] = pack_f16(u - float_of_half(u16(high[i])), v - float_of_half(u16(high[i] >> 16)));
-        } else {
-          high[i] = pack_bf16(u, v);
-          low[i] = pack_bf16(u - __uint_as_float(high[i] << 16),
-                             v - __uint_as_float(high[i] & 0xffff0000u));
-        }
+      for (int m = 0; m < kColumnBlocks; ++m) {
+        const int round = (at * kColumnBlocks + m) * kGroups * kPair;
+        const u16* piece = from + column() % kTokens * kK + offset(round) - odd() * kWide;
+        const float4 words =
+            inside(round) ? load_float4(reinterpret_cast<const float*>(piece)) : float4{0, 0, 0, 0};
+        out.b[at][m][0] = __float_as_uint(words.x), out.b[at][m][1] = __float_as_uint(words.y);
+        out.b[at][m][2] = __float_as_uint(words.z), out.b[at][m][3] = __float_as_uint(words.w);
       }
-      u32(&to)[2 * kProducts] = out.b[r / kColumnBlocks][r % kColumnBlocks];
+  }
+
+  static __device__ __forceinline__ u32 pack(float low, float high) {
+    return kF8 ? pack_f16(low * kInputFactor, high * kInputFactor) : pack_bf16(low, high);
+  }
+  // Four elements are the words of one product.
+  static __device__ __forceinline__ void put(Operand& out, int round, const float (&v)[kWide]) {
+    u32(&to)[2 * kProducts] = out.b[step(round)][part(round)];
+    const int group = round / kPair % kGroups;
+    const bool own = kPair == 1 || odd() == round % kPair;  // else it is for the lane beside
 #pragma unroll
-      for (int i = 0; i < kPairs; ++i) {
-        const u32 got = __shfl_xor_sync(~0u, odd ? high[i] : low[i], 4);
-        to[i] = odd ? got : high[i];
-        to[kPairs + i] = odd ? low[i] : got;
-      }
+    for (int i = 0; i < 2; ++i) {
+      const u32 word = pack(v[2 * i], v[2 * i + 1]), other = __shfl_xor_sync(~0u, word, 4);
+      u32 &even = to[group * 4 + i], &odds = to[group * 4 + 2 + i];
+      const u32 before[2] = {round % kPair ? even : 0, round % kPair ? odds : 0};
+      even = own ? (odd() ? other : word) : before[0];
+      odds = own ? (odd() ? word : other) : before[1];
     }
   }
 
@@ -142,18 +166,16 @@ struct Matrix {
     if (block_row == x.block) return;
     x.block = block_row;
 #pragma unroll
-    for (int m = 0; m < (T::kWhole ? 1 : T::kMatrices); ++m)
+    for (int step = 0; step < kSteps; ++step)
 #pragma unroll
-      for (int step = 0; step < kSteps; ++step)
-#pragma unroll
-        for (int i = 0; i < 2 * kRowBlocks; ++i) {
-          const int place = i * 8 + column(), segment = place % kSegments;
-          const int matrix = T::kWhole ? place / kSegments / T::kTileRows : m;
-          const int k = (step / kPieceSteps * kPieceBlocks + block(step, segment)) * kBlock;
-          const float* from = (matrix ? run.scale_up : run.scale) + u64(block_row) * kScaleCols;
-          x.scale[m][step][i / 2][i % 2] =
-              block_inside(step, segment) ? __ldg(from + k / Scales::kCols) : 0;
-        }
+      for (int i = 0; i < 2 * kRowBlocks; ++i) {
+        const int place = i * 8 + column(), segment = place % kSegments;
+        const bool up = place / kSegments >= T::kTileRows;
+        const int k = (step / kPieceSteps * kPieceBlocks + block(step, segment)) * kBlock;
+        const float* from = (up ? run.scale_up : run.scale) + u64(block_row) * kScaleCols;
+        x.scale[step][i / 2][i % 2] =
+            block_inside(step, segment) ? __ldg(from + k / Scales::kCols) : 0;
+      }
   }
 
   struct Sums {
@@ -208,8 +230,8 @@ struct Matrix {
   }
 
   // One step of a unit: step `i` of what was fetched, step `step` of all of k.
-  static __device__ __forceinline__ void add(const Weights& w, int step, int i, int matrix,
-                                             const Operand& x, Sums& sums) {
+  static __device__ __forceinline__ void add(const Weights& w, int step, int i, const Operand& x,
+                                             Sums& sums) {
 #pragma unroll
     for (int n = 0; n < kRowBlocks; ++n) {
       float own[kColumnBlocks][kChains][4] = {};
@@ -223,7 +245,7 @@ struct Matrix {
           product(c[m][p % kChains], a, x.b[step][m][2 * p], x.b[step][m][2 * p + 1]);
       }
       if constexpr (kScaled) {
-        const float (&scale)[2] = x.scale[T::kWhole ? 0 : matrix][step][n];
+        const float (&scale)[2] = x.scale[step][n];
 #pragma unroll
         for (int m = 0; m < kColumnBlocks; ++m)
 #pragma unroll
@@ -236,13 +258,13 @@ struct Matrix {
   }
 
   static __device__ __forceinline__ void add(Block& b, const Run& run, u32 row, int piece,
-                                             int matrix, Operand& x, Sums& sums) {
+                                             Operand& x, Sums& sums) {
     Weights w;
     if constexpr (kScaled) load_scales(run, row, x);
     fetch(b, run, row, piece, w);
 #pragma unroll
     for (int i = 0; i < kPieceSteps; ++i)
-      if (piece * kPieceSteps + i < kSteps) add(w, piece * kPieceSteps + i, i, matrix, x, sums);
+      if (piece * kPieceSteps + i < kSteps) add(w, piece * kPieceSteps + i, i, x, sums);
   }
 
   // Two whole tiles, so that the products of one hide what the other waits for.
@@ -259,43 +281,61 @@ struct Matrix {
 #pragma unroll
     for (int i = 0; i < kSteps; ++i)
 #pragma unroll
-      for (int t = 0; t < kTogether; ++t) add(w[t], i, i, 0, x, sums[t]);
+      for (int t = 0; t < kTogether; ++t) add(w[t], i, i, x, sums[t]);
   }
 
-  // The useful sums stand where a row's segment meets its own columns: lanes whose quad is the
-  // segment, modulo 4. Those of one row are added up.
-  static __device__ __forceinline__ void leave(Block& b, int matrix, int first, Sums& sums) {
+  // The useful sums stand where a row's segment meets its own columns: each lane picks those that
+  // it has, of two tokens or of one, and the segments of a row are added up.
+  static constexpr int kOwn = kTokens >= 2 ? 2 : 1;
+  static __device__ __forceinline__ void leave(Block& b, int first, Sums& sums) {
 #pragma unroll
     for (int n = 0; n < kRowBlocks; ++n) {
-      float low = 0, high = 0;
+      float own[2][kOwn];
 #pragma unroll
-      for (int m = 0; m < kColumnBlocks; ++m) {
-        float c[4];
+      for (int half = 0; half < 2; ++half) pick(sums.c[n], half, own[half]);
 #pragma unroll
-        for (int i = 0; i < 4; ++i)
-          c[i] = kChains == 2 ? sums.c[n][m][0][i] + sums.c[n][m][1][i] : sums.c[n][m][0][i];
-        if (column() % kSegments == m * 4 + quad()) low = c[0] + c[1];
-        if ((column() + 8) % kSegments == m * 4 + quad()) high = c[2] + c[3];
-      }
-      low *= kSumFactor, high *= kSumFactor;
-      if constexpr (kSegments == 16) low += high;
-      if constexpr (kSegments >= 2) add_from(low, high, 5);
-      if constexpr (kSegments >= 4) add_from(low, high, 10);
-      if constexpr (kSegments >= 8) add_from(low, high, 16);
-      if (quad() == 0 && column() % kSegments == 0) {
-        const int row = n * 16 + column() / kSegments;
-        *part_of_sum(b, first + matrix * kChunkRows + T::sum_of(row), warp()) = low;
-        if constexpr (kSegments < 16)
-          *part_of_sum(b, first + matrix * kChunkRows + T::sum_of(row + 8 / kSegments), warp()) =
-              high;
+      for (int i = 0; i < kOwn; ++i) {
+        if constexpr (kSegments == 16) own[0][i] += own[1][i];
+#pragma unroll
+        for (int half = 0; half < (kSegments == 16 ? 1 : 2); ++half) {
+          const float sum = segment_sum(own[half][i]) * kSumFactor;
+          const int row = n * 16 + (half * 8 + column()) / kSegments, token = quad() * kOwn + i;
+          if (column() % kSegments == 0 && token < kTokens)
+            *part_of_sum(b, first + T::sum_of(row), warp(), token) = sum;
+        }
       }
     }
   }
 
  private:
-  static __device__ __forceinline__ void add_from(float& low, float& high, int distance) {
-    low += __shfl_xor_sync(~0u, low, distance);
-    if constexpr (kSegments < 16) high += __shfl_xor_sync(~0u, high, distance);
+  static __device__ __forceinline__ void pick(const float (&c)[kColumnBlocks][kChains][4], int half,
+                                              float (&own)[kOwn]) {
+    const int at = (half * 8 + column()) % kSegments * kWidth;  // the first of the columns
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      own[i] = 0;
+#pragma unroll
+      for (int m = 0; m < kColumnBlocks; ++m) {
+        const int from = at - m * 8 - quad() * 2;  // from here, if it is in this lane and block
+        float v[2];
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          v[e] = c[m][0][half * 2 + e];
+          if constexpr (kChains == 2) v[e] += c[m][1][half * 2 + e];
+        }
+        own[i] = from <= 0 && from > -kWidth ? v[i] : own[i];
+      }
+    }
+  }
+
+  // First over the lanes of which only one has picked something, then over the segments: the order
+  // is the same for any number of tokens.
+  static __device__ __forceinline__ float segment_sum(float v) {
+#pragma unroll
+    for (int o = kWidth >= 4 ? kWidth / 2 : 1; o < 4; o *= 2) v += __shfl_xor_sync(~0u, v, o);
+#pragma unroll
+    for (int o = 4; o < 4 * min(kSegments, 8); o *= 2) v += __shfl_xor_sync(~0u, v, o);
+    return v;
   }
 };
 
@@ -309,7 +349,8 @@ struct Scalar {
   static constexpr int kK = T::kK;
   static constexpr int kWide = T::kAligned ? 16 / sizeof(Bits) : 1;
   static constexpr int kChunks = kK / kWide;
-  static constexpr int kPieceChunks = T::kWhole ? kChunks : kSlotBytes / 16;
+  static constexpr int kPieceChunks = T::kWhole ? kChunks : T::kPieceBytes / 16;
+  static_assert(kTokens == 1 || kK == 0, "several tokens need the matrix units");
   static constexpr int kRowWarps = kChunks >= 256 ? 8 : kChunks >= 128 ? 4 : kChunks >= 64 ? 2 : 1;
   static constexpr int kGroups = kWarps / kRowWarps;
   static constexpr int kRound = 32 * kRowWarps;  // chunks that a group takes at once
@@ -342,20 +383,25 @@ struct Scalar {
   }
 
   static constexpr int kTogether = 1;
-  using X = typename Inputs<Scalar>::X;
+  static constexpr int kParts = 1, kPair = 1;
+  static __device__ __forceinline__ int row(int) { return 0; }
+  static __device__ __forceinline__ int part(int) { return 0; }
   struct Operand {
-    X x;
+    float x[kRounds][kWide];
     float scale[T::kMatrices][kRounds];  // of this thread's chunks, for the rows of one block
     u32 block = 0xffffffffu;
   };
-  static __device__ __forceinline__ void hold(const X& x, Operand& out) { out.x = x; }
+  static __device__ __forceinline__ void put(Operand& out, int round, const float (&v)[kWide]) {
+#pragma unroll
+    for (int i = 0; i < kWide; ++i) out.x[round][i] = v[i];
+  }
 
   struct Sums {
     float v[kGroupRows] = {};
   };
 
   static __device__ __forceinline__ void add(Block& b, const Run& run, u32 row, int piece,
-                                             int matrix, Operand& x, Sums& sums) {
+                                             Operand& x, Sums& sums) {
     if constexpr (kScaled) load_scales(run, row, x);
     wait_full(b);
     const u8* slot = b.slot();
@@ -363,19 +409,17 @@ struct Scalar {
     for (int i = 0; i < kGroupRows; ++i) {
       int unit_row = i * kGroups + group();
       if (T::kUnitRows < kGroups && unit_row >= T::kUnitRows) continue;
-      int of = T::kWhole ? unit_row / T::kTileRows : matrix;
-      sums.v[i] += dot(slot + T::offset(run, row, unit_row), x, piece, of);
+      sums.v[i] += dot(slot + T::offset(run, row, unit_row), x, piece, unit_row / T::kTileRows);
     }
     release_slot(b);
   }
 
-  static __device__ __forceinline__ void leave(Block& b, int matrix, int first, Sums& sums) {
+  static __device__ __forceinline__ void leave(Block& b, int first, Sums& sums) {
     float total = warp_sums(sums.v);
     constexpr int kShare = 32 / kGroupRows;
     int unit_row = (lane() / kShare) * kGroups + group();
     if (lane() % kShare == 0 && unit_row < T::kUnitRows)
-      *part_of_sum(b, first + matrix * kChunkRows + T::sum_of(unit_row), warp() % kRowWarps) =
-          total;
+      *part_of_sum(b, first + T::sum_of(unit_row), warp() % kRowWarps, 0) = total;
   }
 
   static __device__ __forceinline__ void load_scales(const Run& run, u32 row, Operand& x) {
@@ -401,7 +445,7 @@ struct Scalar {
       const int r = piece * kPieceRounds + i;
       if (r >= kRounds) continue;
       if (!inside(r)) continue;
-      add_chunk(row, i * kRound + group_thread(), x.x.v[r], a, c);
+      add_chunk(row, i * kRound + group_thread(), x.x[r], a, c);
       if constexpr (kScaled) {
         float scale = x.scale[0][r];
         if (T::kMatrices == 2 && matrix) scale = x.scale[T::kMatrices - 1][r];

@@ -9,7 +9,9 @@ constexpr int kWarps = 8;
 constexpr int kThreads = 32 * kWarps;  // that compute
 constexpr int kLoaderThreads = 128;    // one works; registers are dealt to groups of four warps
 constexpr int kPollWarp = kWarps - 1;
-constexpr int kChunkRows = 32;  // output rows whose partial sums are kept until they are added up
+constexpr int kMaxTokens = 8;
+// Output rows whose partial sums are kept until they are added up: 32 sums at least, a warp's.
+constexpr int kChunkRows = kTokens == 1 ? 32 : 16;
 constexpr int kPartialPitch = kWarps + 1;  // no two rows of a warp in one bank
 constexpr u64 kPatience = 1'500'000'000;   // ns that a wait may take before it is an error
 constexpr float kLog2e = 1.44269504088896340736f;
@@ -65,17 +67,19 @@ struct Params {
   const u32* totals;      // [counters]
   u32* counters;          // [counters * kCounterPitch]
   float* arena;
-  u32* tokens;          // [1] the step's token id
-  const u32* pages;     // page table of the sequence
+  u32* tokens;          // [kTokens] the step's token ids
+  const u32* pages;     // [sequences, page_cols] page tables
   const u32* stop_ids;  // kMaxStops, 0xffffffff where unused
-  u32* mailbox;         // host memory, [steps]
+  u32* mailbox;         // host memory, [steps, kTokens]
   const u32* cancel;    // host memory
   u32* verdict;
   Failure* failures;  // [workers]
   Stamps* stamps;     // [steps, runs of all workers], with kTrace
   Clock* clocks;      // [workers], with kTrace
-  u32 position;       // of the first step's token
-  u32 steps;
+  // Of the tokens of the first step: position and row of the page table. Tokens of one sequence
+  // stand together, in the order of their positions; tokens from `count` on are none.
+  u32 positions[kMaxTokens], sequences[kMaxTokens];
+  u32 count, page_cols, steps;
 };
 constexpr int kCounterPitch = 32;  // words; a line for each counter
 constexpr u32 kTags = 255;
@@ -87,8 +91,8 @@ struct Shared {
   u64 full[kSlots], empty[kSlots];
   u32 verdict;   // told to all threads of the block
   u32 progress;  // waits that have held so far in this launch
-  float squares[kWarps];
-  float partial[2][2 * kChunkRows * kPartialPitch];
+  float squares[kWarps][kTokens];
+  float partial[2][kTokens][2 * kChunkRows * kPartialPitch];
 };
 
 // Where a thread stands in the ring. Loader and consumers count the same units in the same order.
@@ -115,7 +119,9 @@ struct Block {
   u64 started = 0;  // with kTrace: when the inputs of the run were there
 
   __device__ __forceinline__ u8* slot() const { return ring + cursor.slot * kSlotPitch; }
-  __device__ __forceinline__ u32 position() const { return params.position + step; }
+  __device__ __forceinline__ u32 position(int token) const {
+    return params.positions[token] + step;
+  }
   __device__ __forceinline__ float* at(u32 operand) const {
     return params.arena + (operand & ((1u << kRankShift) - 1));
   }
@@ -203,16 +209,28 @@ __device__ __forceinline__ void signal(const Block& b, const Run& run) {
   kSilent ? add_relaxed(counter) : add_release(counter);
 }
 
-// A float whose last bits are a tag. It is rounded to what is left; a NaN stays one.
-__device__ __forceinline__ void store_tagged(float* p, float v, u32 tag) {
+// Rounded to the bits that a tag leaves; a NaN stays one.
+__device__ __forceinline__ float rounded_for_tag(float v) {
   u32 bits = v == v ? __float_as_uint(v) + (kTagMask + 1) / 2 : 0x7fc00000u;
-  store_float(p, __uint_as_float((bits & ~kTagMask) | tag));
+  return __uint_as_float(bits & ~kTagMask);
+}
+__device__ __forceinline__ void store_tagged(float* p, float v, u32 tag) {
+  store_float(p, __uint_as_float(__float_as_uint(rounded_for_tag(v)) | tag));
 }
 __device__ __forceinline__ float untagged(float v) {
   return __uint_as_float(__float_as_uint(v) & ~kTagMask);
 }
 __device__ __forceinline__ u32 other_tag(float v, u32 tag) {
   return (__float_as_uint(v) ^ tag) & kTagMask;
+}
+
+// An output: f32, with a tag or without, or in bf16, by way of what a tag would leave of it.
+template <bool kTagged, bool kNarrow>
+__device__ __forceinline__ void store_output(float* buffer, u32 at, float v, u32 tag) {
+  if constexpr (kNarrow)
+    store_half(reinterpret_cast<u16*>(buffer) + at, u16(pack_bf16(rounded_for_tag(v), 0)));
+  else
+    kTagged ? store_tagged(buffer + at, v, tag) : store_float(buffer + at, v);
 }
 
 // Words with other tags than wanted are read again; true when that has gone on for too long. The
@@ -227,18 +245,18 @@ struct Retry {
   }
 };
 
-// Words at several places; 0 where there is none.
+// Words at several places, each with its tag; 0 where there is none.
 template <int kCount>
 __device__ __forceinline__ void load_tagged(const Block& b, const float* const (&from)[kCount],
-                                            u32 tag, float (&v)[kCount]) {
+                                            const u32 (&tag)[kCount], float (&v)[kCount]) {
   Retry retry;
   for (u32 other = 1; other;) {
     other = 0;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) v[i] = from[i] ? load_float(from[i]) : 0;
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) other |= from[i] ? other_tag(v[i], tag) : 0;
-    if (other && retry.in_vain(b, tag)) break;
+    for (int i = 0; i < kCount; ++i) other |= from[i] ? other_tag(v[i], tag[i]) : 0;
+    if (other && retry.in_vain(b, tag[0])) break;
   }
 #pragma unroll
   for (int i = 0; i < kCount; ++i) v[i] = untagged(v[i]);

@@ -157,6 +157,10 @@ __device__ __forceinline__ void store_float(float* p, float v) {
   asm volatile("st.global.cg.f32 [%0], %1;" ::"l"(p), "f"(v) : "memory");
 }
 
+__device__ __forceinline__ void store_half(u16* p, u16 v) {
+  asm volatile("st.global.cg.u16 [%0], %1;" ::"l"(p), "h"(v) : "memory");
+}
+
 __device__ __forceinline__ void store_float2(float* p, float2 v) {
   asm volatile("st.global.cg.v2.f32 [%0], {%1, %2};" ::"l"(p), "f"(v.x), "f"(v.y) : "memory");
 }

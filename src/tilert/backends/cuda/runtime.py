@@ -1,7 +1,8 @@
 """A model on one GPU: weights and caches in its memory, and the back ends that the engine asks for.
 
-One token of one sequence is the persistent program. Steps of several rows run it row by row; prompts
-are handed to the device's own prompt runner where it has one.
+One token of one sequence is the persistent program, and steps of a few tokens are another one where the
+registers of a block hold what they need. Prompts are handed to the device's own prompt runner where it
+has one.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from tilert.backends.cuda.backend import CudaBackend, Device, Memory, cache_shapes
+from tilert.backends.cuda.limits import step_rows
 from tilert.ir.graph import Graph
 from tilert.ir.machine import Machine
 from tilert.ir.program import NONE, Kind, Program, Scale
@@ -51,11 +53,12 @@ class CudaRuntime:
         self.weights: dict[str, Memory] = {}
         self.caches: dict[str, Memory] = {}
         self._decode: CudaBackend | None = None
+        self._few: CudaBackend | None = None
         self._prompts: Any = None
 
     def backend(
         self, kind: str, program: Callable[[str], Program]
-    ) -> CudaBackend | RowByRow | Prompts:
+    ) -> CudaBackend | Pieces | Prompts:
         """The back end for steps of that kind; program: makes programs.
 
         'decode' makes greedy tokens and 'sampled' sampled ones, 'few' and 'prompt' take several rows.
@@ -65,10 +68,15 @@ class CudaRuntime:
             return decode
         if kind == "sampled":
             return self.bound(program(kind))
-        rows = {"few": 8, "prompt": 256}[kind]
         if kind == "prompt" and self._prompts is not None:
-            return Prompts(self._prompts, decode, rows)
-        return RowByRow(decode, rows)
+            return Prompts(self._prompts, decode, 256)
+        if self._few is None:
+            self._few = self.bound(program("few")) if self.step_rows(program) > 1 else decode
+        return Pieces(self._few, {"few": 8, "prompt": 256}[kind])
+
+    def step_rows(self, program: Callable[[str], Program]) -> int:
+        """Most tokens of a step of one launch; see limits.step_rows."""
+        return step_rows(program("decode"))
 
     def _decoder(self, program: Callable[[str], Program]) -> CudaBackend:
         if self._decode is None:
@@ -124,50 +132,73 @@ def _scales(program: Program) -> dict[str, Scale]:
 
 
 class _Rows:
-    """State of a step of several rows, in the shape of the engine's Backend; `logits` of the last."""
+    """State of a step of several rows, in the shape of the engine's Backend."""
 
-    def __init__(self, decode: CudaBackend, rows: int) -> None:
-        self.decode = decode
+    def __init__(self, made: CudaBackend, rows: int) -> None:
+        self.made = made
         names = ("tokens", "positions", "sequences", "output_rows")
         self.state = {name: np.zeros((1, rows), np.int32) for name in names}
         self.state["counts"] = np.zeros((1, 2), np.int32)
-        self.state["pages"] = np.zeros_like(decode.state["pages"])
+        self.state["pages"] = np.zeros_like(made.state["pages"])
+
+
+class Pieces(_Rows):
+    """A step in launches of as many rows as the program takes; logits are fetched when asked for."""
+
+    def __init__(self, made: CudaBackend, rows: int) -> None:
+        super().__init__(made, rows)
+        self.kept: dict[
+            int, np.ndarray
+        ] = {}  # logits by row, of all launches of a step but the last
+        self.begin = 0  # first row of the last launch
+
+    def steps(self, count: int) -> Generator[np.ndarray, None, None]:
+        """Run one step; gives the greedy ids of its outputs."""
+        assert count == 1, "several rows make one step per call"
+        tokens, outputs = self.state["counts"][0].tolist()
+        wanted, width = self.state["output_rows"][0, :outputs], self.made.program.tokens
+        found = np.zeros(tokens, np.int32)
+        self.kept = {}
+        for begin in range(0, tokens, width):
+            if begin:
+                rows = [row for row in wanted.tolist() if self.begin <= row < begin]
+                logits = self.made.read("logits") if rows else None
+                self.kept |= {row: logits[row - self.begin] for row in rows if logits is not None}
+            end = min(begin + width, tokens)
+            found[begin:end] = self._launch(begin, end)
+            self.begin = begin
+        yield found[wanted]
+
+    def _launch(self, begin: int, end: int) -> np.ndarray:
+        state, own = self.state, self.made.state
+        for name in ("tokens", "positions", "sequences"):
+            own[name][0, : end - begin] = state[name][0, begin:end]
+        own["output_rows"][0, : end - begin] = range(end - begin)
+        own["counts"][0] = end - begin
+        own["pages"][:] = state["pages"]
+        (sampled,) = self.made.steps(1)
+        return sampled
+
+    def read(self, name: str) -> np.ndarray:
+        """The logits of the last step, [outputs, vocab_size]."""
+        assert name == "logits", f"{name} is not kept"
+        last = self.made.read("logits")
+        wanted = self.state["output_rows"][0, : self.state["counts"][0, 1]].tolist()
+        return np.asarray([self.kept.get(row, last[row - self.begin]) for row in wanted])
+
+
+class Prompts(_Rows):
+    """Consecutive tokens of one sequence, by the device's prompt runner."""
+
+    def __init__(self, runner: Any, made: CudaBackend, rows: int) -> None:
+        super().__init__(made, rows)
+        self.runner = runner
         self.logits = np.zeros((0, 0), np.float32)
 
     def read(self, name: str) -> np.ndarray:
         """The logits of the last step."""
         assert name == "logits", f"{name} is not kept"
         return self.logits
-
-
-class RowByRow(_Rows):
-    """One launch of the decoding program for each row."""
-
-    def steps(self, count: int) -> Generator[np.ndarray, None, None]:
-        """Run one step; gives the greedy ids of its outputs."""
-        assert count == 1, "several rows make one step per call"
-        state, own = self.state, self.decode.state
-        tokens, outputs = state["counts"][0].tolist()
-        wanted = state["output_rows"][0, :outputs].tolist()
-        found: dict[int, tuple[int, np.ndarray]] = {}
-        own["pages"][:] = state["pages"]
-        own["counts"][0] = 1, 1
-        for row in range(tokens):
-            for name in ("tokens", "positions", "sequences"):
-                own[name][0, 0] = state[name][0, row]
-            (sampled,) = self.decode.steps(1)
-            if row in wanted:
-                found[row] = int(sampled[0]), self.decode.read("logits")[0]
-        self.logits = np.asarray([found[row][1] for row in wanted], np.float32)
-        yield np.asarray([found[row][0] for row in wanted], np.int32)
-
-
-class Prompts(_Rows):
-    """Consecutive tokens of one sequence, by the device's prompt runner."""
-
-    def __init__(self, runner: Any, decode: CudaBackend, rows: int) -> None:
-        super().__init__(decode, rows)
-        self.runner = runner
 
     def steps(self, count: int) -> Generator[np.ndarray, None, None]:
         """Run one step; gives the greedy ids of its outputs."""

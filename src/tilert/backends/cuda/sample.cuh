@@ -8,11 +8,14 @@ struct Embed {
   static __device__ __forceinline__ bool consume(Block& b, const Run& run) {
     if (!wait_for_inputs<false>(b, run)) return false;
     using Bits = typename Type::Bits;
-    const Bits* row =
-        reinterpret_cast<const Bits*>(run.w) + u64(load_relaxed(b.params.tokens)) * kWidth;
-    for (int i = thread(); i < kWidth; i += kThreads) {
-      const float v = Type::widen(__ldg(row + i));
-      kTagged ? store_tagged(b.at(run.y) + i, v, b.tag(run.y)) : store_float(b.at(run.y) + i, v);
+    for (u32 token = run.first; token < run.first + run.count; ++token) {
+      const Bits* row = reinterpret_cast<const Bits*>(run.w) +
+                        u64(load_relaxed(b.params.tokens + token)) * kWidth;
+      float* y = b.at(run.y) + token * kWidth;
+      for (int i = thread(); i < kWidth; i += kThreads) {
+        const float v = Type::widen(__ldg(row + i));
+        kTagged ? store_tagged(y + i, v, b.tag(run.y)) : store_float(y + i, v);
+      }
     }
     sync_consumers();
     if (thread() == 0) signal<kTagged>(b, run);
@@ -29,11 +32,16 @@ struct Best {
   }
 };
 
-// The best of all threads, for all threads of warp 0.
-__device__ __forceinline__ Best block_best(Block& b, Best best) {
+__device__ __forceinline__ Best warp_best(Best best) {
 #pragma unroll
   for (int o = 16; o; o /= 2)
     best.take(__shfl_xor_sync(~0u, best.value, o), __shfl_xor_sync(~0u, best.index, o));
+  return best;
+}
+
+// The best of all threads, for all threads of warp 0.
+__device__ __forceinline__ Best block_best(Block& b, Best best) {
+  best = warp_best(best);
   Best* found = reinterpret_cast<Best*>(b.scratch);
   if (lane() == 0) found[warp()] = best;
   sync_consumers();
@@ -44,20 +52,27 @@ __device__ __forceinline__ Best block_best(Block& b, Best best) {
   return best;
 }
 
+// The best logit of each chunk: one token by all warps, of several each by its own.
 template <int kVocab, int kChunk>
 struct Argmax {
+  static constexpr int kLanes = kTokens == 1 ? kThreads : 32;  // that look at one token
+  static constexpr int kPitch = (kVocab + kChunk - 1) / kChunk * 2;
   static __device__ __forceinline__ bool stream(Loader&, const Run&) { return true; }
   static __device__ __forceinline__ bool consume(Block& b, const Run& run) {
     if (!wait_for_inputs<false>(b, run)) return false;
+    const int token = thread() / kLanes;
+    const bool mine = token < kTokens;
     for (u32 tile = run.first; tile < run.first + run.count; ++tile) {
       Best best;
-      const float* logits = b.at(run.x);
-      for (int i = tile * kChunk + thread(); i < min(int(tile + 1) * kChunk, kVocab); i += kThreads)
+      const float* logits = b.at(run.x) + (mine ? token * kVocab : 0);
+      const int end = mine ? min(int(tile + 1) * kChunk, kVocab) : 0;
+#pragma unroll 8
+      for (int i = tile * kChunk + thread() % kLanes; i < end; i += kLanes)
         best.take(load_float(logits + i), i);
-      best = block_best(b, best);
-      if (thread() == 0) {
-        store_float(b.at(run.y) + 2 * tile, best.value);
-        store_float(b.at(run.y) + 2 * tile + 1, float(best.index));
+      best = kTokens == 1 ? block_best(b, best) : warp_best(best);
+      if (mine && thread() % kLanes == 0) {
+        float* y = b.at(run.y) + token * kPitch + 2 * tile;
+        store_float(y, best.value), store_float(y + 1, float(best.index));
       }
       sync_consumers();
     }
@@ -66,35 +81,51 @@ struct Argmax {
   }
 };
 
-// By one thread, behind all that the run stores: the next step may begin with this token, and the
-// host is told of it.
-__device__ __forceinline__ void hand_on(Block& b, const Run& run, u32 token, bool last) {
-  *b.params.tokens = token;
+// By one thread, behind all that the run stores: the next step may begin with these tokens, and the
+// host is told of them.
+__device__ __forceinline__ void hand_on(Block& b, const Run& run, const u32 (&tokens)[kTokens],
+                                        bool last) {
+#pragma unroll
+  for (int t = 0; t < kTokens; ++t) b.params.tokens[t] = tokens[t];
   if (last || load_relaxed(b.params.verdict) != kGoOn) {
     swap_if(b.params.verdict, kGoOn, kStopped);
     store_shared(&b.shared.verdict, 1);
   }
   signal<false>(b, run);
-  store_system(b.params.mailbox + b.step, token);
+#pragma unroll
+  for (int t = 0; t < kTokens; ++t)
+    store_system(b.params.mailbox + b.step * kTokens + t, tokens[t]);
 }
 
+// The best of all chunks, for each token. Only for one token stop ids are looked at: of several the
+// host knows which belongs to whom.
 template <int kChunks>
 struct NextToken {
   static __device__ __forceinline__ bool stream(Loader&, const Run&) { return true; }
   static __device__ __forceinline__ bool consume(Block& b, const Run& run) {
     // Read across the bus while the inputs are awaited.
-    u32 cancelled = thread() == 0 ? load_system(b.params.cancel) : 0;
-    u32 stop = thread() < kMaxStops ? __ldg(b.params.stop_ids + thread()) : 0xffffffffu;
+    const u32 cancelled = thread() == 0 ? load_system(b.params.cancel) : 0;
+    const u32 stop =
+        kTokens == 1 && thread() < kMaxStops ? __ldg(b.params.stop_ids + thread()) : 0xffffffffu;
     if (!wait_for_inputs<false>(b, run)) return false;
-    Best best;
-    for (int i = thread(); i < kChunks; i += kThreads) {
-      float2 found = load_float2(b.at(run.x) + 2 * i);
-      best.take(found.x, u32(found.y));
+    u32* found = reinterpret_cast<u32*>(b.scratch);
+    if (warp() < kTokens) {
+      Best best;
+      for (int i = lane(); i < kChunks; i += 32) {
+        float2 chunk = load_float2(b.at(run.x) + (warp() * kChunks + i) * 2);
+        best.take(chunk.x, u32(chunk.y));
+      }
+      best = warp_best(best);
+      if (lane() == 0) found[warp()] = best.index;
     }
-    best = block_best(b, best);
+    sync_consumers();
     if (warp() == 0) {
-      bool stops = __any_sync(~0u, stop == __shfl_sync(~0u, best.index, 0));
-      if (lane() == 0) hand_on(b, run, best.index, cancelled || stops);
+      // Where the logits are no numbers nothing was found, which ends the launch as well.
+      const bool stops = __any_sync(~0u, stop == found[kTokens == 1 ? 0 : lane() % kTokens]);
+      u32 tokens[kTokens];
+#pragma unroll
+      for (int t = 0; t < kTokens; ++t) tokens[t] = found[t];
+      if (lane() == 0) hand_on(b, run, tokens, cancelled || stops);
     }
     sync_consumers();
     return load_shared(&b.shared.verdict) == 0;

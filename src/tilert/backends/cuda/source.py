@@ -10,12 +10,24 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
-from tilert.backends.cuda.limits import SLOT_PAD, scratch_bytes
+from tilert.backends.cuda.limits import SLOT_PAD, scratch_bytes, shared_struct_bytes
 from tilert.errors import UserError
 from tilert.ir.dtype import DType
 from tilert.ir.program import NONE, PAGE, Buf, Op, Program
 from tilert.ir.tags import TAGS, Tags, derive
-from tilert.ops import Adjust, Argmax, Attend, Bins, Draw, Embed, Linear, NextToken, Sift, Totals
+from tilert.ops import (
+    Adjust,
+    Argmax,
+    Attend,
+    Bins,
+    Combine,
+    Draw,
+    Embed,
+    Linear,
+    NextToken,
+    Sift,
+    Totals,
+)
 
 FOLDER = Path(__file__).parent
 HEADERS = (
@@ -49,7 +61,8 @@ def generate(program: Program, slots: int, *, trace: bool = False) -> Source:
     constants = {
         "kSlots": slots, "kSlotBytes": machine.slot_bytes, "kSlotPitch": machine.slot_bytes + SLOT_PAD,
         "kWindow": min(machine.window, slots), "kPage": PAGE, "kScratchBytes": scratch_bytes(program),
-        "kCounters": len(program.counters), "kTurn": tags.stride % TAGS,
+        "kCounters": len(program.counters), "kTurn": tags.stride % TAGS, "kTokens": program.tokens,
+        "kStreamLead": program.stream_lead, "kSharedBytes": shared_struct_bytes(program.tokens),
     }  # fmt: skip
     headers = {name: (FOLDER / name).read_text(encoding="utf-8") for name in HEADERS}
     headers["constants.h"] = "#pragma once\n" + "".join(
@@ -70,7 +83,13 @@ def _type(program: Program, op: Op, tags: Tags) -> str:
         return (
             f"Attend<{op.heads}, {op.kv_heads}, {op.head_dim}, {op.window}, {op.splits},"
             f" {_flag(all(b in tags.writers for b in (op.q, op.k, op.v)))}, {norms},"
-            f" {_bits(op.eps)}, {_bits(op.scale)}>"
+            f" {_bits(op.eps)}, {_bits(op.scale)},"
+            f" {', '.join(str(program.buffers[b].cols) for b in (op.q, op.k, op.v))}>"
+        )
+    if isinstance(op, Combine):
+        return (
+            f"Combine<{op.kv_heads}, {op.group}, {op.head_dim}, {op.splits}, {op.window},"
+            f" {_flag(op.y in tags.writers)}, {_narrow(program, op.y)}>"
         )
     if isinstance(op, Embed):
         return f"Embed<{op.width}, {_weight(program, op.table)}, {_flag(op.y in tags.writers)}>"
@@ -97,11 +116,14 @@ def _flag(value: bool) -> str:
     return "true" if value else "false"
 
 
+def _narrow(program: Program, buf: Buf) -> str:
+    return _flag(program.buffers[buf].dtype is DType.BF16)
+
+
 def _linear(program: Program, op: Linear, tags: Tags) -> str:
-    assert op.rows == 1, f"steps of {op.rows} tokens have no CUDA form yet"
     assert op.expert == NONE, "no experts yet"
     checked = _flag(op.x in tags.writers)
-    source = f"Plain<{checked}>"
+    source = "Stored" if program.buffers[op.x].dtype is DType.BF16 else f"Plain<{checked}>"
     if op.norm != NONE:
         source = f"Normed<{checked}, {_weight(program, op.norm)}, {_bits(op.eps)}>"
     elif op.splits > 1:
@@ -110,7 +132,8 @@ def _linear(program: Program, op: Linear, tags: Tags) -> str:
     epilogue = ("kStore", "kAdd", "kGate")[op.epilogue]
     return (
         f"Linear<{op.k}, {_weight(program, op.w)}, {op.tile_rows}, {epilogue},"
-        f" {_flag(op.y in tags.writers)}, {source}, {_weight(program, op.bias)}, {_scales(program, op)}>"
+        f" {_flag(op.y in tags.writers)}, {_narrow(program, op.y)}, {_flag(op.x_type != DType.F32)},"
+        f" {program.buffers[op.y].cols}, {source}, {_weight(program, op.bias)}, {_scales(program, op)}>"
     )
 
 

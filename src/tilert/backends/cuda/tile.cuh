@@ -43,7 +43,8 @@ struct None {  // of an operand that an op does not have
 };
 
 // kTileRows output rows at a time, of kMatrices matrices (gate and up). Where a tile fits a slot it
-// is one unit, the matrices one after the other; a row that is larger takes several units.
+// is one unit, the matrices one after the other; of a larger one all rows are streamed in pieces,
+// side by side in the slot.
 template <int kInputs, class StoredType, int kRows, int kPairs>
 struct Tile {
   using Type = StoredType;
@@ -51,20 +52,23 @@ struct Tile {
   static constexpr int kK = kInputs, kTileRows = kRows, kMatrices = kPairs;
   static constexpr int kRowBytes = kK * sizeof(Bits);
   static constexpr bool kAligned = kRowBytes % 16 == 0;
-  static constexpr bool kWhole = kTileRows * kRowBytes * kMatrices <= kSlotBytes;
-  static constexpr int kPieces = kWhole ? 1 : (kRowBytes + kSlotBytes - 1) / kSlotBytes;
-  static constexpr int kPieceBytes = kWhole ? kRowBytes : kSlotBytes;  // of a row, but the last one
-  static_assert(kWhole || (kAligned && kTileRows == 1), "large rows are streamed one by one");
-  static constexpr int kUnitRows = kWhole ? kTileRows * kMatrices : 1;
+  static constexpr int kUnitRows = kTileRows * kMatrices;
+  static constexpr bool kWhole = kUnitRows * kRowBytes <= kSlotBytes;
+  static constexpr int kShare = kSlotBytes / kUnitRows;  // of a slot, for a row
+  static constexpr int kPieces = kWhole ? 1 : (kRowBytes + kShare - 1) / kShare;
+  static constexpr int kPieceBytes =  // of a row; the last piece may be smaller
+      kWhole ? kRowBytes : ((kRowBytes + kPieces - 1) / kPieces + 63) / 64 * 64;
+  static_assert(kWhole || (kAligned && kPieceBytes <= kShare), "pieces begin at multiples of 64");
   static constexpr int kMatrixPitch =  // in the slot
-      kAligned ? kTileRows * kRowBytes : (kTileRows * kRowBytes + 47) / 16 * 16;
+      kAligned ? kTileRows * kPieceBytes : (kTileRows * kRowBytes + 47) / 16 * 16;
   static_assert(kChunkRows % kTileRows == 0, "a chunk of rows is whole tiles");
 
   // The loader's side.
   static __device__ __forceinline__ bool stream(Loader& l, const Run& run) {
     for (u32 row = 0; row < run.count; row += kTileRows) {
       u32 rows = min(u32(kTileRows), run.count - row);
-      if (!(kWhole ? stream_tile(l, run, row, rows) : stream_row(l, run, row))) return false;
+      if (!(kWhole ? stream_tile(l, run, row, rows) : stream_pieces(l, run, row, rows)))
+        return false;
     }
     return true;
   }
@@ -73,7 +77,7 @@ struct Tile {
   // bytes, from the last multiple of 16 on; `row` is the first of the tile in its run.
   static __device__ __forceinline__ int offset(const Run& run, u32 row, int unit_row) {
     int matrix = unit_row / kTileRows, tile_row = unit_row % kTileRows;
-    int at = matrix * kMatrixPitch + tile_row * kRowBytes;
+    int at = matrix * kMatrixPitch + tile_row * kPieceBytes;
     if constexpr (!kAligned)
       at += reinterpret_cast<u64>((matrix ? run.w_up : run.w) + u64(row) * kRowBytes) & 15;
     return at;
@@ -103,17 +107,19 @@ struct Tile {
     return true;
   }
 
-  static __device__ __forceinline__ bool stream_row(Loader& l, const Run& run, u32 row) {
+  static __device__ __forceinline__ bool stream_pieces(Loader& l, const Run& run, u32 row,
+                                                       u32 rows) {
+    for (int done = 0; done < kRowBytes; done += kPieceBytes) {
+      if (!l.acquire()) return false;
+      const u32 bytes = min(kPieceBytes, kRowBytes - done);
+      l.expect(kMatrices * rows * bytes);
 #pragma unroll
-    for (int m = 0; m < kMatrices; ++m) {
-      const u8* from = (m ? run.w_up : run.w) + u64(row) * kRowBytes;
-      for (int done = 0; done < kRowBytes; done += kSlotBytes) {
-        if (!l.acquire()) return false;
-        u32 bytes = min(kSlotBytes, kRowBytes - done);
-        l.expect(bytes);
-        l.copy(0, from + done, bytes);
-        l.next();
+      for (int m = 0; m < kMatrices; ++m) {
+        const u8* from = (m ? run.w_up : run.w) + u64(row) * kRowBytes + done;
+        for (u32 r = 0; r < rows; ++r)
+          l.copy(m * kMatrixPitch + r * kPieceBytes, from + u64(r) * kRowBytes, bytes);
       }
+      l.next();
     }
     return true;
   }
