@@ -52,14 +52,17 @@ inline void rows(const Product& p, int m, int row, int col) {
   if constexpr (kM > 1) rows<kVecs, kM - 1>(p, m, row, col);
 }
 
-// Columns that fill no vector, one at a time.
+// Columns that fill no vector. A part of a vector, not a loop over floats: a compiler splits that
+// one by k into a stretch that rounds products and a rest that does not, and the result would
+// depend on k even where what is added is zero, as it is for positions that a token does not see.
 inline void last_columns(const Product& p, int m, int col, int n) {
-  for (int r = 0; r < m; r++)
-    for (int j = col; j < n; j++) {
-      float total = p.add ? p.c[r * p.ldc + j] : 0.0f;
-      for (int i = 0; i < p.k; i++) total += p.a[r * p.lda + i] * p.b[i * p.ldb + j];
-      p.c[r * p.ldc + j] = total;
-    }
+  for (int r = 0; r < m; r++) {
+    float* c = p.c + r * p.ldc + col;
+    Vec sums = p.add ? load_tail(c, n) : Vec{};
+    for (int i = 0; i < p.k; i++)
+      sums += splat(p.a[r * p.lda + i]) * load_tail(p.b + i * p.ldb + col, n);
+    store_tail(c, sums, n);
+  }
 }
 
 inline void gemm(const Product& p, int m, int n) {
@@ -70,7 +73,7 @@ inline void gemm(const Product& p, int m, int n) {
   for (; col + kLanes <= n; col += kLanes)
     for (int row = 0; row < m; row += kRows)
       rows<1>(p, m - row < kRows ? m - row : kRows, row, col);
-  last_columns(p, m, col, n);
+  if (col < n) last_columns(p, m, col, n - col);
 }
 
 }  // namespace tilert::TILERT_ISA
