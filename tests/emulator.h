@@ -293,6 +293,7 @@ inline void halves_of_e4m3(u32 v, u32& low, u32& high) {
   low = pack_f16(f[0], f[1]), high = pack_f16(f[2], f[3]);
 }
 inline float exp2_fast(float x) { return std::exp2(x); }
+inline float reciprocal(float x) { return 1 / x; }
 inline float inverse_root(float x) { return 1 / std::sqrt(x); }
 inline u64 cycles() {
   static u64 count = 0;

@@ -34,7 +34,9 @@ def schedule(machine: Machine, buffers: tuple[Buffer, ...], ops: tuple[Op, ...])
         seconds = np.asarray([tile_seconds(op, t, t + 1, itemsize, machine) for t in _samples(op)])
         if len(seconds) < op.tiles:  # a long uniform op: all tiles but the last cost the same
             seconds = np.append(np.full(op.tiles - 1, seconds[0]), seconds[-1])
-        for worker, (lo, hi) in enumerate(_ranges(seconds, load)):
+        alone = machine.slots and op.tiles <= machine.workers and not _uniform(op)
+        ranges = _one_each(op.tiles, load) if alone else _ranges(seconds, load)
+        for worker, (lo, hi) in enumerate(ranges):
             if lo < hi:
                 queues[worker].append(Run(index, lo, hi, ring=tickets[worker]))
                 if machine.slots:
@@ -44,9 +46,23 @@ def schedule(machine: Machine, buffers: tuple[Buffer, ...], ops: tuple[Op, ...])
     return queues
 
 
+def _uniform(op: Op) -> bool:
+    """True for ops whose tiles all cost the same and mostly read weights."""
+    return type(op).__name__ == "Linear"
+
+
+def _one_each(tiles: int, load: np.ndarray) -> list[tuple[int, int]]:
+    """One tile for each of the least loaded workers. Such a tile takes mostly latency, which its bytes and
+    flops do not tell: two on one worker would take twice as long."""
+    chosen = np.sort(np.argsort(load, kind="stable")[:tiles]).tolist()
+    ranges = [(0, 0)] * len(load)
+    for tile, worker in enumerate(chosen):
+        ranges[worker] = (tile, tile + 1)
+    return ranges
+
+
 def _samples(op: Op) -> list[int]:
-    uniform = type(op).__name__ == "Linear"
-    return [0, op.tiles - 1] if uniform and op.tiles > 2 else list(range(op.tiles))
+    return [0, op.tiles - 1] if _uniform(op) and op.tiles > 2 else list(range(op.tiles))
 
 
 def _ranges(seconds: np.ndarray, load: np.ndarray) -> list[tuple[int, int]]:

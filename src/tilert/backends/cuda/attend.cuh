@@ -33,16 +33,23 @@ struct Attend {
   static constexpr int kSteps = kHeadDim / 16;
   static constexpr int kPairs = (kHeadDim / 2 + 31) / 32;  // rotated pairs of a head per lane
   static constexpr int kPitch = kHeadDim + 2;
-  static constexpr int kYPitch = kHeads * kSplits * kPitch;        // of a token's results
-  static constexpr int kMergeRows = kRows < 16 ? kRows : 16;       // merged at once
-  static constexpr int kTurns = (kTokens * (kGroup + 2) + 7) / 8;  // heads that a warp makes ready
+  static constexpr int kYPitch = kHeads * kSplits * kPitch;   // of a token's results
+  static constexpr int kMergeRows = kRows < 16 ? kRows : 16;  // merged at once
+  static constexpr int kHeadsOf = kGroup + 2;   // that a token has here: queries, key, value
+  static constexpr int kPieces = kHeadDim / 4;  // loaded at once, of a head
+  static constexpr int kLoads = (kTokens * kHeadsOf * kPieces + kThreads - 1) / kThreads;
+  static_assert(kTokens * kPieces <= kThreads, "a thread loads one piece of the angles");
   static __device__ __forceinline__ float scale() { return __uint_as_float(kScaleBits) * kLog2e; }
 
   // The memory between barriers: rotated queries, the new keys and values, the scores of each with
-  // its own, and the partial results of four warps.
+  // its own; first the heads as the products left them, then the partial results of four warps.
   struct Scratch {
     u16 q[16 * kRowBlocks * kHeadDim], k[kTokens][kHeadDim], v[kTokens][kHeadDim];
-    float merged[4][kMergeRows][kPitch];
+    float angles[kTokens][kHeadDim];  // cosines of a position, then sines
+    union {
+      float raw[kTokens * kHeadsOf][kHeadDim];
+      float merged[4][kMergeRows][kPitch];
+    };
     float own[kRows];
   };
   static_assert(sizeof(Scratch) <= kScratchBytes, "scratch is too small");
@@ -112,40 +119,8 @@ struct Attend {
     return true;
   }
 
-  // One head that a warp makes ready: a query, or the key or value of a token.
-  struct Head {
-    enum Kind { kNone, kQuery, kKey, kValue } kind;
-    u32 token, j;  // in the span; query head of the group
-    // Heads are dealt to the warps in turn: first all queries, then keys, then values.
-    __device__ __forceinline__ Head(u32 at, u32 tokens, bool fresh) {
-      const u32 queries = tokens * kGroup;
-      kind = at < queries                ? kQuery
-             : !fresh                    ? kNone
-             : at < queries + tokens     ? kKey
-             : at < queries + 2 * tokens ? kValue
-                                         : kNone;
-      token = kind == kQuery ? at / kGroup : kind == kKey ? at - queries : at - queries - tokens;
-      j = at % kGroup;
-    }
-  };
-
-  // Cosines and sines of a position for the pairs of a lane.
-  struct Angles {
-    float cosine[kPairs], sine[kPairs];
-  };
-  static __device__ __forceinline__ void fetch_angles(const Run& run, u32 position, Angles& to) {
-    const float* table = reinterpret_cast<const float*>(run.bias_up) + u64(position) * kHeadDim;
-#pragma unroll
-    for (int i = 0; i < kPairs; ++i) {
-      const int e = min(lane() + 32 * i, kHeadDim / 2 - 1);
-      to.cosine[i] = __ldg(table + e), to.sine[i] = __ldg(table + kHeadDim / 2 + e);
-    }
-  }
-
-  // What turning heads needs, fetched while the inputs are awaited; the angles of several tokens
-  // come later.
+  // What turning heads needs, fetched while the inputs are awaited.
   struct Held {
-    Angles angles;
     float q_norm[2 * kPairs], k_norm[2 * kPairs];
   };
 
@@ -162,27 +137,32 @@ struct Attend {
     }
   }
 
-  static __device__ __forceinline__ void prefetch(const Block& b, const Run& run, Held& held) {
-    if constexpr (kTokens == 1) fetch_angles(run, b.position(0), held.angles);
-    fetch_norm<QNorm>(run.norm, held.q_norm);
-    fetch_norm<KNorm>(run.norm2, held.k_norm);
+  // Elements l + 32 i of both halves of a head are lane l's: v[2 i] and v[2 i + 1].
+  static __device__ __forceinline__ void take_head(const float* head, float (&v)[2 * kPairs]) {
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) {
+      const int e = lane() + 32 * i;
+      v[2 * i] = e < kHeadDim / 2 ? head[e] : 0;
+      v[2 * i + 1] = e < kHeadDim / 2 ? head[kHeadDim / 2 + e] : 0;
+    }
   }
 
-  // Elements l + 32 i of both halves of a head are lane l's: v[2 i] and v[2 i + 1].
   template <class Norm>
-  static __device__ __forceinline__ void turn(const Angles& angles, const float (&norm)[2 * kPairs],
-                                              float* v) {
+  static __device__ __forceinline__ void turn(const float* angles, const float (&norm)[2 * kPairs],
+                                              float (&v)[2 * kPairs]) {
     float sum = 0, factor = 1;
 #pragma unroll
     for (int i = 0; i < 2 * kPairs; ++i) sum = fmaf(v[i], v[i], sum);
     if constexpr (Norm::kGiven)
       factor = inverse_root(warp_sum(sum) / kHeadDim + __uint_as_float(kEpsBits));
+    float angle[2 * kPairs];
+    take_head(angles, angle);
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) {
       float a = v[2 * i], c = v[2 * i + 1];
       if constexpr (Norm::kGiven) a *= factor * norm[2 * i], c *= factor * norm[2 * i + 1];
-      v[2 * i] = fmaf(a, angles.cosine[i], -(c * angles.sine[i]));
-      v[2 * i + 1] = fmaf(c, angles.cosine[i], a * angles.sine[i]);
+      v[2 * i] = fmaf(a, angle[2 * i], -(c * angle[2 * i + 1]));
+      v[2 * i + 1] = fmaf(c, angle[2 * i], a * angle[2 * i + 1]);
     }
   }
 
@@ -190,7 +170,8 @@ struct Attend {
     rows[row * kHeadDim + swizzle<kHeadDim>(row, e / 8) * 8 + e % 8] = u16(pack_bf16(v, 0));
   }
 
-  static __device__ __forceinline__ void put_head(u16* rows, u32 row, const float* v) {
+  static __device__ __forceinline__ void put_head(u16* rows, u32 row,
+                                                  const float (&v)[2 * kPairs]) {
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) {
       u32 e = lane() + 32 * i;
@@ -199,73 +180,99 @@ struct Attend {
     }
   }
 
-  // The words of this warp's heads as the products left them, all loads under way at once.
-  static __device__ __forceinline__ void load_heads(const Block& b, const Run& run, u32 g,
-                                                    const Span& span, bool fresh,
-                                                    float (&v)[kTurns * 2 * kPairs]) {
-    constexpr int kHalf = kHeadDim / 2;
-    const float* from[kTurns * 2 * kPairs];
-    u32 tag[kTurns * 2 * kPairs];
+  // Where the products left a piece of a head, and its tag. Heads of a token: queries, key, value.
+  static __device__ __forceinline__ const float* piece_at(const Block& b, const Run& run, u32 g,
+                                                          u32 token, u32 head, u32 piece,
+                                                          u32& tag) {
+    const u32 operand = head < kGroup ? run.x : head == kGroup ? run.x2 : run.x3;
+    const u32 pitch = head < kGroup ? kQPitch : head == kGroup ? kKPitch : kVPitch;
+    tag = b.tag(operand);
+    const u32 column = head < kGroup ? g * kGroup + head : g;
+    return b.at(operand) + token * pitch + column * kHeadDim + piece * 4;
+  }
+
+  // The tokens' angles and heads to shared memory, all loads under way at once; keys and values
+  // only where they are needed.
+  static __device__ __forceinline__ void gather(const Block& b, const Run& run, u32 g,
+                                                const Span& span, bool fresh, Scratch& scratch) {
+    float4 angle, v[kLoads];
+    const u32 of = thread() / kPieces, at = thread() % kPieces * 4;
+    if (of < span.tokens()) {
+      const u64 row = b.position(span.begin + of);
+      angle = __ldg(reinterpret_cast<const float4*>(run.bias_up + (row * kHeadDim + at) * 4));
+    }
+    Retry retry;
+    for (u32 other = 1; other;) {
+      other = 0;
+      u32 tag[kLoads];
+      bool in[kLoads];
 #pragma unroll
-    for (int turn = 0; turn < kTurns; ++turn) {
-      const Head head(warp() + turn * kWarps, span.tokens(), fresh);
-      const u32 token = span.begin + head.token;
-      const float* first = b.at(run.x) + token * kQPitch + (g * kGroup + head.j) * kHeadDim;
-      u32 operand = run.x;
-      if (head.kind == Head::kKey)
-        first = b.at(run.x2) + token * kKPitch + g * kHeadDim, operand = run.x2;
-      if (head.kind == Head::kValue)
-        first = b.at(run.x3) + token * kVPitch + g * kHeadDim, operand = run.x3;
-#pragma unroll
-      for (int i = 0; i < kPairs; ++i) {
-        const int e = lane() + 32 * i, at = (turn * kPairs + i) * 2;
-        const bool in = head.kind != Head::kNone && e < kHalf;
-        from[at] = in ? first + e : nullptr, from[at + 1] = in ? first + kHalf + e : nullptr;
-        tag[at] = tag[at + 1] = b.tag(operand);
+      for (int i = 0; i < kLoads; ++i) {
+        const u32 index = thread() + i * kThreads, head = index / kPieces;
+        in[i] = head / kHeadsOf < span.tokens() && (fresh || head % kHeadsOf < kGroup);
+        const float* from = piece_at(b, run, g, span.begin + head / kHeadsOf, head % kHeadsOf,
+                                     index % kPieces, tag[i]);
+        if (in[i]) v[i] = load_float4(from);
       }
-    }
-    if constexpr (kTagged) {
-      load_tagged(b, from, tag, v);
-    } else {
 #pragma unroll
-      for (int i = 0; i < kTurns * 2 * kPairs; ++i) v[i] = from[i] ? load_float(from[i]) : 0;
+      for (int i = 0; i < kLoads; ++i)
+        if (kTagged && in[i])
+          other |= other_tag(v[i].x, tag[i]) | other_tag(v[i].y, tag[i]) |
+                   other_tag(v[i].z, tag[i]) | other_tag(v[i].w, tag[i]);
+      if (other && retry.in_vain(b, tag[0])) break;
     }
+    if (of < span.tokens()) *reinterpret_cast<float4*>(scratch.angles[of] + at) = angle;
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      const u32 index = thread() + i * kThreads;
+      if (index >= kTokens * kHeadsOf * kPieces) continue;
+      if (kTagged) v[i] = {untagged(v[i].x), untagged(v[i].y), untagged(v[i].z), untagged(v[i].w)};
+      *reinterpret_cast<float4*>(scratch.raw[index / kPieces] + index % kPieces * 4) = v[i];
+    }
+  }
+
+  // True when a split needs the new keys and values: to append them, or for a page that they are
+  // in.
+  static __device__ __forceinline__ bool takes_new(const Block& b, const Span& span, u32 split) {
+    if (split == 0) return true;
+    if (span.tokens() == 1) return false;
+    const u32 first = b.position(span.begin) / kPage, last = (b.position(span.end - 1) - 1) / kPage;
+    return split == split_of(first, kSplits) || split == split_of(last, kSplits);
   }
 
   // Queries to shared memory, new keys and values too where they are needed; split 0 appends those
   // to the cache.
   static __device__ __forceinline__ void prepare(Block& b, const Run& run, const Held& held, u32 g,
                                                  u32 split, const Span& span, Scratch& scratch) {
-    const bool fresh = split == 0 || span.tokens() > 1;
-    float v[kTurns * 2 * kPairs];
-    load_heads(b, run, g, span, fresh, v);
-#pragma unroll
-    for (int turns = 0; turns < kTurns; ++turns) {
-      const Head head(warp() + turns * kWarps, span.tokens(), fresh);
-      if (head.kind == Head::kNone) continue;
-      float* own = v + turns * 2 * kPairs;
-      const u32 position = b.position(span.begin + head.token);
-      Angles angles;
-      if constexpr (kTokens > 1) fetch_angles(run, position, angles);
-      const Angles& of = kTokens > 1 ? angles : held.angles;
-      if (head.kind == Head::kQuery) {
-        turn<QNorm>(of, held.q_norm, own);
-        put_head(scratch.q, head.token * kGroup + head.j, own);
+    const bool fresh = takes_new(b, span, split);
+    gather(b, run, g, span, fresh, scratch);
+    sync_consumers();
+#pragma unroll 1
+    for (u32 i = warp(); i < span.tokens() * kHeadsOf; i += kWarps) {
+      const u32 token = i / kHeadsOf, head = i % kHeadsOf;
+      if (head >= kGroup && !fresh) continue;
+      float v[2 * kPairs];
+      take_head(scratch.raw[i], v);
+      if (head < kGroup) {
+        turn<QNorm>(scratch.angles[token], held.q_norm, v);
+        put_head(scratch.q, token * kGroup + head, v);
         continue;
       }
-      const bool key = head.kind == Head::kKey;
-      if (key) turn<KNorm>(of, held.k_norm, own);
-      put_head((key ? scratch.k : scratch.v)[head.token], 0, own);
+      const bool key = head == kGroup;
+      if (key) turn<KNorm>(scratch.angles[token], held.k_norm, v);
+      put_head((key ? scratch.k : scratch.v)[token], 0, v);
       if (split) continue;
       u8* cache = const_cast<u8*>(key ? run.w : run.w_up);
+      const u32 position = b.position(span.begin + token);
       const u64 at = page_at(b, span.begin, position / kPage, g);
-      put_head(reinterpret_cast<u16*>(cache + at), position % kPage, own);
+      put_head(reinterpret_cast<u16*>(cache + at), position % kPage, v);
       fence_proxy();  // others will stream what is new
     }
   }
 
   // Scores of the tokens' own positions, in powers of two; one key each needs no matrix unit.
   static __device__ __forceinline__ void score_own(Scratch& scratch, u32 rows) {
+#pragma unroll 1
     for (u32 r = warp() - kWarps / 2; r < rows; r += kWarps / 2) {
       float sum = 0;
       for (u32 e = lane(); e < kHeadDim; e += 32) {
@@ -281,6 +288,7 @@ struct Attend {
   static __device__ __forceinline__ void patch(const Block& b, const Span& span, u32 position0,
                                                const u16 (&made)[kTokens][kHeadDim], u16* page) {
     const u32 first = b.position(span.begin);
+#pragma unroll 1
     for (u32 t = 0; t + 1 < span.tokens(); ++t) {
       const u32 row = first + t - position0;
       if (row >= 16) continue;
@@ -447,6 +455,7 @@ struct Attend {
     if (warp() < 4) store_state(state, scratch.merged[warp()]);
     sync_consumers();
     constexpr int kRowPairs = kPitch / 2;  // of columns; the last is maximum and sum
+#pragma unroll 1
     for (u32 i = thread(); i < min(rows - first, 16u) * kRowPairs; i += kThreads) {
       const u32 part = i / kRowPairs, column = i % kRowPairs * 2, row = first + part;
       store_float2(y + row / kGroup * kYPitch + row % kGroup * kPitch + column,
@@ -503,9 +512,11 @@ struct Attend {
       add_page(b, span, page, round % 2 == (warp() >= 4), scratch, seen, state);
     }
     float* y = b.at(run.y) + span.begin * kYPitch + index * kGroup * kPitch;
-#pragma unroll
-    for (int r = 0; r < kRowBlocks; ++r) {
-      if (u32(r * 16) < rows) merge(state[r], scratch, r * 16, rows, both, split == 0, y);
+#pragma unroll 1
+    for (int r = 0; r < kRowBlocks; ++r) {  // in a loop: this is much code, that runs once
+      State& last = state[kRowBlocks - 1];
+      if (r + 1 == kRowBlocks && kRowBlocks > 1) state[0] = last;
+      if (u32(r * 16) < rows) merge(state[0], scratch, r * 16, rows, both, split == 0, y);
       sync_consumers();
     }
   }
@@ -537,7 +548,8 @@ struct Attend {
 
   static __device__ __forceinline__ bool consume(Block& b, const Run& run) {
     Held held;
-    prefetch(b, run, held);
+    fetch_norm<QNorm>(run.norm, held.q_norm);
+    fetch_norm<KNorm>(run.norm2, held.k_norm);
     if (!wait_for_inputs<kTagged>(b, run)) return false;
     Scratch& scratch = *reinterpret_cast<Scratch*>(b.scratch);
     for (u32 i = run.first; i < run.first + run.count; ++i)
@@ -592,7 +604,7 @@ struct Combine {
       blend.join(top[s], fade, weight);
       x.x = fmaf(x.x, fade, weight * v[s].x), x.y = fmaf(x.y, fade, weight * v[s].y);
     }
-    const float inverse = 1 / blend.sum;
+    const float inverse = blend.inverse();
     return {x.x * inverse, x.y * inverse};
   }
 };

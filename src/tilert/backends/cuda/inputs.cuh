@@ -34,6 +34,9 @@ __device__ __forceinline__ u32 active_shares(u32 lo, u32 hi, u32 splits) {
 __device__ __forceinline__ u32 page_of(u32 round, u32 split, u32 splits) {
   return round * splits + (split + splits - round % splits) % splits;
 }
+__device__ __forceinline__ u32 split_of(u32 page, u32 splits) {
+  return (page + page / splits) % splits;
+}
 __device__ __forceinline__ u32 first_visible(u32 position, u32 window) {
   return window && position + 1 > window ? position + 1 - window : 0;
 }
@@ -48,6 +51,7 @@ struct Blend {
     most = higher;
     sum = fmaf(sum, fade, weight * top.y);
   }
+  __device__ __forceinline__ float inverse() const { return reciprocal(sum); }
 };
 
 template <class Layout>
@@ -188,7 +192,7 @@ struct Inputs {
     }
 #pragma unroll
     for (int r = 0; r < kRounds; ++r) {
-      const float inverse = Layout::inside(r) ? 1 / blend[r].sum : 0;
+      const float inverse = Layout::inside(r) ? blend[r].inverse() : 0;
 #pragma unroll
       for (int i = 0; i < kWide; ++i) x[r][i] = rounded_for_tag(x[r][i] * inverse);  // as Combine
       Layout::put(out, r, x[r]);
@@ -233,7 +237,7 @@ struct Inputs {
           if constexpr (kTagged) {
 #pragma unroll
             for (int e = 0; e < kWide; ++e) {
-              if (Layout::inside(first + i)) other |= other_tag(v[i][e], tag);
+              if (Layout::inside(first + i)) other |= __float_as_uint(v[i][e]) ^ tag;
               v[i][e] = untagged(v[i][e]);
             }
           }
@@ -241,7 +245,8 @@ struct Inputs {
         }
       }
       // All lanes go on together: put() exchanges words between them.
-      again = kTagged && __any_sync(~0u, other != 0) && !__any_sync(~0u, retry.in_vain(b, tag));
+      again = kTagged && __any_sync(~0u, (other & kTagMask) != 0) &&
+              !__any_sync(~0u, retry.in_vain(b, tag));
     }
   }
 

@@ -61,7 +61,7 @@ __device__ __forceinline__ void compute(Block& b) {
 // to those that compute. A claim beyond what the block was given would wait for ever.
 constexpr int kBlockThreads = kThreads + kLoaderThreads;
 constexpr int kGivenRegisters = 65536 / kBlockThreads / 8 * 8;
-constexpr int kComputeRegisters = 216, kLoaderRegisters = 72;
+constexpr int kComputeRegisters = 240, kLoaderRegisters = 24;
 static_assert(kComputeRegisters * kThreads + kLoaderRegisters * kLoaderThreads <=
                   kGivenRegisters * kBlockThreads,
               "the block has no more registers");

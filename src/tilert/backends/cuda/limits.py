@@ -37,7 +37,7 @@ def shared_struct_bytes(tokens: int) -> int:
 def scratch_bytes(program: Program) -> int:
     """Bytes between the barriers of one op: Attend's Scratch, DrawScratch, or a little for the others."""
     sizes = [
-        _attend_bytes(op.group * program.tokens, op.head_dim, program.tokens)
+        _attend_bytes(op.group, op.head_dim, program.tokens)
         for op in program.ops
         if isinstance(op, Attend)
     ]
@@ -45,9 +45,11 @@ def scratch_bytes(program: Program) -> int:
     return -(-max([256, *sizes]) // 16) * 16
 
 
-def _attend_bytes(rows: int, head_dim: int, tokens: int) -> int:
-    queries, merged = -(-rows // 16) * 16, 4 * min(rows, 16) * (head_dim + 2) * 4
-    return (queries + 2 * tokens) * head_dim * 2 + merged + 4 * rows
+def _attend_bytes(group: int, head_dim: int, tokens: int) -> int:
+    rows = group * tokens
+    halves = (-(-rows // 16) * 16 + 2 * tokens) * head_dim
+    raw, merged = tokens * (group + 2) * head_dim, 4 * min(rows, 16) * (head_dim + 2)
+    return 2 * halves + 4 * (tokens * head_dim + max(raw, merged) + rows)
 
 
 def queue_bytes(program: Program) -> int:

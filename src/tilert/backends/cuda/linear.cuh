@@ -40,6 +40,13 @@ struct Linear {
       Product::leave(b, in_chunk + i * kTileRows, sums[i]);
   }
 
+  // Tiles that are taken together have their scales in one block.
+  static __device__ __forceinline__ bool goes_together(const Run& run, u32 row, u32 end) {
+    constexpr int kStride = Product::kTogether * kTileRows;
+    if (row + kStride - kTileRows >= end) return false;
+    return !Product::kScaled || (run.first + row) % kStride == 0;
+  }
+
   static __device__ __forceinline__ void take(Block& b, const Run& run, Operand& x, u32 row,
                                               int in_chunk) {
     typename Product::Sums sums;
@@ -135,17 +142,18 @@ struct Linear {
       const u32 end = min(begin + kChunkRows, run.count);
       Rest rest;
       if (mine) rest = fetch_rest(b, run, at);
-      u32 r = begin;
-      if constexpr (Product::kTogether > 1) {
-        // Tiles that are taken together have their scales in one block.
-        constexpr int kStride = Product::kTogether * kTileRows;
-        while (Product::kScaled && (run.first + r) % kStride && r < end) {
-          take(b, run, x, r, r - begin);
-          r += kTileRows;
+      for (u32 r = begin; r < end;) {
+        if constexpr (Product::kScaled) Product::load_scales(run, r, x);
+        if constexpr (Product::kTogether > 1) {
+          if (goes_together(run, r, end)) {
+            take_together(b, run, x, r, r - begin);
+            r += Product::kTogether * kTileRows;
+            continue;
+          }
         }
-        for (; r + kStride - kTileRows < end; r += kStride) take_together(b, run, x, r, r - begin);
+        take(b, run, x, r, r - begin);
+        r += kTileRows;
       }
-      for (; r < end; r += kTileRows) take(b, run, x, r, r - begin);
       sync_consumers();
       if (mine) {
         finish(b, run, at, rest);

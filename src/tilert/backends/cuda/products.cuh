@@ -260,7 +260,6 @@ struct Matrix {
   static __device__ __forceinline__ void add(Block& b, const Run& run, u32 row, int piece,
                                              Operand& x, Sums& sums) {
     Weights w;
-    if constexpr (kScaled) load_scales(run, row, x);
     fetch(b, run, row, piece, w);
 #pragma unroll
     for (int i = 0; i < kPieceSteps; ++i)
@@ -275,7 +274,6 @@ struct Matrix {
   static __device__ __forceinline__ void add_together(Block& b, const Run& run, u32 row, Operand& x,
                                                       Sums (&sums)[kTogether]) {
     Weights w[kTogether];
-    if constexpr (kScaled) load_scales(run, row, x);
 #pragma unroll
     for (int t = 0; t < kTogether; ++t) fetch(b, run, row + t * T::kTileRows, 0, w[t]);
 #pragma unroll
@@ -402,7 +400,6 @@ struct Scalar {
 
   static __device__ __forceinline__ void add(Block& b, const Run& run, u32 row, int piece,
                                              Operand& x, Sums& sums) {
-    if constexpr (kScaled) load_scales(run, row, x);
     wait_full(b);
     const u8* slot = b.slot();
 #pragma unroll

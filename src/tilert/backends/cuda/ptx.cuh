@@ -108,7 +108,7 @@ __device__ __forceinline__ u32 load_system(const u32* p) {
 }
 
 __device__ __forceinline__ void store_system(u32* p, u32 v) {
-  asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
+  asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
 }
 
 __device__ __forceinline__ u32 swap_if(u32* p, u32 expected, u32 v) {
@@ -219,6 +219,12 @@ __device__ __forceinline__ float exp2_fast(float x) {
   return y;
 }
 
+__device__ __forceinline__ float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 __device__ __forceinline__ float inverse_root(float x) {
   float y;
   asm("rsqrt.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -249,8 +255,7 @@ __device__ __forceinline__ void floats_of_e4m3(u32 v, float (&f)[4]) {
 // Two floats rounded to f16, the first in the low half; what is too large becomes the largest.
 __device__ __forceinline__ u32 pack_f16(float low, float high) {
   u32 v;
-  low = fminf(fmaxf(low, -65504.0f), 65504.0f), high = fminf(fmaxf(high, -65504.0f), 65504.0f);
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
+  asm("cvt.rn.satfinite.f16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
   return v;
 }
 

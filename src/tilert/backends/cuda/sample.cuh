@@ -4,23 +4,31 @@
 
 template <int kWidth, class Type, bool kTagged>
 struct Embed {
+  using Bits = typename Type::Bits;
+  static constexpr int kEach = (kWidth + kThreads - 1) / kThreads;  // elements of a thread
+
   static __device__ __forceinline__ bool stream(Loader&, const Run&) { return true; }
   static __device__ __forceinline__ bool consume(Block& b, const Run& run) {
     if (!wait_for_inputs<false>(b, run)) return false;
-    using Bits = typename Type::Bits;
     for (u32 token = run.first; token < run.first + run.count; ++token) {
       const Bits* row = reinterpret_cast<const Bits*>(run.w) +
                         u64(load_relaxed(b.params.tokens + token)) * kWidth;
       float* y = b.at(run.y) + token * kWidth;
-      for (int i = thread(); i < kWidth; i += kThreads) {
-        const float v = Type::widen(__ldg(row + i));
-        kTagged ? store_tagged(y + i, v, b.tag(run.y)) : store_float(y + i, v);
-      }
+      Bits bits[kEach];  // all loads before the first store: every op of the step waits for this
+#pragma unroll
+      for (int i = 0; i < kEach; ++i) bits[i] = __ldg(row + min(at(i), kWidth - 1));
+#pragma unroll
+      for (int i = 0; i < kEach; ++i)
+        if (at(i) < kWidth)
+          store_output<kTagged, false>(y, at(i), Type::widen(bits[i]), b.tag(run.y));
     }
     sync_consumers();
     if (thread() == 0) signal<kTagged>(b, run);
     return true;
   }
+
+ private:
+  static __device__ __forceinline__ int at(int i) { return thread() + i * kThreads; }
 };
 
 // A value and where it was found; of equal values the one with the lowest index wins.

@@ -116,6 +116,7 @@ struct Tile {
 #pragma unroll
       for (int m = 0; m < kMatrices; ++m) {
         const u8* from = (m ? run.w_up : run.w) + u64(row) * kRowBytes + done;
+#pragma unroll 1
         for (u32 r = 0; r < rows; ++r)
           l.copy(m * kMatrixPitch + r * kPieceBytes, from + u64(r) * kRowBytes, bytes);
       }
