@@ -31,7 +31,8 @@ def own_logits(llm: LLM, tokens: list[int], sizes: list[int]) -> np.ndarray:
     for size in sizes:
         step = [Row(tokens[p], p, 0) for p in range(at, at + size)]
         wanted = list(range(size)) if size <= 8 else [size - 1]
-        _, logits = runner.step(step, wanted)
+        runner.step(step, wanted)
+        logits = runner.logits()
         rows += [(at + i, logits[n].copy()) for n, i in enumerate(wanted)]
         at += size
     out = np.full((len(tokens), rows[0][1].size), np.nan, np.float32)

@@ -196,7 +196,11 @@ class CompletionOutput:
 
 @dataclass(slots=True)
 class RequestMetrics:
-    """Times in seconds of time.perf_counter(), and counts of tokens over all outputs."""
+    """Times in seconds of time.perf_counter(), and counts of tokens over all outputs.
+
+    With speculation, `drafted_tokens` were guessed, and `verified` has for each step that verified some
+    how many tokens it gave: one, and one more for each right guess.
+    """
 
     arrival_time: float
     prompt_tokens: int = 0
@@ -204,6 +208,13 @@ class RequestMetrics:
     first_token_time: float | None = None
     last_token_time: float | None = None
     finished_time: float | None = None
+    drafted_tokens: int = 0
+    verified: list[int] = field(default_factory=list)
+
+    @property
+    def accepted_tokens(self) -> int:
+        """Drafted tokens that became part of an output."""
+        return sum(self.verified) - len(self.verified)
 
     @property
     def time_to_first_token(self) -> float | None:

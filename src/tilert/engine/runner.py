@@ -1,8 +1,8 @@
 """One model on one back end: its programs, its weights, its KV cache. Token ids in, logits out.
 
 Programs share everything but activations: `decode` (one token), `sampled` (one token, sampled on the
-device), `few` (up to eight tokens of any sequences) and `prompt` (many tokens of one sequence). Each is
-compiled when it is first needed.
+device), `few` (up to eight tokens of any sequences; on a GPU also `few2` and `few4`, whose steps cost less)
+and `prompt` (many tokens of one sequence). Each is compiled when it is first needed.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from tilert.backends.cuda.runtime import CudaRuntime
 
 FEW, PROMPT = 8, 256  # most tokens of a step of the two larger programs
+TOKENS = {"decode": 1, "sampled": 1, "few2": 2, "few4": 4, "few": FEW, "prompt": PROMPT}
 
 
 class Backend(Protocol):
@@ -73,17 +74,30 @@ class Runner:
         self._caches: dict[str, np.ndarray] | None = None
 
     def program(self, kind: str) -> Program:
-        """The program 'decode', 'sampled', 'few' or 'prompt', compiled at the first call."""
+        """The program of that kind, compiled at the first call."""
         if kind not in self.programs:
-            few = FEW
-            if kind == "few" and self.place is not None and not isinstance(self.place, Pool):
-                few = self.place.step_rows(self.program)
-            tokens = {"decode": 1, "sampled": 1, "few": few, "prompt": PROMPT}[kind]
+            tokens = TOKENS[kind]
             outputs = 1 if kind == "prompt" else tokens
             limits = Limits(tokens, outputs, self.sequences, self.context, kind == "sampled")
             dtypes = {name: DType.of(array) for name, array in self.weights.items()}
             self.programs[kind] = program_for(self.graph, self.machine, limits, dtypes, self.scales)
         return self.programs[kind]
+
+    @property
+    def few(self) -> int:
+        """Most rows of a step that one launch takes, and whose logits can all be had."""
+        if self.place is None or isinstance(self.place, Pool):
+            return FEW
+        return self.place.step_rows(self.program)
+
+    def _kind(self, rows: int) -> str:
+        """The cheapest program that takes a step of so many rows."""
+        if rows == 1 or rows > FEW:
+            return "decode" if rows == 1 else "prompt"
+        if self.place is None or isinstance(self.place, Pool):
+            return "few"
+        sizes = [kind for kind in ("few2", "few4", "few") if TOKENS[kind] <= self.few]
+        return next((kind for kind in sizes if TOKENS[kind] >= rows), sizes[-1] if sizes else "few")
 
     @property
     def samples(self) -> bool:
@@ -110,16 +124,23 @@ class Runner:
         """The physical pages of the sequence in `slot`."""
         self.page_table[slot, : len(pages)] = pages
 
-    def step(self, rows: Sequence[Row], outputs: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """Run one step; (greedy ids [n], logits [n, vocab_size]) of the rows named in `outputs`.
+    def step(self, rows: Sequence[Row], outputs: Sequence[int]) -> np.ndarray:
+        """Run one step; greedy ids [n] of the rows named in `outputs`.
 
-        Logits are a view that the next step overwrites. Rows of more than eight tokens must be one
-        sequence's consecutive tokens.
+        Rows of more than eight tokens must be one sequence's consecutive tokens. Raises UserError when the
+        device found no largest logit because they are no numbers.
         """
-        kind = "decode" if len(rows) == 1 else "few" if len(rows) <= FEW else "prompt"
-        backend = self._prepare(kind, rows, outputs)
+        backend = self._prepare(self._kind(len(rows)), rows, outputs)
+        self._stepped = backend, len(outputs)
         (sampled,) = backend.steps(1)
-        return sampled, backend.read("logits")[: len(outputs)]
+        if (sampled < 0).any():
+            check_finite(float("nan"))
+        return sampled
+
+    def logits(self) -> np.ndarray:
+        """Logits [n, vocab_size] of the last step's outputs; a view that the next step overwrites."""
+        backend, outputs = self._stepped
+        return backend.read("logits")[:outputs]
 
     def loop(
         self, row: Row, steps: int, stop_ids: Iterable[int] = (), sampler: Sampler | None = None

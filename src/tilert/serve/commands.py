@@ -59,13 +59,14 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def load(args: argparse.Namespace) -> LLM:
+def load(args: argparse.Namespace, num_speculative_tokens: int = 0) -> LLM:
     """The model that the arguments name."""
     bars = Bars()
     try:
         return LLM(
             args.model, dtype=args.dtype, max_model_len=args.max_model_len, threads=args.threads,
             backend=args.backend, max_num_seqs=1, progress=bars, notify=_say,
+            num_speculative_tokens=num_speculative_tokens,
         )  # fmt: skip
     finally:
         bars.close()
@@ -124,7 +125,7 @@ def show(deltas: Iterator[Delta]) -> RequestOutput | None:
 def generate(args: argparse.Namespace) -> None:
     """`tilert generate`."""
     text = read_prompt(args)
-    llm = load(args)
+    llm = load(args, args.num_speculative_tokens)
     params = sampling_params(args, llm.checkpoint.generation_config)
     request = show(llm.stream(make_prompt(llm, args, text), params))
     print()
@@ -134,7 +135,7 @@ def generate(args: argparse.Namespace) -> None:
 
 def chat(args: argparse.Namespace) -> None:
     """`tilert chat`: /reset forgets, /exit or end of input leaves."""
-    llm = load(args)
+    llm = load(args, args.num_speculative_tokens)
     params = sampling_params(args, llm.checkpoint.generation_config)
     system = [{"role": "system", "content": args.system}] if args.system is not None else []
     messages: list[dict[str, str]] = list(system)

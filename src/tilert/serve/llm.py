@@ -25,6 +25,7 @@ from tilert.engine.core import (
 )
 from tilert.engine.engine import Engine, Event
 from tilert.engine.runner import Runner
+from tilert.engine.speculate import MAX_DRAFT
 from tilert.errors import UserError
 from tilert.ir import machine
 from tilert.ir.dtype import DType
@@ -62,7 +63,9 @@ class LLM:
     model: folder, .gguf file, Hub name or pypi:PACKAGE. dtype: what a GGUF file is unpacked to
     ('bfloat16' or 'float32'); safetensors are used as stored. max_model_len: positions per
     sequence. backend: 'cpu' (threads: its workers), 'cuda' (one GPU) or 'interpreter', the numpy
-    definition. progress and notify are told of loading and of compiling.
+    definition. num_speculative_tokens: most tokens that are guessed from the text so far and checked
+    in one step, while a single sequence runs; 0 to 7, 0 is off. Outputs are the same either way.
+    progress and notify are told of loading and of compiling.
     Raises UserError for everything that is wrong with the input.
     """
 
@@ -70,6 +73,7 @@ class LLM:
         self, model: str | os.PathLike[str], *, skip_tokenizer_init: bool = False,
         dtype: Literal["auto", "bfloat16", "float32"] = "auto", max_model_len: int | None = None,
         max_num_seqs: int = 8, threads: int | None = None, seed: int | None = None,
+        num_speculative_tokens: int = 0,
         backend: Literal["cpu", "cuda", "interpreter"] = "cpu", progress: Progress | None = None,
         notify: Callable[[str], None] | None = None,
     ) -> None:  # fmt: skip
@@ -78,6 +82,10 @@ class LLM:
             raise UserError(f"max_num_seqs is {max_num_seqs}; accepted are 1 to 8")
         if threads is not None and not 1 <= threads <= MAX_THREADS:
             raise UserError(f"threads is {threads}; accepted are 1 to {MAX_THREADS}")
+        if not 0 <= num_speculative_tokens <= MAX_DRAFT:
+            raise UserError(
+                f"num_speculative_tokens is {num_speculative_tokens}; accepted are 0 to {MAX_DRAFT}"
+            )
         if backend not in ("cpu", "cuda", "interpreter"):
             raise UserError(
                 f"backend '{backend}' is not known; accepted are cpu, cuda and interpreter"
@@ -114,7 +122,9 @@ class LLM:
         )  # fmt: skip
         if device is not None:
             self.runner.backend("decode")  # compiles the kernel and loads the weights
-        self.engine = Engine(self.runner, self.config.vocab_size, self.config.eos_token_ids)
+        self.engine = Engine(
+            self.runner, self.config.vocab_size, self.config.eos_token_ids, num_speculative_tokens
+        )
         self._owners: dict[int, tuple[_Request, int]] = {}  # by sequence id: request, output
         self._events: Generator[Event, None, None] | None = None  # of all requests together
         self.load_seconds = time.perf_counter() - started
@@ -332,6 +342,7 @@ class _Request:
         output.token_ids.append(token)
         self._note_logprobs(output, event)
         self._note_time(event.time)
+        self._note_draft(event)
         new = ""
         if text is not None:
             hidden = event.finish_reason == "stop" and not self.params.include_stop_str_in_output
@@ -372,6 +383,13 @@ class _Request:
             self.metrics.first_token_time = now
         self.metrics.last_token_time = now
         self.metrics.generated_tokens += 1
+
+    def _note_draft(self, event: Event) -> None:
+        if event.drafted and event.row == 0:
+            self.metrics.drafted_tokens += event.drafted
+            self.metrics.verified.append(0)
+        if event.drafted:
+            self.metrics.verified[-1] += 1
 
 
 def _left_on(device: GpuDevice, weights: Mapping[str, np.ndarray]) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tilert.compiler.simulate import Span
-from tilert.engine.core import RequestOutput
+from tilert.engine.core import RequestMetrics, RequestOutput
 from tilert.ir import machine
 from tilert.ir.program import Program
 from tilert.models.config import DecoderConfig
@@ -28,7 +28,17 @@ def stats(request: RequestOutput, load_seconds: float, phases: Mapping[str, floa
     return (
         f"[{m.generated_tokens} tokens: {rate}; prompt of {m.prompt_tokens} tokens:"
         f" first token after {first:.1f} ms; loaded in {load_seconds:.2f} s"
-        + (f" ({parts})]" if parts else "]")
+        + (f" ({parts})" if parts else "")
+        + (f"; {speculation(m)}]" if m.verified else "]")
+    )
+
+
+def speculation(m: RequestMetrics) -> str:
+    """How many drafted tokens came true, and tokens per step that verified some."""
+    steps = len(m.verified)
+    return (
+        f"{m.accepted_tokens} of {m.drafted_tokens} drafted tokens accepted: {sum(m.verified) / steps:.2f}"
+        f" tokens per verifying step ({min(m.verified)} to {max(m.verified)}, {steps} steps)"
     )
 
 

@@ -53,7 +53,7 @@ class CudaRuntime:
         self.weights: dict[str, Memory] = {}
         self.caches: dict[str, Memory] = {}
         self._decode: CudaBackend | None = None
-        self._few: CudaBackend | None = None
+        self._few: dict[str, CudaBackend] = {}
         self._prompts: Any = None
 
     def backend(
@@ -61,7 +61,8 @@ class CudaRuntime:
     ) -> CudaBackend | Pieces | Prompts:
         """The back end for steps of that kind; program: makes programs.
 
-        'decode' makes greedy tokens and 'sampled' sampled ones, 'few' and 'prompt' take several rows.
+        'decode' makes greedy tokens and 'sampled' sampled ones; 'few2', 'few4' and 'few' take up to 2, 4
+        and 8 rows, 'prompt' any number.
         """
         decode = self._decoder(program)
         if kind == "decode":
@@ -70,9 +71,11 @@ class CudaRuntime:
             return self.bound(program(kind))
         if kind == "prompt" and self._prompts is not None:
             return Prompts(self._prompts, decode, 256)
-        if self._few is None:
-            self._few = self.bound(program("few")) if self.step_rows(program) > 1 else decode
-        return Pieces(self._few, {"few": 8, "prompt": 256}[kind])
+        rows = min(self.step_rows(program), {"few2": 2, "few4": 4}.get(kind, 8))
+        taken = {1: "decode", 2: "few2", 4: "few4", 8: "few"}[rows]
+        if taken not in self._few:
+            self._few[taken] = self.bound(program(taken)) if rows > 1 else decode
+        return Pieces(self._few[taken], 256 if kind == "prompt" else 8)
 
     def step_rows(self, program: Callable[[str], Program]) -> int:
         """Most tokens of a step of one launch; see limits.step_rows."""
