@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import ml_dtypes
@@ -20,6 +21,7 @@ from tilert.backends.interpreter import (
     RaceError,
     allocate_caches,
 )
+from tilert.backends.protocol import Protocol, Stuck
 from tilert.errors import UserError
 from tilert.ir.dtype import DType
 from tilert.ir.machine import NULL, cpu
@@ -216,6 +218,44 @@ def test_deadlock_names_everyone_who_waits() -> None:
     assert "worker 1, run 0 (o1 linear [2, 4)) in step 0 waits: c0 has 0, wants 1" in text
 
 
+@pytest.mark.parametrize("name", GOOD)
+def test_the_protocol_alone_ends_where_the_interpreter_does(name: str) -> None:
+    """Sound programs, and each with one wait that asks for a signal more, of which some can go on for a
+    few steps or for ever."""
+    program = GOOD[name]
+    Protocol(program, 5).walk()
+    waits = [
+        (w, i) for w, queue in enumerate(program.queues) for i, r in enumerate(queue) if r.waits
+    ]
+    for worker, place in waits[:: max(1, len(waits) // 6)]:
+        first, *others = program.queues[worker][place].waits
+        more = first._replace(threshold=first.threshold + 1)
+        broken = changed(program, worker, place, waits=(more, *others))
+        ends: list[list[Stuck]] = []
+        for walk in (
+            Protocol(broken, 3).walk,
+            partial(started(broken, detect_races=False).run, 3),
+            partial(started(broken, order="starve", detect_races=False).run, 3),
+        ):
+            try:
+                walk()
+                ends.append([])
+            except DeadlockError as error:
+                ends.append(error.stuck)
+        assert ends[0] == ends[1] == ends[2]
+
+
+def test_a_sound_launch_of_any_length_is_walked_in_two_steps() -> None:
+    long = Protocol(GOOD["pipeline"], 1 << 40)
+    long.walk()
+    assert {at.step for at in long.places} == {2}
+    late = changed(GOOD["pipeline"], 2, 0, signal=-1)  # looked: lacks its signal from step 1 on
+    with pytest.raises(
+        DeadlockError, match=r"worker 0, run 0 .* in step 1 waits: c1 has 0, wants 1"
+    ):
+        Protocol(late, 1 << 40).walk()
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_race_is_reported_also_when_the_values_come_out_right(seed: int) -> None:
     program = changed(GOOD["pipeline"], 0, 0, waits=(Wait(2, 1, 1),))  # side is read unprotected
@@ -339,7 +379,7 @@ def test_memory_of_a_long_launch_stays_bounded() -> None:
         launched = made.steps(40)
         for _ in launched:
             frame = launched.gi_frame  # type: ignore[attr-defined]
-            yield max(len(c.known) for c in frame.f_locals["launch"].counters)
+            yield max(len(s.known) for s in frame.f_locals["launch"].signals)
 
     assert max(histories()) <= 6
     assert isinstance(GOOD["greedy"].queues[0][0], Run)

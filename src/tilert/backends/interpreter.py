@@ -1,7 +1,7 @@
 """The interpreter: the definition of what a program means, in numpy, and the judge of every schedule.
 
-It executes the protocol itself (queues, waits, signals, steps that run into each other) with the
-reference bodies of tilert.ops, in any legal order: one tile at a time, in turns between workers, and
+It executes the protocol itself (protocol.py: queues, waits, signals, steps that run into each other) with
+the reference bodies of tilert.ops, in any legal order: one tile at a time, in turns between workers, and
 what a tile writes appears only when the worker has its next turn. Vector clocks report two runs that
 touch the same cell without being ordered, also when this execution happened to come out right. Every
 access is checked against the regions that the op declares, and an activation may only be read when it
@@ -16,8 +16,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from tilert.backends.protocol import DeadlockError, Place, Protocol, run_name
 from tilert.errors import UserError
-from tilert.ir.program import NONE, PAGE, PAST, Buf, Buffer, Kind, Op, Program, Region, Run, Wait
+from tilert.ir.program import NONE, PAGE, PAST, Buf, Buffer, Kind, Op, Program, Region
 from tilert.ir.regions import Cells
 from tilert.ops import Draw, NextToken
 
@@ -30,10 +31,6 @@ class AccessError(AssertionError):
 
 class RaceError(AssertionError):
     """Two runs touched the same cell, one of them writing, and nothing ordered them."""
-
-
-class DeadlockError(AssertionError):
-    """Runs are left and no worker can proceed."""
 
 
 def allocate_caches(program: Program, pages: int) -> dict[str, np.ndarray]:
@@ -94,7 +91,7 @@ class Interpreter:
                 while launch.sampled:
                     yield launch.sampled.pop(0)
         except GeneratorExit:
-            launch.end = launch.begun
+            launch.protocol.end = launch.begun
             while launch.advance():
                 pass
             raise
@@ -325,34 +322,24 @@ def _cache(b: Buffer, caches: Mapping[str, np.ndarray]) -> np.ndarray:
 
 @dataclass(slots=True)
 class _Worker:
-    """Where a worker is: step, run, and within a run the tile, computed (writes held) or not."""
+    """What a worker does at its place: the tile of its run, computed (writes held) or not."""
 
-    index: int
-    queue: tuple[Run, ...]
+    at: Place
     clock: np.ndarray  # runs of each worker, over all steps, that happened before what comes next
-    step: int = 0
-    position: int = 0
     tile: int = -1  # -1: the run has not started
     writes: list[_Write] | None = None
     since: int = -1  # turn at which it became ready; -1 while it waits
 
-    @property
-    def run(self) -> Run:
-        """The run that it is at."""
-        return self.queue[self.position]
-
 
 @dataclass(slots=True)
-class _Counter:
-    """A counter's value, and what happened before each of its signals (from number `first` on)."""
+class _Signals:
+    """What happened before each signal of a counter (from number `first` on)."""
 
-    value: int = 0
     first: int = 0
     known: list[np.ndarray] = field(default_factory=list[np.ndarray])
 
-    def signal(self, clock: np.ndarray) -> None:
+    def add(self, clock: np.ndarray) -> None:
         """One more; a wait for it also knows all signals before."""
-        self.value += 1
         self.known.append(np.maximum(clock, self.known[-1]) if self.known else clock.copy())
 
     def forget(self, value: int) -> None:
@@ -371,13 +358,12 @@ class _Launch:
         end: int, epoch: int,
     ) -> None:  # fmt: skip
         self.program, self.memory, self.races, self.epoch = program, memory, races, epoch
-        self.end, self.begun, self.turn = end, 1, 0
+        self.protocol, self.begun, self.turn = Protocol(program, end), 1, 0
         self.random, self.victim = random.Random(seed), seed % max(1, len(program.queues))
         self.pick = ORDERS[order]
         workers = len(program.queues)
-        self.workers = [_Worker(w, queue, np.zeros(workers, np.int64))
-                        for w, queue in enumerate(program.queues) if queue]  # fmt: skip
-        self.counters = [_Counter() for _ in program.counters]
+        self.workers = [_Worker(at, np.zeros(workers, np.int64)) for at in self.protocol.places]
+        self.signals = [_Signals() for _ in program.counters]
         self.sampled: list[np.ndarray] = []
         self.finished = 0  # steps that all workers have completed
         self.samples = any(isinstance(op, NextToken | Draw) for op in program.ops)
@@ -388,9 +374,8 @@ class _Launch:
         """Let one ready worker compute a tile or store one; False when the launch is over."""
         ready = [w for w in self.workers if self._ready(w)]
         if not ready:
-            left = [w for w in self.workers if w.step < self.end]
-            if left:
-                raise DeadlockError("; ".join(self._waiting(w) for w in left))
+            if stuck := self.protocol.stuck():
+                raise DeadlockError(self.program, stuck)
             return False
         self.turn += 1
         worker = self.pick(ready, self)
@@ -399,75 +384,54 @@ class _Launch:
         else:
             if worker.tile < 0:
                 self._start(worker)
-            op = self.program.ops[worker.run.op]
-            worker.writes = self.memory.execute(op, worker.tile, self.epoch + worker.step)
+            op = self.program.ops[worker.at.run.op]
+            worker.writes = self.memory.execute(op, worker.tile, self.epoch + worker.at.step)
         return True
 
     def _ready(self, w: _Worker) -> bool:
-        if w.step >= self.end or (w.tile < 0 and self._missing(w) is not None):
+        if w.tile < 0 and not self.protocol.ready(w.at):
             return False
         if w.since < 0:
             w.since = self.turn
         return True
 
-    def _missing(self, w: _Worker) -> tuple[Wait, int] | None:
-        """A wait of the worker's run that does not hold yet, with the value that it wants."""
-        for wait in w.run.waits:
-            want = self._want(w, wait)
-            if self.counters[wait.counter].value < want:
-                return wait, want
-        return None
-
-    def _want(self, w: _Worker, wait: Wait) -> int:
-        if w.step < wait.lag:
-            return 0
-        return (w.step - wait.lag) * self.program.counters[wait.counter].total + wait.threshold
-
-    def _waiting(self, w: _Worker) -> str:
-        missing = self._missing(w)
-        assert missing is not None, f"worker {w.index} is ready"
-        (counter, _, _), want = missing
-        name = _run_name(self.program, w.index, w.position)
-        have = self.counters[counter].value
-        return f"{name} in step {w.step} waits: c{counter} has {have}, wants {want}"
-
     def _start(self, w: _Worker) -> None:
-        self.begun = max(self.begun, w.step + 1)
-        w.tile = w.run.lo
+        self.begun = max(self.begun, w.at.step + 1)
+        w.tile = w.at.run.lo
         if self.races is None:
             return
-        for wait in w.run.waits:
-            counter, want = self.counters[wait.counter], self._want(w, wait)
+        for wait in w.at.run.waits:
+            signals, want = self.signals[wait.counter], self.protocol.want(w.at, wait)
             if want > 0:  # it could have gone on at the very signal that it wanted
-                np.maximum(w.clock, counter.known[want - 1 - counter.first], out=w.clock)
+                np.maximum(w.clock, signals.known[want - 1 - signals.first], out=w.clock)
         self.races.check(w)
 
     def _store(self, w: _Worker) -> None:
         assert w.writes is not None
-        self.memory.apply(w.writes, self.epoch + w.step)
+        self.memory.apply(w.writes, self.epoch + w.at.step)
         w.writes, w.tile = None, w.tile + 1
-        if w.tile < w.run.hi:
+        if w.tile < w.at.run.hi:
             return
-        run, op = w.run, self.program.ops[w.run.op]
-        w.clock[w.index] = w.step * len(w.queue) + w.position + 1
+        run, op = w.at.run, self.program.ops[w.at.run.op]
+        w.clock[w.at.worker] = w.at.step * len(w.at.queue) + w.at.position + 1
         if run.signal >= 0:
-            self.counters[run.signal].signal(w.clock)
+            self.signals[run.signal].add(w.clock)
         if isinstance(op, NextToken | Draw):
             self.sampled.append(self.memory.sampled(op))
-        w.tile, w.since, w.position = -1, -1, w.position + 1
-        if w.position == len(w.queue):
-            w.position, w.step = 0, w.step + 1
+        w.tile = w.since = -1
+        self.protocol.finish(w.at)
+        if w.at.position == 0:
             self._end_step()
 
     def _end_step(self) -> None:
-        behind = min(w.step for w in self.workers)
+        behind = min(w.at.step for w in self.workers)
         if behind == self.finished:
             return
         self.finished = behind
         if not self.samples:
             self.sampled.append(np.empty(0, np.int32))
-        for counter, described in zip(self.counters, self.program.counters, strict=True):
-            counter.forget((behind - 1) * described.total)
+        for signals, counter in zip(self.signals, self.program.counters, strict=True):
+            signals.forget((behind - 1) * counter.total)
 
 
 class _Races:
@@ -500,16 +464,16 @@ class _Races:
 
     def check(self, w: _Worker) -> None:
         """Note the accesses of the run that the worker starts; RaceError when one is not ordered."""
-        at, moment = (w.index, w.position), w.step * len(w.queue) + w.position + 1
+        at, moment = (w.at.worker, w.at.position), w.at.step * len(w.at.queue) + w.at.position + 1
         for region in self.reads[at]:
             self._compare(w, region, self.written)
         for region in self.writes[at]:
             self._compare(w, region, self.touched)
         for region in self.reads[at]:
-            self.touched[self.cells.of(region), w.index] = moment
+            self.touched[self.cells.of(region), w.at.worker] = moment
         for region in self.writes[at]:
             cells = self.cells.of(region)
-            self.touched[cells, w.index] = self.written[cells, w.index] = moment
+            self.touched[cells, w.at.worker] = self.written[cells, w.at.worker] = moment
 
     def _column(self, r: Region) -> Region:
         if self.program.buffers[r.buffer].kind is not Kind.CACHE:
@@ -521,31 +485,25 @@ class _Races:
         if column is not region:
             every = self.cells.of(column)
             moments = table[every]
-            elsewhere = (moments - 1) // self.lengths != w.step
+            elsewhere = (moments - 1) // self.lengths != w.at.step
             moments = np.where(np.isin(every, own)[:, None] | elsewhere, moments, 0)
         else:
             moments = table[own]
         late = np.argwhere(moments > w.clock)
-        late = late[late[:, 1] != w.index]
+        late = late[late[:, 1] != w.at.worker]
         if not late.size:
             return
         cell, other = late[0].tolist()
         step, position = divmod(int(moments[cell, other]) - 1, int(self.lengths[other]))
         raise RaceError(
-            f"{_run_name(self.program, other, position)} in step {step} and"
-            f" {_run_name(self.program, w.index, w.position)} in step {w.step} both use"
+            f"{run_name(self.program, other, position)} in step {step} and"
+            f" {run_name(self.program, w.at.worker, w.at.position)} in step {w.at.step} both use"
             f" {_region_name(self.program, region)}; one of them writes, and nothing orders them"
         )
 
 
-def _run_name(program: Program, worker: int, position: int) -> str:
-    run = program.queues[worker][position]
-    name = type(program.ops[run.op]).__name__.lower()
-    return f"worker {worker}, run {position} (o{run.op} {name} [{run.lo}, {run.hi}))"
-
-
 def _starve(ready: list[_Worker], launch: _Launch) -> _Worker:
-    others = [w for w in ready if w.index != launch.victim]
+    others = [w for w in ready if w.at.worker != launch.victim]
     return launch.random.choice(others or ready)
 
 
@@ -559,8 +517,8 @@ ORDERS: dict[str, Callable[[list[_Worker], _Launch], _Worker]] = {
     "lowest": lambda ready, launch: ready[0],  # as far as it gets before the next worker moves
     "highest": lambda ready, launch: ready[-1],
     "newest": lambda ready, launch: max(ready, key=lambda w: w.since),
-    "ahead": lambda ready, launch: max(ready, key=lambda w: (w.step, w.position)),
-    "behind": lambda ready, launch: min(ready, key=lambda w: (w.step, w.position)),
+    "ahead": lambda ready, launch: max(ready, key=lambda w: (w.at.step, w.at.position)),
+    "behind": lambda ready, launch: min(ready, key=lambda w: (w.at.step, w.at.position)),
     "starve": _starve,  # one worker, chosen by the seed, moves only when no other can
     "hold-writes": _hold_writes,  # results appear as late as possible
 }
