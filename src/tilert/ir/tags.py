@@ -34,6 +34,10 @@ class Tags:
         """The op whose write a reader of the buffer expects: the last one before it."""
         return max(op for op in self.writers[buf] if op < reader)
 
+    def tag(self, op: int, step: int) -> int:
+        """The tag of what the op writes in a step."""
+        return 1 + (self.rank[op] + step * self.stride) % TAGS
+
     def silent(self, op: int) -> bool:
         """True when the op signals without ordering memory."""
         return op in self.rank

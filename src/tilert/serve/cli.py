@@ -40,6 +40,9 @@ def parser() -> argparse.ArgumentParser:
         commands.add_parser("tune", help="find this GPU's best settings for a model, and keep them")
     )
     _trace(commands.add_parser("trace", help="run a prompt and write what every worker did"))
+    _replay(
+        commands.add_parser("replay", help="walk a GPU's hang again and say why it stood still")
+    )
     return top
 
 
@@ -152,6 +155,10 @@ def _trace(p: argparse.ArgumentParser) -> None:
     p.add_argument("--out", default="trace", metavar="STEM", help="writes STEM.json and STEM.html")
     _sampling_options(p, 32)
     _load_options(p)
+
+
+def _replay(p: argparse.ArgumentParser) -> None:
+    p.add_argument("file", metavar="FILE", help="the record that the error of the launch names")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

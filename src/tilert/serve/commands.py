@@ -285,6 +285,14 @@ def tune(args: argparse.Namespace) -> None:
     print(f"kept: window {best}, of {', '.join(map(str, sorted(found)))}")
 
 
+def replay(args: argparse.Namespace) -> None:
+    """`tilert replay`."""
+    from tilert.backends import hang
+    from tilert.serve.replay import report
+
+    print("\n".join(report(hang.load(Path(args.file)))))
+
+
 COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "generate": generate,
     "chat": chat,
@@ -293,4 +301,5 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "compile": compile_,
     "trace": trace,
     "tune": tune,
+    "replay": replay,
 }

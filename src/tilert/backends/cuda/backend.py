@@ -7,14 +7,15 @@ while the next one is being made; a flag there ends the launch within one token.
 from __future__ import annotations
 
 import ctypes
-from collections import defaultdict
 from collections.abc import Generator, Mapping
+from shlex import quote
 from typing import Any, Protocol
 
 import numpy as np
 
 from tilert.backends.cuda.limits import RUN_BYTES, fitting_slots, shared_bytes
 from tilert.backends.cuda.source import KERNEL, Source, generate
+from tilert.backends.hang import Hang, save
 from tilert.ir.program import NONE, PAGE, Buf, Kind, Op, Program, Run
 from tilert.ir.tags import TAGS, Tags, derive
 from tilert.ops import (
@@ -41,7 +42,6 @@ UNSET = 0xFFFFFFFF  # a letter that has not come
 NO_SIGNAL = 0xFFFF
 FAILED = 2  # enum Verdict
 RANK_SHIFT = 24  # kRankShift
-BY_TAG = 0xFFFFFFFF  # kByTag
 SAMPLING = {"controls": 0, "mask": MASKED, "biases": BIASED, "tally": COUNTED}  # flag that needs it
 FAILURE_BYTES = 20  # struct Failure
 RUN = np.dtype(  # struct Run
@@ -172,6 +172,7 @@ class CudaBackend:
         # Stamps, clocks and steps of the last launch, when it was traced.
         self._traced: tuple[Memory, Memory, int] | None = None
         self._tracing = False
+        self._asked = _Params()  # of the last launch
         states = (b for b in program.buffers if b.kind is Kind.STATE)
         self.state = {b.name: np.zeros((b.rows, b.cols), b.dtype.numpy) for b in states}
         # What the ops of draw.cuh read, when the program has them.
@@ -301,6 +302,7 @@ class CudaBackend:
         )  # fmt: skip
         params.positions[:rows] = state["positions"][0, :rows].tolist()
         params.sequences[:rows] = state["sequences"][0, :rows].tolist()
+        self._asked = params
         return params
 
     def _receive(self, index: int) -> int | None:
@@ -318,7 +320,22 @@ class CudaBackend:
         self.kernel.wait()
         verdict, *words = self.outcome.read(0, 1 + 5 * len(self.program.queues), np.uint32).tolist()
         if verdict == FAILED:
-            raise LaunchError(_cause(self.program, np.reshape(words, (-1, 5)).tolist()))
+            raise LaunchError(self._explain(np.reshape(words, (-1, 5)).tolist()))
+
+    def _explain(self, failures: list[list[int]]) -> str:
+        """What the failed launch waited for, and where its record lies for whoever wants to replay it.
+
+        failures: struct Failure of each worker; `want` is 0 where it was not waiting.
+        """
+        asked = self._asked
+        hang = Hang(
+            self.program, asked.steps, tuple(asked.positions[: asked.count]),
+            tuple(asked.sequences[: asked.count]), tuple(map(tuple, failures)),
+        )  # fmt: skip
+        path = save(hang)
+        return hang.cause() + (
+            f"; for the reason: tilert replay {quote(str(path))}" if path else ""
+        )
 
 
 def _check_spans(sequences: list[int], positions: list[int]) -> None:
@@ -327,43 +344,6 @@ def _check_spans(sequences: list[int], positions: list[int]) -> None:
     assert len(ends) + 1 == len(set(sequences)), "tokens of one sequence stand together"
     steps = [positions[i] - positions[i - 1] for i in range(1, len(positions)) if i not in ends]
     assert all(step == 1 for step in steps), "at consecutive positions"
-
-
-def _cause(program: Program, failures: list[list[int]]) -> str:
-    """A sentence on the wait that is to blame: one whose counter nobody who waits could still signal.
-
-    failures: struct Failure of each worker; `want` is 0 where it was not waiting.
-    """
-    stuck = {w: why for w, why in enumerate(failures) if why[4]}
-    for worker, (at, step, counter, _, want) in stuck.items():
-        if counter == BY_TAG:
-            return (
-                f"worker {worker}, run {at} of step {step} waited in vain for words with tag {want}"
-            )
-    signallers: dict[int, set[int]] = defaultdict(set)
-    for worker, queue in enumerate(program.queues):
-        for run in queue:
-            signallers[run.signal].add(worker)
-
-    def owes(worker: int, counter: int, step: int) -> bool:
-        """Whether a stuck worker has not signalled as often as the step asks."""
-        at, its_step = stuck[worker][:2]
-        later = any(r.signal == counter for r in program.queues[worker][at:])
-        return its_step < step or (its_step == step and later)
-
-    def blameless(worker: int, why: list[int]) -> bool:
-        waits = program.queues[worker][why[0]].waits
-        step = why[1] - next(w.lag for w in waits if w.counter == why[2])
-        return any(w in stuck and owes(w, why[2], step) for w in signallers[why[2]])
-
-    guilty = [(w, why) for w, why in stuck.items() if not blameless(w, why)]
-    worker, why = (guilty or list(stuck.items()))[0]
-    at, step, counter, have, want = why
-    op = program.ops[program.queues[worker][at].op]
-    return (
-        f"worker {worker}, run {at} ({type(op).__name__.lower()}) of step {step} waited in vain for"
-        f" counter {counter}: it has {have}, {want} are needed"
-    )
 
 
 def _tables(
