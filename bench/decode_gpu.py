@@ -29,6 +29,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from datetime import date
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -103,10 +104,13 @@ def stored(name: str, graph: Graph) -> tuple[dict[str, DType], dict[str, Scale]]
     return dtypes | dict.fromkeys(linear, DType.F8E4M3), scales
 
 
-def compiled(name: str, context: int, device: Any) -> Program:
-    """The decoding program of a model for that many positions; compiled once, then kept on disk."""
-    graph = build_graph(load_config(config_of(name)), context)
-    return program_for(graph, device.machine, Limits(1, 1, 1, context), *stored(name, graph))
+def compiled(name: str, context: int, device: Any, tokens: int = 1) -> Program:
+    """A model's program of so many tokens for that many positions; compiled once, then kept on disk."""
+    graph, limits = (
+        build_graph(load_config(config_of(name)), context),
+        Limits(tokens, tokens, 1, context),
+    )
+    return program_for(graph, device.machine, limits, *stored(name, graph))
 
 
 def capacity(inputs: Sequence[int]) -> int:
@@ -165,10 +169,15 @@ class RandomModel(CudaRuntime):
             arrays[scale.name] = shape_alone(grid(shapes[n], scale.block), DType.F32)
         arrays[ROPE_TABLE] = np.concatenate(rotary_table(config, context), axis=1)
         super().__init__(device, graph, arrays, context // PAGE)
-        decode = self.backend("decode", lambda _: compiled(name, context, device))
+
+        @cache
+        def program(kind: str) -> Program:
+            return compiled(name, context, device, self.step_rows(program) if kind == "few" else 1)
+
+        decode = self.backend("decode", program)
         assert isinstance(decode, CudaBackend)
         self.decode, self.vocab = decode, config.vocab_size
-        self.prompt = self.backend("prompt", lambda _: decode.program)
+        self.prompt = self.backend("prompt", program)
         for memory in self.caches.values():
             fill_cache(memory)
         self.decode.state["counts"][0] = 1, 1

@@ -101,7 +101,7 @@ class Device(Protocol):
     shared_bytes: int  # of a block, at most
 
     def allocate(self, size: int) -> Memory:
-        """Zeroed memory of the device."""
+        """Memory of the device, which holds anything."""
         ...
 
     def pinned(self, words: int) -> np.ndarray:
@@ -286,9 +286,12 @@ class CudaBackend:
         self._traced = None
         if self._tracing:
             workers, runs = len(self.program.queues), sum(map(len, self.program.queues))
-            self._traced = (
-                self.device.allocate(24 * runs * steps), self.device.allocate(32 * workers), steps
-            )  # fmt: skip
+            stamps, clocks = (
+                self.device.allocate(size) for size in (24 * runs * steps, 32 * workers)
+            )
+            for memory in (stamps, clocks):
+                memory.clear()  # zeros stay where a worker did not come to
+            self._traced = stamps, clocks, steps
         inputs, box = self.inputs.address, self.mailbox.ctypes.data
         params = _Params(
             **{name: memory.address for name, memory in self.tables.items()},

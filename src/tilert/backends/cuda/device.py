@@ -1,30 +1,40 @@
-"""One GPU: what it offers, loading kernels, launching them. Everything that speaks to the driver."""
+"""One GPU: what it offers, its memory, loading kernels, launching them. All that speaks to the driver.
+
+PyTorch, which takes seconds to import, is not needed to load a model and to make tokens. It shares the
+primary context and computes prompts; everything but the copies of weights is queued on the context's
+default stream, by PyTorch as well, so that what is queued later comes later.
+"""
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import Any
+from itertools import cycle
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from cuda.bindings import driver  # type: ignore[attr-defined]
 
+from tilert.backends.cuda.copying import Piece, copy_all, pieces, raw_bytes
 from tilert.backends.cuda.jit import compile_cubin
-from tilert.backends.cuda.prompt import PromptRunner
+from tilert.backends.cuda.late import LateRunner, Torch
 from tilert.backends.cuda.source import Source
 from tilert.errors import UserError
 from tilert.ir import machine
-from tilert.ir.dtype import DType
 from tilert.ir.graph import Graph
 from tilert.ir.program import Scale
 
-_TORCH = {DType.F32: torch.float32, DType.BF16: torch.bfloat16, DType.F16: torch.float16,
-          DType.F8E4M3: torch.float8_e4m3fn}  # fmt: skip
+if TYPE_CHECKING:
+    import torch
+
 THREADS = 384  # kThreads + kLoaderThreads
 DRIVER = 13000  # CUDA 13.0, as cuDriverGetVersion counts
-PIECE = 64 << 20  # bytes of a file that are held at a time while they are copied to the GPU
+STREAM = 0  # the default stream, which waits for what was queued before
+# Weights are copied by so many threads with two buffers each. Allocating pinned memory takes about 0.3 ms
+# per MB, so the buffers are small; smaller ones would ask for the interpreter's lock more often.
+LANES, BUFFER = 8, 4 << 20
 
 
 def _dotted(version: int) -> str:
@@ -40,76 +50,168 @@ def _call(result: tuple[Any, ...]) -> Any:
     return values[0] if values else None
 
 
-class Memory:
-    """Memory of the device, as a tensor of bytes."""
+class Context:
+    """The primary context of a GPU, the one that PyTorch uses too. Calling it calls the driver."""
 
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self.tensor, self.address = tensor, tensor.data_ptr()
+    def __init__(self, gpu: Any) -> None:
+        self.handle = _call(driver.cuDevicePrimaryCtxRetain(gpu))
+        self._make_current = driver.cuCtxSetCurrent
+
+    def __call__(self, function: Callable[..., tuple[Any, ...]], *arguments: Any) -> Any:
+        """The value of a call of the driver."""
+        self.enter()
+        return _call(function(*arguments))
+
+    def enter(self) -> None:
+        """Make it current in this thread: it may not be the one that opened the GPU."""
+        _call(self._make_current(self.handle))
+
+    def release(self, free: Callable[[Any], Any], what: Any) -> None:
+        """Give something back. A context that an error of a kernel has ended holds nothing anymore."""
+        self._make_current(self.handle)
+        free(what)
+
+    def keep(self, owner: Any, free: Callable[[Any], Any], what: Any) -> None:
+        """Release something with its owner, but not at the end of the process, which frees it all."""
+        weakref.finalize(owner, self.release, free, what).atexit = False
+
+
+class _Allocation:
+    """Memory of the device that is freed with this object."""
+
+    def __init__(self, context: Context, size: int) -> None:
+        self.context, self.address = context, int(context(driver.cuMemAlloc, size))
+        context.keep(self, driver.cuMemFree, self.address)
+
+
+class Memory:
+    """Bytes of the device; they stay while this or a part of it does."""
+
+    def __init__(self, owner: _Allocation, address: int, size: int) -> None:
+        self._owner, self.address, self.size = owner, address, size
 
     def part(self, begin: int, size: int) -> Memory:
         """Bytes [begin, begin + size) of it."""
-        return Memory(self.tensor[begin : begin + size])
+        assert begin >= 0 and begin + size <= self.size, f"{begin} + {size} of {self.size} bytes"
+        return Memory(self._owner, self.address + begin, size)
 
     def write(self, values: np.ndarray) -> None:
         """Replace the first values.nbytes bytes."""
-        raw = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
-        for begin in range(0, raw.size, PIECE):  # a copy, for torch takes no read-only arrays
-            piece = torch.from_numpy(raw[begin : begin + PIECE].copy())
-            self.tensor[begin : begin + len(piece)].copy_(piece)
+        raw = raw_bytes(values)
+        assert raw.size <= self.size, f"{raw.size} bytes into {self.size}"
+        self._owner.context(driver.cuMemcpyHtoD, self.address, raw.ctypes.data, raw.size)
 
     def read(self, begin: int, count: int, dtype: Any) -> np.ndarray:
         """A copy of `count` elements from byte `begin` on."""
-        size = count * np.dtype(dtype).itemsize
-        return self.tensor[begin : begin + size].cpu().numpy().view(dtype)
+        values = np.empty(count, dtype)
+        assert begin + values.nbytes <= self.size, f"{begin} + {values.nbytes} of {self.size} bytes"
+        address = self.address + begin
+        self._owner.context(driver.cuMemcpyDtoH, values.ctypes.data, address, values.nbytes)
+        return values
 
     def clear(self) -> None:
-        """Set all bytes to zero."""
-        self.tensor.zero_()
+        """Set all bytes to zero, before what is launched later."""
+        self._owner.context(driver.cuMemsetD8Async, self.address, 0, self.size, STREAM)
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        """For PyTorch, which keeps this object while it has tensors of it."""
+        data = self.address, False
+        return {"version": 3, "shape": (self.size,), "typestr": "|u1", "data": data}
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        """The bytes as a tensor that shares them; imports PyTorch."""
+        import torch
+
+        return torch.as_tensor(self)
 
 
 class Kernel:
     """A loaded kernel, launched with one block per worker; at most one launch is under way."""
 
-    def __init__(self, library: Any, name: str, shared_bytes: int) -> None:
-        self._library = library  # unloading it would take the kernel away
-        handle = _call(driver.cuLibraryGetKernel(library, name.encode()))
-        self._function = _call(driver.cuKernelGetFunction(handle))
+    def __init__(self, context: Context, cubin: bytes, name: str, shared_bytes: int) -> None:
+        self.context, self.shared_bytes = context, shared_bytes
+        self._library = context(driver.cuLibraryLoadData, cubin, [], [], 0, [], [], 0)
+        handle = context(driver.cuLibraryGetKernel, self._library, name.encode())
+        self._function = context(driver.cuKernelGetFunction, handle)
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        _call(driver.cuFuncSetAttribute(self._function, attribute, shared_bytes))
-        self.shared_bytes = shared_bytes
-        self.stream = torch.cuda.current_stream()
-        self.event = torch.cuda.Event()
+        context(driver.cuFuncSetAttribute, self._function, attribute, shared_bytes)
+        self.event = _event(context, self)
 
     def launch(self, blocks: int, params: ctypes.Structure) -> None:
         """Start all blocks together (a cooperative launch fails when they cannot be resident)."""
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(params))
         grid, block = (blocks, 1, 1), (THREADS, 1, 1)
-        stream, arguments = self.stream.cuda_stream, ctypes.addressof(pointers)
-        _call(
-            driver.cuLaunchCooperativeKernel(
-                self._function, *grid, *block, self.shared_bytes, stream, arguments
-            )
-        )
-        self.event.record(self.stream)
+        arguments = self.shared_bytes, STREAM, ctypes.addressof(pointers)
+        self.context(driver.cuLaunchCooperativeKernel, self._function, *grid, *block, *arguments)
+        self.context(driver.cuEventRecord, self.event, STREAM)
 
     def done(self) -> bool:
         """True when the last launch has ended."""
-        return self.event.query()
+        self.context.enter()
+        (state,) = driver.cuEventQuery(self.event)
+        if state == driver.CUresult.CUDA_ERROR_NOT_READY:
+            return False
+        _call((state,))
+        return True
 
     def wait(self) -> None:
         """Until the last launch has ended."""
-        self.event.synchronize()
+        self.context(driver.cuEventSynchronize, self.event)
 
 
-def _tensor(memory: Memory, dtype: np.dtype[Any], shape: tuple[int, ...]) -> torch.Tensor:
-    return memory.tensor.view(_TORCH[DType.of(np.empty(0, dtype))]).view(shape)
+def _event(context: Context, owner: Any) -> Any:
+    """An event that goes with its owner."""
+    event = context(driver.cuEventCreate, driver.CUevent_flags.CU_EVENT_DISABLE_TIMING)
+    context.keep(owner, driver.cuEventDestroy, event)
+    return event
+
+
+class _Lane:
+    """A stream and two pinned buffers: one is filled while the other is on its way."""
+
+    def __init__(self, context: Context, buffers: Iterable[np.ndarray]) -> None:
+        self.context = context
+        # It must not wait for the default stream, where PyTorch may be busy.
+        self.stream = context(driver.cuStreamCreate, driver.CUstream_flags.CU_STREAM_NON_BLOCKING)
+        context.keep(self, driver.cuStreamDestroy, self.stream)
+        self.buffers = cycle([(buffer, _event(context, self)) for buffer in buffers])
+
+    def copy(self, piece: Piece) -> None:
+        """Begin to copy a piece that a buffer holds."""
+        buffer, sent = next(self.buffers)
+        size = piece.source.size
+        self.context(driver.cuEventSynchronize, sent)  # at once when it was never recorded
+        np.copyto(buffer[:size], piece.source)  # without the interpreter's lock
+        self.context(driver.cuMemcpyHtoDAsync, piece.target, buffer.ctypes.data, size, self.stream)
+        self.context(driver.cuEventRecord, sent, self.stream)
+
+    def finish(self) -> None:
+        """Until all bytes have arrived."""
+        self.context(driver.cuStreamSynchronize, self.stream)
+
+
+def _count() -> int:
+    """GPUs that the driver offers; 0 without a driver."""
+    try:
+        (state,) = driver.cuInit(0)
+        return _call(driver.cuDeviceGetCount()) if state == driver.CUresult.CUDA_SUCCESS else 0
+    except RuntimeError:  # of the bindings, that find no driver
+        return 0
+
+
+def _current() -> int:
+    """The number of the GPU that this thread uses already, or 0."""
+    return int(_call(driver.cuCtxGetDevice())) if int(_call(driver.cuCtxGetCurrent())) else 0
 
 
 class Device:
     """The current CUDA device. Raises UserError when there is none that the kernels run on."""
 
     def __init__(self, progress: Callable[[str], None] | None = None) -> None:
-        if not torch.cuda.is_available():
+        count = _count()
+        if not count:
             raise UserError("there is no CUDA device; the back end 'cpu' runs without one")
         version = _call(driver.cuDriverGetVersion())
         if version < DRIVER:
@@ -117,24 +219,33 @@ class Device:
                 f"the GPU's driver speaks CUDA {_dotted(version)}; accepted is {_dotted(DRIVER)} or newer;"
                 " the back end 'cpu' runs without a GPU"
             )
-        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-        self.name = properties.name
-        self.capability = (properties.major, properties.minor)
+        number = _current()
+        self._gpu = _call(driver.cuDeviceGet(number))
+        self.name = _call(driver.cuDeviceGetName(256, self._gpu)).partition(b"\0")[0].decode()
+        self.capability = (
+            self._attribute("COMPUTE_CAPABILITY_MAJOR"), self._attribute("COMPUTE_CAPABILITY_MINOR")
+        )  # fmt: skip
         if self.capability < (9, 0):
             raise UserError(
-                f"{self.name} has compute capability {properties.major}.{properties.minor}; accepted is"
+                f"{self.name} has compute capability {'.'.join(map(str, self.capability))}; accepted is"
                 " 9.0 or newer; the back end 'cpu' runs without a GPU"
             )
-        self.shared_bytes = properties.shared_memory_per_block_optin
+        self.shared_bytes = self._attribute("MAX_SHARED_MEMORY_PER_BLOCK_OPTIN")
         known = {"H100": machine.H100, "H200": machine.H200, "B200": machine.B200}
         nearest = next((m for name, m in known.items() if name in self.name), machine.H100)
-        self.machine = replace(nearest, workers_per_device=properties.multi_processor_count)
+        workers = self._attribute("MULTIPROCESSOR_COUNT")
+        self.machine = replace(nearest, workers_per_device=workers)
         self.progress = progress
-        if progress and torch.cuda.device_count() > 1:
+        if progress and count > 1:
             progress(
-                f"using GPU {torch.cuda.current_device()} ({self.name}) of {torch.cuda.device_count()};"
-                " CUDA_VISIBLE_DEVICES chooses another"
+                f"using GPU {number} ({self.name}) of {count}; CUDA_VISIBLE_DEVICES chooses another"
             )
+        self.context = Context(self._gpu)
+        self.torch = Torch.found(number)
+
+    def _attribute(self, name: str) -> int:
+        which = driver.CUdevice_attribute[f"CU_DEVICE_ATTRIBUTE_{name}"]
+        return _call(driver.cuDeviceGetAttribute(which, self._gpu))
 
     @property
     def arch(self) -> str:
@@ -143,24 +254,42 @@ class Device:
 
     def free_bytes(self) -> int:
         """Memory that nobody has taken."""
-        return torch.cuda.mem_get_info()[0]
+        self.context.enter()
+        error, free, _ = driver.cuMemGetInfo()
+        return _call((error, free))
 
     def allocate(self, size: int) -> Memory:
-        """Zeroed memory of the device."""
-        return Memory(torch.zeros(size, dtype=torch.uint8, device="cuda"))
+        """Memory of the device, which holds anything."""
+        owner = _Allocation(self.context, size)
+        return Memory(owner, owner.address, size)
 
     def pinned(self, words: int) -> np.ndarray:
         """Zeroed u32 words of the host that the device can read and write at the same address."""
-        return torch.zeros(words, dtype=torch.int32, pin_memory=True).numpy().view(np.uint32)
+        values = self._pinned(4 * words).view(np.uint32)
+        values[:] = 0
+        return values
+
+    def _pinned(self, size: int) -> np.ndarray:
+        flags = driver.CU_MEMHOSTALLOC_PORTABLE | driver.CU_MEMHOSTALLOC_DEVICEMAP
+        address = int(self.context(driver.cuMemHostAlloc, size, flags))
+        owner = (ctypes.c_uint8 * size).from_address(address)  # the array below keeps it
+        self.context.keep(owner, driver.cuMemFreeHost, address)
+        return np.frombuffer(memoryview(owner), np.uint8)
+
+    def upload(
+        self, parts: Iterable[tuple[Memory, np.ndarray]], progress: Callable[[int], None]
+    ) -> None:
+        """Write many arrays; `progress` is told of bytes that are under way, many times."""
+        staging = self._pinned(LANES * 2 * BUFFER).reshape(LANES, 2, BUFFER)
+        lanes = [_Lane(self.context, buffers) for buffers in staging]
+        copy_all(pieces(((a, m.address) for m, a in parts), BUFFER), lanes, progress)
 
     def prompt_runner(
         self, graph: Graph, weights: Mapping[str, tuple[Memory, np.ndarray]],
         caches: Mapping[str, tuple[Memory, tuple[int, ...]]], scales: Mapping[str, Scale],
-    ) -> PromptRunner:  # fmt: skip
-        """Prompts by PyTorch, over the same memory."""
-        typed = {n: _tensor(m, a.dtype, a.shape) for n, (m, a) in weights.items()}
-        pages = {n: m.tensor.view(torch.bfloat16).view(shape) for n, (m, shape) in caches.items()}
-        return PromptRunner(graph, typed, pages, scales)
+    ) -> LateRunner | None:  # fmt: skip
+        """Prompts by PyTorch, over the same memory; None where it is not installed."""
+        return self.torch and LateRunner(self.torch, graph, weights, caches, scales)
 
     def load(self, source: Source, kernel: str, shared_bytes: int) -> Kernel:
         """Compile (or find) and load one kernel."""
@@ -168,5 +297,4 @@ class Device:
             source.text, name=kernel, arch=self.arch, headers=source.headers,
             progress=self.progress,
         )  # fmt: skip
-        library = _call(driver.cuLibraryLoadData(cubin.data, [], [], 0, [], [], 0))
-        return Kernel(library, kernel, shared_bytes)
+        return Kernel(self.context, cubin.data, kernel, shared_bytes)

@@ -8,15 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
 import torch
 from torch.nn import functional
 
 from tilert.backends.cuda.backend import swizzle
+from tilert.ir.dtype import DType
 from tilert.ir.graph import Graph, Node, Value
 from tilert.ir.program import PAGE, Scale
 
 CHUNK = 2048  # most tokens at a time: bounds the memory that activations take
+WARM = 256  # tokens of a prompt that warms up, as many as the engine gives at a time
+_TORCH = {DType.F32: torch.float32, DType.BF16: torch.bfloat16, DType.F16: torch.float16,
+          DType.F8E4M3: torch.float8_e4m3fn}  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -63,14 +69,33 @@ class PromptRunner:
         for name, i in last.items():
             self.dead[i].append(name)
 
-    @torch.inference_mode()
     def run(
         self, tokens: Sequence[int], begin: int, pages: Sequence[int], outputs: Sequence[int]
     ) -> torch.Tensor:
         """f32 logits [len(outputs), vocab_size] of rows of `tokens`, which start at position `begin`.
 
         Earlier positions must be in the cache; these are added to it. pages: of the whole sequence.
+        Queued on the default stream, after what was launched there before; what comes later waits.
         """
+        stream = torch.cuda.default_stream(self.device) if self.device.type == "cuda" else None
+        with torch.inference_mode(), torch.cuda.stream(stream):
+            return self._chunks(tokens, begin, pages, outputs)
+
+    def warm_up(self) -> None:
+        """Load what the first prompts would load: two pieces of one that leaves nothing in the caches."""
+        rope = next(node for node in self.graph.nodes if node.op == "rope")
+        table, cache = rope.inputs["table"], next(iter(self.caches.values()))
+        assert table is not None, f"{rope} lacks its table"
+        count = min(WARM, len(self.weights[table.name]) // 2)
+        pages = range(-(-2 * count // PAGE))
+        caches = dict.fromkeys(self.caches, cache.new_zeros(len(pages), *cache.shape[1:]))
+        scratch = PromptRunner(self.graph, self.weights, caches, self.scales)
+        for begin, outputs in ((0, []), (count, [count - 1])):
+            scratch.run([0] * count, begin, pages, outputs).cpu()
+
+    def _chunks(
+        self, tokens: Sequence[int], begin: int, pages: Sequence[int], outputs: Sequence[int]
+    ) -> torch.Tensor:
         found: dict[int, torch.Tensor] = {}
         table = torch.tensor(pages, dtype=torch.long, device=self.device)
         for first in range(0, len(tokens), CHUNK):
@@ -215,3 +240,18 @@ def _rotate(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
     low, high = x.chunk(2, dim=-1)
     cosine, sine = angles.chunk(2, dim=-1)
     return torch.cat([low * cosine - high * sine, high * cosine + low * sine], dim=-1)
+
+
+def over_memory(
+    graph: Graph, weights: Mapping[str, tuple[Any, np.ndarray]],
+    caches: Mapping[str, tuple[Any, tuple[int, ...]]], scales: Mapping[str, Scale],
+) -> PromptRunner:  # fmt: skip
+    """A runner over memory of the device, each with an array of its type and shape, or its shape."""
+    typed = {
+        name: memory.tensor.view(_TORCH[DType.of(array)]).view(array.shape)
+        for name, (memory, array) in weights.items()
+    }
+    pages = {
+        n: memory.tensor.view(torch.bfloat16).view(shape) for n, (memory, shape) in caches.items()
+    }
+    return PromptRunner(graph, typed, pages, scales)

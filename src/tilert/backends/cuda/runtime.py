@@ -1,14 +1,16 @@
 """A model on one GPU: weights and caches in its memory, and the back ends that the engine asks for.
 
 One token of one sequence is the persistent program, and steps of a few tokens are another one where the
-registers of a block hold what they need. Prompts are handed to the device's own prompt runner where it
-has one.
+registers of a block hold what they need. Prompts of more tokens are handed to the device's own prompt
+runner where it has one.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property, partial
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -21,6 +23,11 @@ from tilert.ir.machine import Machine
 from tilert.ir.program import NONE, Kind, Program, Scale
 
 Progress = Callable[[str, int, int], None]  # (label, done bytes, total bytes)
+# Prompts of up to so many launches of the program for a few tokens do not go to the prompt runner. That
+# program is ready in a fifth of a second when it is kept, PyTorch in several, and once both are warm a
+# small model's launches are faster still. It depends on the prompt's length alone, not on what is ready:
+# the two round differently, and the same prompt has the same tokens.
+SHORT_LAUNCHES = 4
 
 
 class GpuDevice(Device, Protocol):
@@ -32,11 +39,17 @@ class GpuDevice(Device, Protocol):
         """Memory that nobody has taken."""
         ...
 
+    def upload(
+        self, parts: Iterable[tuple[Any, np.ndarray]], progress: Callable[[int], None]
+    ) -> None:
+        """Write arrays to its memory; `progress` is told of more bytes."""
+        ...
+
     def prompt_runner(
         self, graph: Graph, weights: Mapping[str, tuple[Any, np.ndarray]],
         caches: Mapping[str, tuple[Any, tuple[int, ...]]], scales: Mapping[str, Scale],
     ) -> Any:  # fmt: skip
-        """A PromptRunner over memory of this device; None when the device has none."""
+        """A LateRunner over memory of this device; None when the device has none."""
         ...
 
 
@@ -50,6 +63,7 @@ class CudaRuntime:
         self.device, self.graph, self.arrays, self.num_pages = device, graph, weights, num_pages
         self.progress = progress
         self.seconds: dict[str, float] = {}  # what loading took: program, weights, kernel
+        self.first_use: dict[str, float] = {}  # what the first requests waited for: few, ...
         self.weights: dict[str, Memory] = {}
         self.caches: dict[str, Memory] = {}
         self._decode: CudaBackend | None = None
@@ -68,14 +82,35 @@ class CudaRuntime:
         if kind == "decode":
             return decode
         if kind == "sampled":
-            return self.bound(program(kind))
+            with self._noted(kind):
+                return self.bound(program(kind))
         if kind == "prompt" and self._prompts is not None:
-            return Prompts(self._prompts, decode, 256)
+            short = SHORT_LAUNCHES * self.step_rows(program)
+            return Prompts(partial(self._pieces, kind, program), short, self._runner, decode, 256)
+        return self._pieces(kind, program)
+
+    def _pieces(self, kind: str, program: Callable[[str], Program]) -> Pieces:
         rows = min(self.step_rows(program), {"few2": 2, "few4": 4}.get(kind, 8))
         taken = {1: "decode", 2: "few2", 4: "few4", 8: "few"}[rows]
         if taken not in self._few:
-            self._few[taken] = self.bound(program(taken)) if rows > 1 else decode
+            with self._noted(taken):
+                self._few[taken] = (
+                    self.bound(program(taken)) if rows > 1 else self._decoder(program)
+                )
         return Pieces(self._few[taken], 256 if kind == "prompt" else 8)
+
+    def _runner(self) -> Any:
+        """The prompt runner, when it is ready."""
+        with self._noted("prompts"):
+            self._prompts.wait()
+        return self._prompts
+
+    @contextmanager
+    def _noted(self, name: str) -> Iterator[None]:
+        """Keeps how long the first of such blocks takes."""
+        begin = time.perf_counter()
+        yield
+        self.first_use.setdefault(name, time.perf_counter() - begin)
 
     def step_rows(self, program: Callable[[str], Program]) -> int:
         """Most tokens of a step of one launch; see limits.step_rows."""
@@ -90,6 +125,8 @@ class CudaRuntime:
             marks.append(time.perf_counter())
             shapes = cache_shapes(made, self.num_pages)
             self.caches = {n: self.device.allocate(2 * int(np.prod(s))) for n, s in shapes.items()}
+            for memory in self.caches.values():
+                memory.clear()  # values that no token has written yet are multiplied by 0
             self._decode = self.bound(made)
             marks.append(time.perf_counter())
             spans = (b - a for a, b in pairwise(marks))
@@ -109,18 +146,22 @@ class CudaRuntime:
 
     def _load(self, program: Program) -> dict[str, Memory]:
         """Put the weights of the program into memory; the part of each tensor in it."""
-        total, done = sum(array.nbytes for array in self.arrays.values()), 0
         tensors: dict[str, Memory] = {}
         for buffer in (b for b in program.buffers if b.kind is Kind.WEIGHT):
             memory = self.weights[buffer.name] = self.device.allocate(buffer.bytes)
             begin = 0
             for name in buffer.parts:
-                array = self.arrays[name]
-                tensors[name] = memory.part(begin, array.nbytes)
-                tensors[name].write(array)
-                begin, done = begin + array.nbytes, done + array.nbytes
-                if self.progress:
-                    self.progress("loading", done, total)
+                tensors[name] = memory.part(begin, self.arrays[name].nbytes)
+                begin += self.arrays[name].nbytes
+        total, done = sum(array.nbytes for array in self.arrays.values()), 0
+
+        def told(size: int) -> None:
+            nonlocal done
+            done += size
+            if self.progress:
+                self.progress("loading", done, total)
+
+        self.device.upload([(memory, self.arrays[n]) for n, memory in tensors.items()], told)
         return tensors
 
 
@@ -191,12 +232,22 @@ class Pieces(_Rows):
 
 
 class Prompts(_Rows):
-    """Consecutive tokens of one sequence, by the device's prompt runner."""
+    """Consecutive tokens of one sequence: up to `short` in pieces, more by the device's prompt runner."""
 
-    def __init__(self, runner: Any, made: CudaBackend, rows: int) -> None:
+    def __init__(
+        self, pieces: Callable[[], Pieces], short: int, runner: Callable[[], Any], made: CudaBackend,
+        rows: int,
+    ) -> None:  # fmt: skip
         super().__init__(made, rows)
-        self.runner = runner
+        self._make_pieces, self.short, self.runner = pieces, short, runner
         self.logits = np.zeros((0, 0), np.float32)
+
+    @cached_property
+    def pieces(self) -> Pieces:
+        """Made for the first short prompt; it shares the state."""
+        made = self._make_pieces()
+        made.state = self.state
+        return made
 
     def read(self, name: str) -> np.ndarray:
         """The logits of the last step."""
@@ -206,11 +257,19 @@ class Prompts(_Rows):
     def steps(self, count: int) -> Generator[np.ndarray, None, None]:
         """Run one step; gives the greedy ids of its outputs."""
         assert count == 1, "several rows make one step per call"
+        tokens, outputs = self.state["counts"][0].tolist()
+        if tokens <= self.short:
+            (sampled,) = self.pieces.steps(1)
+            self.logits = self.pieces.read("logits")
+        else:
+            self.logits = self._long(tokens, outputs)
+            sampled = self.logits.argmax(axis=1).astype(np.int32)
+        yield sampled
+
+    def _long(self, tokens: int, outputs: int) -> np.ndarray:
         state = self.state
-        tokens, outputs = state["counts"][0].tolist()
-        logits = self.runner.run(
+        logits = self.runner().run(
             state["tokens"][0, :tokens].tolist(), int(state["positions"][0, 0]),
             state["pages"][state["sequences"][0, 0]].tolist(), state["output_rows"][0, :outputs].tolist(),
         )  # fmt: skip
-        self.logits = logits.float().cpu().numpy()
-        yield self.logits.argmax(axis=1).astype(np.int32) if outputs else np.zeros(0, np.int32)
+        return logits.float().cpu().numpy()

@@ -1,0 +1,122 @@
+"""PyTorch for prompts, got ready by threads while the main one loads the model.
+
+Importing it takes one to four seconds, and its libraries and kernels are loaded at their first use.
+Nothing but long prompts needs it, so only they wait.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+import numpy as np
+
+from tilert.errors import UserError
+from tilert.ir.graph import Graph
+from tilert.ir.program import Scale
+
+if TYPE_CHECKING:
+    import torch
+
+    from tilert.backends.cuda.prompt import PromptRunner
+
+T = TypeVar("T")
+
+
+class Later(Generic[T]):
+    """What a function gives that a thread of its own calls from now on.
+
+    The thread is no daemon: one that is stopped inside of PyTorch's import can crash the process's end.
+    """
+
+    def __init__(self, make: Callable[[], T]) -> None:
+        self._made: Future[T] = Future()
+        threading.Thread(target=self._run, args=(make,), name="tilert-later").start()
+
+    def _run(self, make: Callable[[], T]) -> None:
+        try:
+            self._made.set_result(make())
+        except BaseException as error:  # raised again by whoever needs it
+            self._made.set_exception(error)
+
+    def get(self) -> T:
+        """Waits for it; raises what the function has raised."""
+        return self._made.result()
+
+
+class Torch:
+    """PyTorch, which is being imported. number: of the GPU."""
+
+    def __init__(self, number: int) -> None:
+        self._ready = Later(lambda: _start(number))
+
+    @classmethod
+    def found(cls, number: int) -> Torch | None:
+        """None where it is not installed."""
+        return cls(number) if find_spec("torch") else None
+
+    def wait(self) -> None:
+        """Until it can be used; UserError when it cannot."""
+        self._ready.get()
+
+
+def _start(number: int) -> None:
+    _load_libraries()
+    try:
+        import torch
+    except (ImportError, OSError) as error:
+        raise UserError(f"PyTorch, which computes prompts, cannot be imported: {error}") from error
+    if not torch.cuda.is_available():
+        raise UserError(
+            f"PyTorch {torch.__version__}, which computes prompts, does not find the GPU; install one"
+            " that is built for CUDA, or none: prompts then go through tilert's own kernel"
+        )
+    torch.zeros(1, device=f"cuda:{number}").item()
+
+
+def _load_libraries() -> None:
+    """Load PyTorch's libraries ahead of `import torch`, in its order, without the interpreter's lock.
+
+    The import would hold the lock meanwhile, and everything else would stand still. It tells what is
+    wrong with a library, so nothing is said here.
+    """
+    spec = find_spec("torch")
+    folder = Path(spec.origin).parent / "lib" if spec and spec.origin else Path()
+    dlopen = ctypes.CDLL(None).dlopen
+    dlopen.restype, dlopen.argtypes = ctypes.c_void_p, (ctypes.c_char_p, ctypes.c_int)
+    for name, scope in (("libtorch_global_deps.so", os.RTLD_GLOBAL), ("libtorch.so", 0)):
+        dlopen(os.fsencode(folder / name), os.RTLD_LAZY | scope)
+
+
+class LateRunner:
+    """A PromptRunner that is being made, over memory of the device, and run once to be warm."""
+
+    def __init__(
+        self, torch: Torch, graph: Graph, weights: Mapping[str, tuple[Any, np.ndarray]],
+        caches: Mapping[str, tuple[Any, tuple[int, ...]]], scales: Mapping[str, Scale],
+    ) -> None:  # fmt: skip
+        def make() -> PromptRunner:
+            torch.wait()
+            from tilert.backends.cuda.prompt import over_memory
+
+            made = over_memory(graph, weights, caches, scales)
+            made.warm_up()
+            return made
+
+        self._made = Later(make)
+
+    def wait(self) -> None:
+        """Until it is made; UserError when it cannot be."""
+        self._made.get()
+
+    def run(
+        self, tokens: Sequence[int], begin: int, pages: Sequence[int], outputs: Sequence[int]
+    ) -> torch.Tensor:
+        """See PromptRunner.run."""
+        return self._made.get().run(tokens, begin, pages, outputs)
