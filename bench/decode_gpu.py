@@ -178,6 +178,8 @@ class RandomModel(CudaRuntime):
         assert isinstance(decode, CudaBackend)
         self.decode, self.vocab = decode, config.vocab_size
         self.prompt = self.backend("prompt", program)
+        if self._prompts is not None:
+            self._prompts.wait()  # nothing else is under way while times are taken
         for memory in self.caches.values():
             fill_cache(memory)
         self.decode.state["counts"][0] = 1, 1

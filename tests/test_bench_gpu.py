@@ -171,7 +171,8 @@ def test_a_prompt_by_torch_and_row_by_row(
     from tilert.backends.cuda.device import Device
 
     ids, found = list(range(40, 90)), []
-    ready = SimpleNamespace(wait=lambda: None)
+    ready = SimpleNamespace(get=lambda: None)
+    monkeypatch.setattr("tilert.backends.cuda.late.import_torch", lambda: None)  # it has no GPU
     monkeypatch.setattr(EmulatedDevice, "torch", ready, raising=False)
     for runner in (EmulatedDevice.prompt_runner, Device.prompt_runner):
         monkeypatch.setattr(EmulatedDevice, "prompt_runner", runner)

@@ -315,15 +315,16 @@ def test_without_pytorch_there_is_no_prompt_runner(monkeypatch: pytest.MonkeyPat
 def test_pytorch_that_finds_no_gpu_is_told_to_who_needs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     torch = pytest.importorskip("torch")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(UserError, match=r"^PyTorch .* does not find the GPU; install one"):
-        late.Torch(0).wait()
+    runner = late.LateRunner(late.Later(lambda: None), None, {}, {}, {})  # type: ignore[arg-type]
+    for ask in (runner.wait, lambda: runner.run([1], 0, [0], [0])):
+        with pytest.raises(UserError, match=r"^PyTorch .* does not find the GPU; install one"):
+            ask()
 
 
 def test_pytorch_that_is_damaged_is_told_to_who_needs_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(late, "_load_libraries", lambda: None)
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(UserError, match=r"^PyTorch, which computes prompts, cannot be imported: "):
-        late.Torch(0).wait()
+        late.import_torch()
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("torch"), reason="needs torch")

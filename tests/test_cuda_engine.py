@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from emulator import SUPPORTED, EmulatedDevice
 from test_glassllm import convert
 
 from tilert import LLM, SamplingParams
-from tilert.backends.cuda import open_device
+from tilert.backends.cuda import open_device, runtime
 from tilert.backends.cuda.backend import UNSET, CudaBackend
 from tilert.errors import UserError
 from tilert.ops import Draw
@@ -58,15 +59,17 @@ def test_tokens_equal_the_cpu(glassllm: Path, device: EmulatedDevice) -> None:
 
 def test_loading_is_timed_by_phase(glassllm: Path, device: EmulatedDevice) -> None:
     gpu = LLM(glassllm, skip_tokenizer_init=True, max_model_len=64, backend="cuda")
-    assert list(gpu.load_phases) == ["program", "weights", "kernel"]
+    assert list(gpu.load_phases) == ["device", "files", "program", "weights", "kernel"]
     assert all(seconds > 0 for seconds in gpu.load_phases.values())
+    assert gpu.first_use == {}
     assert sum(gpu.load_phases.values()) <= gpu.load_seconds
     (output,) = gpu.generate(
         {"prompt_token_ids": PROMPTS[0]}, SamplingParams(temperature=0, max_tokens=2)
     )
     assert re.search(
-        r"loaded in [\d.]+ s \(program [\d.]+, weights [\d.]+, kernel [\d.]+\)\]$",
-        report.stats(output, gpu.load_seconds, gpu.load_phases),
+        r"loaded in [\d.]+ s \(device [\d.]+, files [\d.]+, program [\d.]+, weights [\d.]+,"
+        r" kernel [\d.]+\), at first use prompts 1.50\]$",
+        report.stats(output, gpu.load_seconds, gpu.load_phases, {"prompts": 1.5}),
     )
 
 
@@ -203,3 +206,33 @@ def test_logprobs_are_read_on_the_host(glassllm: Path, device: EmulatedDevice) -
     plain = SamplingParams(temperature=0.8, seed=3, max_tokens=6, ignore_eos=True)
     shown = SamplingParams(temperature=0.8, seed=3, max_tokens=6, ignore_eos=True, logprobs=2)
     assert answers(gpu, shown) == answers(gpu, plain)
+
+
+def test_the_prompts_length_alone_says_how_it_is_computed(
+    glassllm: Path, device: EmulatedDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some launches of the program for a few tokens (of one here), or the prompt runner, waited for."""
+    monkeypatch.setattr(runtime, "SHORT_LAUNCHES", 20)
+    asked: list[Any] = []
+
+    class Runner:
+        def wait(self) -> None:
+            asked.append("wait")
+
+        def run(self, tokens: Any, begin: int, pages: Any, outputs: Any) -> torch.Tensor:
+            asked.append((len(tokens), begin, outputs))
+            return torch.zeros(len(outputs), 1024)
+
+    monkeypatch.setattr(device, "prompt_runner", lambda *_: Runner())
+    gpu = LLM(glassllm, skip_tokenizer_init=True, max_model_len=128, backend="cuda")
+    cpu = LLM(glassllm, skip_tokenizer_init=True, max_model_len=128)
+    one = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
+    for count in (9, 20):
+        prompt = {"prompt_token_ids": list(range(1, count + 1))}
+        (ours,), (expected,) = gpu.generate(prompt, one), cpu.generate(prompt, one)
+        assert ours.outputs[0].token_ids == expected.outputs[0].token_ids
+    assert not asked
+    (output,) = gpu.generate({"prompt_token_ids": [7] * 21}, one)
+    assert output.outputs[0].token_ids == [0]
+    assert asked == ["wait", (21, 0, [20])]
+    assert gpu.first_use.keys() == {"prompts"}

@@ -133,3 +133,11 @@ def test_an_op_that_it_does_not_know_is_refused() -> None:
     graph._add("conv", "y", "outputs", 4, {})
     with pytest.raises(AssertionError, match="cannot compute conv"):
         PromptRunner(graph, {"w": torch.zeros(1)}, {}, {})
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "mistral"])
+def test_warming_up_leaves_caches_alone(name: str, tmp_path: Path) -> None:
+    families.make(name, tmp_path)
+    made = loaded(tmp_path)
+    made.warm_up()
+    assert all((cache == 9).all() for cache in made.caches.values())

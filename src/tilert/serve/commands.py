@@ -122,6 +122,11 @@ def show(deltas: Iterator[Delta]) -> RequestOutput | None:
     return request
 
 
+def _print_stats(llm: LLM, request: RequestOutput) -> None:
+    text = report.stats(request, llm.load_seconds, llm.load_phases, llm.first_use)
+    print(text, file=sys.stderr)
+
+
 def generate(args: argparse.Namespace) -> None:
     """`tilert generate`."""
     text = read_prompt(args)
@@ -130,7 +135,7 @@ def generate(args: argparse.Namespace) -> None:
     request = show(llm.stream(make_prompt(llm, args, text), params))
     print()
     if args.stats and request is not None:
-        print(report.stats(request, llm.load_seconds, llm.load_phases), file=sys.stderr)
+        _print_stats(llm, request)
 
 
 def chat(args: argparse.Namespace) -> None:
@@ -155,7 +160,7 @@ def chat(args: argparse.Namespace) -> None:
         if request is not None:
             messages.append({"role": "assistant", "content": request.outputs[0].text})
             if args.stats:
-                print(report.stats(request, llm.load_seconds, llm.load_phases), file=sys.stderr)
+                _print_stats(llm, request)
 
 
 def _ask() -> str | None:

@@ -91,6 +91,7 @@ class LLM:
                 f"backend '{backend}' is not known; accepted are cpu, cuda and interpreter"
             )
         device = open_device(notify) if backend == "cuda" else None
+        opened = time.perf_counter()
         self.seed = seed
         folder = resolve_model(
             os.fspath(model), write_gguf_tokenizer, dtype=dtype, progress=progress
@@ -116,6 +117,7 @@ class LLM:
             target = tune.tuned(device.machine, self.tuning_path)
             num_pages = self._num_pages(context, max_num_seqs, _left_on(device, weights), 2)
             place = CudaRuntime(device, graph, weights, num_pages, progress)
+        described = time.perf_counter()
         self.runner = Runner(
             graph, weights, target, context=context, sequences=max_num_seqs, num_pages=num_pages,
             place=place, scales=scales(graph, self.config, checkpoint.tensors),
@@ -128,7 +130,12 @@ class LLM:
         self._owners: dict[int, tuple[_Request, int]] = {}  # by sequence id: request, output
         self._events: Generator[Event, None, None] | None = None  # of all requests together
         self.load_seconds = time.perf_counter() - started
-        self.load_phases = place.seconds if isinstance(place, CudaRuntime) else {}
+        # Seconds of parts of loading, and what the first requests that needed something more waited.
+        self.load_phases: dict[str, float] = {}
+        self.first_use: Mapping[str, float] = {}
+        if isinstance(place, CudaRuntime):
+            own = {"device": opened - started, "files": described - opened}
+            self.load_phases, self.first_use = own | place.seconds, place.first_use
 
     def _long_prompt(self) -> int | None:
         """Longest prompt whose rotation does not depend on its own length; None: any."""

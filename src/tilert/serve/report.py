@@ -16,19 +16,27 @@ GIB = 1 << 30
 CARD_BYTES = {"h100": 80e9, "h200": 141e9, "b200": 180e9}  # memory of one card, as sold
 
 
-def stats(request: RequestOutput, load_seconds: float, phases: Mapping[str, float]) -> str:
-    """Speed of one request; phases: the parts of loading that were timed, in seconds."""
+def stats(
+    request: RequestOutput, load_seconds: float, phases: Mapping[str, float],
+    first_use: Mapping[str, float],
+) -> str:  # fmt: skip
+    """Speed of one request. In seconds, phases: the parts of loading that were timed; first_use: what
+    was made ready since, when it was first needed."""
     m = request.metrics
     per_token = m.time_per_output_token
     rate = (
         f"{1 / per_token:.1f} tok/s, {per_token * 1e3:.2f} ms/token" if per_token else "one token"
     )
     first = (m.time_to_first_token or 0.0) * 1e3
-    parts = ", ".join(f"{name} {seconds:.2f}" for name, seconds in phases.items())
+    parts, later = (
+        ", ".join(f"{name} {seconds:.2f}" for name, seconds in table.items())
+        for table in (phases, first_use)
+    )
     return (
         f"[{m.generated_tokens} tokens: {rate}; prompt of {m.prompt_tokens} tokens:"
         f" first token after {first:.1f} ms; loaded in {load_seconds:.2f} s"
         + (f" ({parts})" if parts else "")
+        + (f", at first use {later}" if later else "")
         + (f"; {speculation(m)}]" if m.verified else "]")
     )
 

@@ -19,7 +19,7 @@ from cuda.bindings import driver  # type: ignore[attr-defined]
 
 from tilert.backends.cuda.copying import Piece, copy_all, pieces, raw_bytes
 from tilert.backends.cuda.jit import compile_cubin
-from tilert.backends.cuda.late import LateRunner, Torch
+from tilert.backends.cuda.late import LateRunner, libraries
 from tilert.backends.cuda.source import Source
 from tilert.errors import UserError
 from tilert.ir import machine
@@ -241,7 +241,7 @@ class Device:
                 f"using GPU {number} ({self.name}) of {count}; CUDA_VISIBLE_DEVICES chooses another"
             )
         self.context = Context(self._gpu)
-        self.torch = Torch.found(number)
+        self.torch = libraries()
 
     def _attribute(self, name: str) -> int:
         which = driver.CUdevice_attribute[f"CU_DEVICE_ATTRIBUTE_{name}"]

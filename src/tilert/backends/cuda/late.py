@@ -1,7 +1,9 @@
-"""PyTorch for prompts, got ready by threads while the main one loads the model.
+"""PyTorch for long prompts, got ready by threads.
 
-Importing it takes one to four seconds, and its libraries and kernels are loaded at their first use.
-Nothing but long prompts needs it, so only they wait.
+Its libraries are loaded while the main thread loads the model: that goes on without the interpreter's lock.
+The rest of the import is Python code, a second or more of it. Threads that copy weights would have to wait
+for the lock again and again (1.4 GB/s instead of 10 were seen), so it begins when the weights are there.
+Only prompts that are too long for the persistent program wait for it.
 """
 
 from __future__ import annotations
@@ -50,24 +52,27 @@ class Later(Generic[T]):
         return self._made.result()
 
 
-class Torch:
-    """PyTorch, which is being imported. number: of the GPU."""
-
-    def __init__(self, number: int) -> None:
-        self._ready = Later(lambda: _start(number))
-
-    @classmethod
-    def found(cls, number: int) -> Torch | None:
-        """None where it is not installed."""
-        return cls(number) if find_spec("torch") else None
-
-    def wait(self) -> None:
-        """Until it can be used; UserError when it cannot."""
-        self._ready.get()
+def libraries() -> Later[None] | None:
+    """PyTorch's libraries, being loaded; None where it is not installed."""
+    return Later(_load_libraries) if find_spec("torch") else None
 
 
-def _start(number: int) -> None:
-    _load_libraries()
+def _load_libraries() -> None:
+    """Load what `import torch` loads first, in its order.
+
+    The import would hold the interpreter's lock meanwhile, and everything else would stand still. It tells
+    what is wrong with a library, so nothing is said here.
+    """
+    spec = find_spec("torch")
+    folder = Path(spec.origin).parent / "lib" if spec and spec.origin else Path()
+    dlopen = ctypes.CDLL(None).dlopen  # which ctypes calls without the lock
+    dlopen.restype, dlopen.argtypes = ctypes.c_void_p, (ctypes.c_char_p, ctypes.c_int)
+    for name, scope in (("libtorch_global_deps.so", os.RTLD_GLOBAL), ("libtorch.so", 0)):
+        dlopen(os.fsencode(folder / name), os.RTLD_LAZY | scope)
+
+
+def import_torch() -> None:
+    """`import torch`; UserError when that fails or it has no GPU."""
     try:
         import torch
     except (ImportError, OSError) as error:
@@ -77,32 +82,18 @@ def _start(number: int) -> None:
             f"PyTorch {torch.__version__}, which computes prompts, does not find the GPU; install one"
             " that is built for CUDA, or none: prompts then go through tilert's own kernel"
         )
-    torch.zeros(1, device=f"cuda:{number}").item()
-
-
-def _load_libraries() -> None:
-    """Load PyTorch's libraries ahead of `import torch`, in its order, without the interpreter's lock.
-
-    The import would hold the lock meanwhile, and everything else would stand still. It tells what is
-    wrong with a library, so nothing is said here.
-    """
-    spec = find_spec("torch")
-    folder = Path(spec.origin).parent / "lib" if spec and spec.origin else Path()
-    dlopen = ctypes.CDLL(None).dlopen
-    dlopen.restype, dlopen.argtypes = ctypes.c_void_p, (ctypes.c_char_p, ctypes.c_int)
-    for name, scope in (("libtorch_global_deps.so", os.RTLD_GLOBAL), ("libtorch.so", 0)):
-        dlopen(os.fsencode(folder / name), os.RTLD_LAZY | scope)
 
 
 class LateRunner:
     """A PromptRunner that is being made, over memory of the device, and run once to be warm."""
 
     def __init__(
-        self, torch: Torch, graph: Graph, weights: Mapping[str, tuple[Any, np.ndarray]],
+        self, loaded: Later[None], graph: Graph, weights: Mapping[str, tuple[Any, np.ndarray]],
         caches: Mapping[str, tuple[Any, tuple[int, ...]]], scales: Mapping[str, Scale],
     ) -> None:  # fmt: skip
         def make() -> PromptRunner:
-            torch.wait()
+            loaded.get()
+            import_torch()
             from tilert.backends.cuda.prompt import over_memory
 
             made = over_memory(graph, weights, caches, scales)

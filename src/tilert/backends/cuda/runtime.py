@@ -92,11 +92,11 @@ class CudaRuntime:
     def _pieces(self, kind: str, program: Callable[[str], Program]) -> Pieces:
         rows = min(self.step_rows(program), {"few2": 2, "few4": 4}.get(kind, 8))
         taken = {1: "decode", 2: "few2", 4: "few4", 8: "few"}[rows]
-        if taken not in self._few:
+        if rows == 1:
+            self._few[taken] = self._decoder(program)
+        elif taken not in self._few:
             with self._noted(taken):
-                self._few[taken] = (
-                    self.bound(program(taken)) if rows > 1 else self._decoder(program)
-                )
+                self._few[taken] = self.bound(program(taken))
         return Pieces(self._few[taken], 256 if kind == "prompt" else 8)
 
     def _runner(self) -> Any:
@@ -127,14 +127,14 @@ class CudaRuntime:
             self.caches = {n: self.device.allocate(2 * int(np.prod(s))) for n, s in shapes.items()}
             for memory in self.caches.values():
                 memory.clear()  # values that no token has written yet are multiplied by 0
-            self._decode = self.bound(made)
-            marks.append(time.perf_counter())
-            spans = (b - a for a, b in pairwise(marks))
-            self.seconds = dict(zip(("program", "weights", "kernel"), spans, strict=True))
             self._prompts = self.device.prompt_runner(
                 self.graph, {n: (m, self.arrays[n]) for n, m in tensors.items()},
                 {n: (m, shapes[n]) for n, m in self.caches.items()}, _scales(made),
             )  # fmt: skip
+            self._decode = self.bound(made)
+            marks.append(time.perf_counter())
+            spans = (b - a for a, b in pairwise(marks))
+            self.seconds = dict(zip(("program", "weights", "kernel"), spans, strict=True))
         return self._decode
 
     def bound(self, program: Program) -> CudaBackend:
