@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from emulator import SUPPORTED, EmulatedDevice
 
+from tilert.backends import hang
 from tilert.backends.cuda import backend as cuda
 from tilert.backends.cuda import open_device
 from tilert.backends.cuda.backend import CudaBackend, LaunchError, Memory
@@ -30,6 +31,7 @@ from tilert.models.decoder import ROPE_TABLE
 from tilert.models.decoder import build as build_graph
 from tilert.models.rotary import rotary_table
 from tilert.ops import Attend, Linear
+from tilert.serve import replay
 
 Devices = Callable[..., GpuDevice]  # called with the seed of an order of threads
 
@@ -387,6 +389,32 @@ def test_words_that_never_come_end_the_launch(
     begin(made, 5, 0)
     assert [int(t[0]) for t in made.steps(3)] == good
     assert run.signal >= 0
+
+
+def test_weights_that_never_come_end_the_launch(
+    devices: Devices, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A copy that is lost (in the emulator alone): an error, and the next launch works."""
+    monkeypatch.setenv("TILERT_CACHE", str(tmp_path))  # for the record of the hang
+    program, weights = compiled("llama")
+    device = devices()
+    if not isinstance(device, EmulatedDevice):
+        pytest.skip("a device loses no copies")
+    made, _ = loaded(program, weights, device)
+    begin(made, 5, 0)
+    good = [int(t[0]) for t in made.steps(3)]
+    for lost in (0, 7, 20):
+        device.lost_copy = lost
+        begin(made, 5, 0)
+        with pytest.raises(LaunchError, match=r"\(\w+\) waited in vain for weights or keys"):
+            list(made.steps(3))
+        device.lost_copy = -1
+        begin(made, 5, 0)
+        assert [int(t[0]) for t in made.steps(3)] == good
+    (record, *_) = (tmp_path / "hang").iterdir()
+    told = "\n".join(replay.report(hang.load(record)))
+    assert "waits for a unit of weights or of the cache that it had asked for" in told
+    assert "fault:  the device's: a copy that never arrived" in told
 
 
 def test_what_the_kernel_cannot_run_is_refused(devices: Devices) -> None:

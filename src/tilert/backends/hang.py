@@ -23,7 +23,8 @@ from tilert.ir.tags import derive
 from tilert.ops import OPS
 
 FORMAT = "tilert hang 1"
-BY_TAG = 0xFFFFFFFF  # kByTag: in place of a counter, when it was words that did not come
+# In place of a counter, when it was words (kByTag) or a unit of the stream (kByUnit) that did not come.
+BY_TAG, BY_UNIT = 0xFFFFFFFF, 0xFFFFFFFE
 
 
 @dataclass(frozen=True)
@@ -42,14 +43,16 @@ class Hang:
 
     @property
     def stuck(self) -> list[Stuck]:
-        """What the workers that were waiting waited for; `counter` may be BY_TAG, `want` is the tag then."""
+        """What the workers that were waiting waited for; with BY_TAG for a counter `want` is a tag."""
         return [Stuck(w, *why) for w, why in enumerate(self.failures) if why[4]]
 
     def root(self) -> Stuck:
-        """The wait that is to blame: words that never came, or else one that nobody's wait explains."""
+        """The wait that is to blame: a unit or words that never came, or one that nobody's wait explains."""
         stuck = self.stuck
-        found = [s for s in stuck if s.counter == BY_TAG] or Standstill(self.program, stuck).roots()
-        return (found or stuck)[0]
+        for cause in (BY_UNIT, BY_TAG):
+            if found := [s for s in stuck if s.counter == cause]:
+                return found[0]
+        return (Standstill(self.program, stuck).roots() or stuck)[0]
 
     def cause(self) -> str:
         """A sentence on the wait that is to blame."""
@@ -58,6 +61,8 @@ class Hang:
         who = f"worker {worker}, run {run} of step {step} ({op}) waited in vain for"
         if counter == BY_TAG:
             return f"{who} words with tag {want}"
+        if counter == BY_UNIT:
+            return f"{who} weights or keys that were being copied"
         return f"{who} counter {counter}: it has {have}, {want} are needed"
 
 
@@ -112,7 +117,9 @@ def _sound(hang: Hang) -> Hang:
     assert len(hang.failures) == len(program.queues), "a failure for each worker"
     for queue, why in zip(program.queues, hang.failures, strict=True):
         assert len(why) == 5 and min(why) >= 0, "a failure has five words"
-        assert not why[4] or (why[0] < len(queue) and (why[2] < counters or why[2] == BY_TAG))
+        assert not why[4] or (
+            why[0] < len(queue) and (why[2] < counters or why[2] in (BY_TAG, BY_UNIT))
+        )
         for run in queue:
             assert 0 <= run.op < len(program.ops) and -1 <= run.signal < counters
             assert all(0 <= wait.counter < counters for wait in run.waits)

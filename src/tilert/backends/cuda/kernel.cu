@@ -92,13 +92,14 @@ extern "C" __global__ void __launch_bounds__(kBlockThreads, 1)
       barrier_init(&shared.empty[i], kWarps);
     }
     barrier_init_done();
-    shared.verdict = shared.progress = 0;
+    shared.verdict = shared.progress = shared.lost = 0;
   }
   __syncthreads();
   Block block{params, shared, memory, scratch, queue, waits, totals, length};
   if (threadIdx.x < kThreads) {
     claim_registers<kComputeRegisters>();
     compute(block);
+    if (thread() == 0) tell_lost(block);
   } else {
     keep_registers<kLoaderRegisters>();
     if (threadIdx.x == kThreads) load_weights(block);

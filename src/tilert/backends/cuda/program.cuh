@@ -84,13 +84,15 @@ struct Params {
 constexpr int kCounterPitch = 32;  // words; a line for each counter
 constexpr u32 kTags = 255;
 constexpr u32 kTagMask = 0xff, kRankShift = 24;
-constexpr u32 kByTag = 0xffffffffu;  // in a Failure: it was words that did not come
+constexpr u32 kByTag = 0xffffffffu;   // in a Failure: it was words that did not come
+constexpr u32 kByUnit = 0xfffffffeu;  // in a Failure: it was a unit of weights or of the cache
 constexpr int kMaxStops = 16;
 
 struct Shared {
   u64 full[kSlots], empty[kSlots];
   u32 verdict;   // told to all threads of the block
   u32 progress;  // waits that have held so far in this launch
+  u32 lost;      // 1 + runs before the one whose unit never came, in this launch; 0: none
   float squares[kWarps][kTokens];
   float partial[2][kTokens][2 * kChunkRows * kPartialPitch];
 };
@@ -262,10 +264,32 @@ __device__ __forceinline__ void load_tagged(const Block& b, const float* const (
   for (int i = 0; i < kCount; ++i) v[i] = untagged(v[i]);
 }
 
-// Until the bytes of the next unit are in its slot; the loader has asked for them or soon will.
-__device__ __forceinline__ void wait_full(const Block& b) {
-  while (!barrier_test(&b.shared.full[b.cursor.slot], b.cursor.parity)) {
+// Until the unit in that slot has all its bytes. False when that takes too long: the block is told
+// and ends at its next wait. No call, which would cost the registers of everything around it.
+__device__ __forceinline__ bool wait_full(const Block& b, Cursor at) {
+  u64 since = 0;
+  for (u32 spins = 1; !barrier_test(&b.shared.full[at.slot], at.parity); ++spins) {
+    if (spins % 64) continue;
+    const u64 now = nanoseconds();
+    if (!since) since = now;
+    if (now - since > kPatience) {
+      store_shared(&b.shared.lost, b.step * b.length + b.number + 1);
+      store_shared(&b.shared.verdict, 1);
+      return false;
+    }
   }
+  return true;
+}
+
+// Of the next unit; the loader has asked for it or soon will.
+__device__ __forceinline__ void wait_full(const Block& b) { wait_full(b, b.cursor); }
+
+// By one thread at the end of the block: the unit that it lost is why all others waited in vain.
+__device__ __forceinline__ void tell_lost(const Block& b) {
+  const u32 lost = load_shared(&b.shared.lost);
+  if (!lost) return;
+  b.params.failures[blockIdx.x] = {(lost - 1) % b.length, (lost - 1) / b.length, kByUnit, 0, 1};
+  swap_if(b.params.verdict, kGoOn, kFailed);
 }
 
 // This warp has read what it needs of the unit.
@@ -288,8 +312,7 @@ struct Loader {
         if (load_shared(&b.shared.verdict)) return false;
     }
     if (issued >= kWindow) {
-      while (!barrier_test(&b.shared.full[landed.slot], landed.parity)) {
-      }
+      if (!wait_full(b, landed)) return false;
       landed.advance();
     }
     return true;
@@ -307,8 +330,7 @@ struct Loader {
   // No copy may arrive in the memory of a block that has left.
   __device__ __forceinline__ void drain() {
     while (landed.slot != b.cursor.slot || landed.parity != b.cursor.parity) {
-      while (!barrier_test(&b.shared.full[landed.slot], landed.parity)) {
-      }
+      if (!wait_full(b, landed)) return;
       landed.advance();
     }
   }
