@@ -244,7 +244,7 @@ class Device:
         self.torch = libraries()
 
     def _attribute(self, name: str) -> int:
-        which = driver.CUdevice_attribute[f"CU_DEVICE_ATTRIBUTE_{name}"]
+        which = getattr(driver.CUdevice_attribute, f"CU_DEVICE_ATTRIBUTE_{name}")
         return _call(driver.cuDeviceGetAttribute(which, self._gpu))
 
     @property
