@@ -63,7 +63,7 @@ class Driver:
         return (OK,)
 
     def cuDevicePrimaryCtxRetain(self, gpu: int) -> Any:
-        return OK, 100 + gpu
+        return self.failing.get("cuDevicePrimaryCtxRetain", OK), 100 + gpu
 
     def cuDeviceGet(self, number: int) -> Any:
         return OK, number
@@ -88,6 +88,8 @@ class Driver:
     def cuMemAlloc(self, size: int) -> Any:
         if (error := self._checked("cuMemAlloc")) != OK:
             return error, None
+        if not size:
+            return real.CUresult.CUDA_ERROR_INVALID_VALUE, None
         made = (ctypes.c_uint8 * size)(*[0xFF] * min(size, 100))
         self.memory[ctypes.addressof(made)] = made
         return OK, ctypes.addressof(made)
@@ -291,12 +293,33 @@ def test_an_upload_that_fails_is_told(monkeypatch: pytest.MonkeyPatch, call: str
         gpu.upload([(memory, np.zeros(5000, np.uint8))], lambda _: None)
 
 
+def test_no_bytes_are_memory_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch)
+    memory = open_device().allocate(0)  # a program of one worker waits for nothing
+    memory.write(np.zeros(0, np.uint32))
+    assert memory.size == 0
+
+
 def test_memory_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     driver = pretend(monkeypatch)
     gpu = open_device()
     driver.failing["cuMemAlloc"] = real.CUresult.CUDA_ERROR_OUT_OF_MEMORY
-    with pytest.raises(RuntimeError, match="CUDA: CUDA_ERROR_OUT_OF_MEMORY"):
+    with pytest.raises(
+        UserError, match=r"^the GPU has no 3\.2 GB left, .*: 150\.3 of 151\.4 GB are free; other"
+    ):
+        gpu.allocate(3 << 30)
+    driver.failing["cuMemAlloc"] = real.CUresult.CUDA_ERROR_INVALID_CONTEXT
+    with pytest.raises(RuntimeError, match="CUDA: CUDA_ERROR_INVALID_CONTEXT"):
         gpu.allocate(8)
+
+
+def test_a_gpu_that_another_process_holds_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = pretend(monkeypatch)
+    driver.failing["cuDevicePrimaryCtxRetain"] = real.CUresult.CUDA_ERROR_DEVICE_UNAVAILABLE
+    with pytest.raises(
+        UserError, match=r"^GPU 0 \(NVIDIA H200\) cannot be used: .*; a process may"
+    ):
+        open_device()
 
 
 def test_loading_needs_no_pytorch() -> None:

@@ -42,12 +42,12 @@ def _dotted(version: int) -> str:
 
 
 def _call(result: tuple[Any, ...]) -> Any:
-    """The value of a driver call; RuntimeError when it failed."""
+    """The value of a driver call, or its values; RuntimeError when it failed."""
     error, *values = result
     if error != driver.CUresult.CUDA_SUCCESS:
         _, name = driver.cuGetErrorString(error)
         raise RuntimeError(f"CUDA: {name.decode() if name else error}")
-    return values[0] if values else None
+    return (values[0] if len(values) == 1 else values) if values else None
 
 
 class Context:
@@ -80,7 +80,15 @@ class _Allocation:
     """Memory of the device that is freed with this object."""
 
     def __init__(self, context: Context, size: int) -> None:
-        self.context, self.address = context, int(context(driver.cuMemAlloc, size))
+        context.enter()
+        error, address = driver.cuMemAlloc(size)
+        if error == driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
+            free, total = (count / 1e9 for count in context(driver.cuMemGetInfo))
+            raise UserError(
+                f"the GPU has no {size / 1e9:.1f} GB left, which are needed in one piece:"
+                f" {free:.1f} of {total:.1f} GB are free; other processes may use it"
+            )
+        self.context, self.address = context, int(_call((error, address)))
         context.keep(self, driver.cuMemFree, self.address)
 
 
@@ -240,7 +248,12 @@ class Device:
             progress(
                 f"using GPU {number} ({self.name}) of {count}; CUDA_VISIBLE_DEVICES chooses another"
             )
-        self.context = Context(self._gpu)
+        try:
+            self.context = Context(self._gpu)
+        except RuntimeError as error:
+            raise UserError(
+                f"GPU {number} ({self.name}) cannot be used: {error}; a process may hold it for itself"
+            ) from error
         self.torch = libraries()
 
     def _attribute(self, name: str) -> int:
@@ -254,13 +267,11 @@ class Device:
 
     def free_bytes(self) -> int:
         """Memory that nobody has taken."""
-        self.context.enter()
-        error, free, _ = driver.cuMemGetInfo()
-        return _call((error, free))
+        return self.context(driver.cuMemGetInfo)[0]
 
     def allocate(self, size: int) -> Memory:
         """Memory of the device, which holds anything."""
-        owner = _Allocation(self.context, size)
+        owner = _Allocation(self.context, max(size, 1))  # the driver refuses to allocate nothing
         return Memory(owner, owner.address, size)
 
     def pinned(self, words: int) -> np.ndarray:

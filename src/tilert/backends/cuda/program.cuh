@@ -92,7 +92,9 @@ struct Shared {
   u64 full[kSlots], empty[kSlots];
   u32 verdict;   // told to all threads of the block
   u32 progress;  // waits that have held so far in this launch
-  u32 lost;      // 1 + runs before the one whose unit never came, in this launch; 0: none
+  // 1 + runs in this launch before that in which the loader lost a unit, or in which a warp stopped
+  // to wait for one; 0: none.
+  u32 lost, stopped;
   float squares[kWarps][kTokens];
   float partial[2][kTokens][2 * kChunkRows * kPartialPitch];
 };
@@ -264,31 +266,22 @@ __device__ __forceinline__ void load_tagged(const Block& b, const float* const (
   for (int i = 0; i < kCount; ++i) v[i] = untagged(v[i]);
 }
 
-// Until the unit in that slot has all its bytes. False when that takes too long: the block is told
-// and ends at its next wait. No call, which would cost the registers of everything around it.
-__device__ __forceinline__ bool wait_full(const Block& b, Cursor at) {
-  u64 since = 0;
-  for (u32 spins = 1; !barrier_test(&b.shared.full[at.slot], at.parity); ++spins) {
-    if (spins % 64) continue;
-    const u64 now = nanoseconds();
-    if (!since) since = now;
-    if (now - since > kPatience) {
-      store_shared(&b.shared.lost, b.step * b.length + b.number + 1);
-      store_shared(&b.shared.verdict, 1);
-      return false;
-    }
+// Until the bytes of the next unit are in its slot; the loader has asked for them or soon will, and
+// tells when they do not come.
+__device__ __forceinline__ void wait_full(const Block& b) {
+  while (!barrier_test(&b.shared.full[b.cursor.slot], b.cursor.parity)) {
+    if (!load_shared(&b.shared.verdict)) continue;
+    store_shared(&b.shared.stopped, b.step * b.length + b.number + 1);
+    break;  // the block ends at its next wait for inputs
   }
-  return true;
 }
 
-// Of the next unit; the loader has asked for it or soon will.
-__device__ __forceinline__ void wait_full(const Block& b) { wait_full(b, b.cursor); }
-
-// By one thread at the end of the block: the unit that it lost is why all others waited in vain.
+// By one thread at the end of the block: a lost unit is why all others waited in vain.
 __device__ __forceinline__ void tell_lost(const Block& b) {
-  const u32 lost = load_shared(&b.shared.lost);
+  const u32 lost = load_shared(&b.shared.lost), stopped = load_shared(&b.shared.stopped);
   if (!lost) return;
-  b.params.failures[blockIdx.x] = {(lost - 1) % b.length, (lost - 1) / b.length, kByUnit, 0, 1};
+  const u32 at = (stopped ? stopped : lost) - 1;
+  b.params.failures[blockIdx.x] = {at % b.length, at / b.length, kByUnit, 0, 1};
   swap_if(b.params.verdict, kGoOn, kFailed);
 }
 
@@ -305,15 +298,28 @@ struct Loader {
   Cursor landed;   // the unit that must be in before the next one may be issued
   u32 issued = 0;  // units
 
-  // A free slot, with at most kWindow units under way. False: the launch has ended.
+  // Until the oldest unit under way has all its bytes. False: they do not come.
+  __device__ __forceinline__ bool land() {
+    u64 since = 0;
+    for (u32 spins = 1; !barrier_test(&b.shared.full[landed.slot], landed.parity); ++spins) {
+      if (spins % 64) continue;
+      const u64 now = nanoseconds();
+      if (!since) since = now;
+      if (now - since < kPatience) continue;
+      store_shared(&b.shared.lost, b.step * b.length + b.number + 1);
+      store_shared(&b.shared.verdict, 1);
+      return false;
+    }
+    landed.advance();
+    return true;
+  }
+  // A free slot, with at most kWindow units under way. False: the launch has ended. A lost unit is
+  // found before its slot is asked for again, which would never become free.
   __device__ __forceinline__ bool acquire() {
+    if (issued >= kWindow && !land()) return false;
     if (issued >= kSlots) {
       while (!barrier_test(&b.shared.empty[b.cursor.slot], b.cursor.parity ^ 1))
         if (load_shared(&b.shared.verdict)) return false;
-    }
-    if (issued >= kWindow) {
-      if (!wait_full(b, landed)) return false;
-      landed.advance();
     }
     return true;
   }
@@ -329,9 +335,7 @@ struct Loader {
   }
   // No copy may arrive in the memory of a block that has left.
   __device__ __forceinline__ void drain() {
-    while (landed.slot != b.cursor.slot || landed.parity != b.cursor.parity) {
-      if (!wait_full(b, landed)) return;
-      landed.advance();
-    }
+    while (landed.slot != b.cursor.slot || landed.parity != b.cursor.parity)
+      if (!land()) return;
   }
 };
