@@ -44,6 +44,7 @@ from tilert.backends.cuda import open_device
 from tilert.backends.cuda.backend import CudaBackend, Memory
 from tilert.backends.cuda.runtime import CudaRuntime, GpuDevice
 from tilert.compiler import Limits
+from tilert.compiler.units import with_units
 from tilert.engine.programs import program_for
 from tilert.errors import UserError
 from tilert.ir.dtype import DType
@@ -110,7 +111,9 @@ def compiled(name: str, context: int, device: Any, tokens: int = 1) -> Program:
         build_graph(load_config(config_of(name)), context),
         Limits(tokens, tokens, 1, context),
     )
-    return program_for(graph, device.machine, limits, *stored(name, graph))
+    dtypes, scales = stored(name, graph)
+    machine = with_units(graph, device.machine, dtypes, scales)
+    return program_for(graph, machine, limits, dtypes, scales)
 
 
 def capacity(inputs: Sequence[int]) -> int:

@@ -11,6 +11,7 @@ import pytest
 
 from tilert.compiler import Limits, build
 from tilert.compiler.simulate import simulate
+from tilert.compiler.units import with_units
 from tilert.ir import encode, machine
 from tilert.ir.dtype import DType
 from tilert.ir.machine import Machine
@@ -32,6 +33,10 @@ SMOLLM2 = {**TINY, "vocab_size": 49152, "hidden_size": 576, "intermediate_size":
            "max_position_embeddings": 8192, "tie_word_embeddings": True}  # fmt: skip
 LLAMA_1B = {**SMOLLM2, "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192,
             "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8}  # fmt: skip
+
+
+QWEN3_4B = {**QWEN3, "vocab_size": 151936, "hidden_size": 2560, "intermediate_size": 9728,
+            "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}  # fmt: skip
 
 
 def compiled(
@@ -139,3 +144,34 @@ def test_ring_machines_stream_every_weight_byte_through_slots() -> None:
         if isinstance(op, Linear):
             units = program.ring_units(op, 0, 1)
             assert op.cost(0, 1, 2, 0).bytes <= units * program.machine.slot_bytes
+
+
+def units_for(config: dict[str, Any], target: Machine) -> Machine:
+    graph = build_graph(load_config(config), 128)
+    dtypes = {name: DType.BF16 for name in graph.weights if name != ROPE_TABLE}
+    return with_units(graph, target, dtypes)
+
+
+def test_units_grow_until_tiles_have_four_rows() -> None:
+    h200 = machine.H200
+    assert units_for(LLAMA_1B, h200) == h200  # rows of 4 KB: four fit 16 KB
+    grown = units_for(QWEN3_4B, h200)  # rows of 5 KB: four fit 20 KB
+    assert grown == replace(h200, slots=9, slot_bytes=20480)
+    rows = {
+        target.slot_bytes: [
+            op.tile_rows
+            for op in compiled(QWEN3_4B, target, layers=1).ops
+            if isinstance(op, Linear)
+        ]
+        for target in (h200, grown)
+    }
+    assert rows == {16384: [2, 4, 1, 2, 2], 20480: [4, 2, 2, 2, 4]}
+    shorter = {**QWEN3_4B, "hidden_size": 1024, "intermediate_size": 3072,
+               "num_attention_heads": 16}  # fmt: skip
+    assert units_for(shorter, h200).slot_bytes == 24576  # for rows of 6 KB
+
+
+def test_units_stay_where_there_is_no_room() -> None:
+    deep = replace(machine.H200, window=5)  # nine slots are less than twice that
+    assert units_for(QWEN3_4B, deep) == deep
+    assert units_for(QWEN3_4B, machine.cpu(2)) == machine.cpu(2)

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from tilert.compiler import Limits, build
 from tilert.compiler.simulate import simulate
+from tilert.compiler.units import with_units
 from tilert.engine.core import RequestOutput, SamplingParams
 from tilert.errors import UserError
 from tilert.files import atomic
@@ -213,6 +214,7 @@ def compile_(args: argparse.Namespace) -> None:
     if args.graph:
         print(graph)
     dtypes = {name: DType.of(array) for name, array in checkpoint.tensors.items()}
+    target = with_units(graph, target, dtypes, scales)
     outputs = args.tokens if args.tokens <= 8 else 1
     limits = Limits(args.tokens, outputs, 8, context)
     program = build(graph, target, limits, dtypes, scales)

@@ -16,6 +16,7 @@ import numpy as np
 from tilert.backends.cpu import MAX_THREADS, Pool, make_pool
 from tilert.backends.cuda import open_device
 from tilert.backends.cuda.runtime import CudaRuntime, GpuDevice
+from tilert.compiler.units import with_units
 from tilert.engine.core import (
     CompletionOutput,
     Logprob,
@@ -104,6 +105,7 @@ class LLM:
         self.long_prompt = self._long_prompt()
         graph = build_graph(self.config, context)
         weights = bind(graph, self.config, context, checkpoint.tensors)
+        stored_scales = scales(graph, self.config, checkpoint.tensors)
         self.pool = make_pool(threads) if backend == "cpu" else None
         self.tuning_path = Path()  # where the best settings of this card and model are kept
         if device is None:
@@ -114,13 +116,14 @@ class LLM:
         else:
             dtypes = {name: DType.of(array) for name, array in weights.items()}
             self.tuning_path = tune.path_of(device.name, graph, dtypes)
-            target = tune.tuned(device.machine, self.tuning_path)
+            target = with_units(graph, device.machine, dtypes, stored_scales)
+            target = tune.tuned(target, self.tuning_path)
             num_pages = self._num_pages(context, max_num_seqs, _left_on(device, weights), 2)
             place = CudaRuntime(device, graph, weights, num_pages, progress)
         described = time.perf_counter()
         self.runner = Runner(
             graph, weights, target, context=context, sequences=max_num_seqs, num_pages=num_pages,
-            place=place, scales=scales(graph, self.config, checkpoint.tensors),
+            place=place, scales=stored_scales,
         )  # fmt: skip
         if device is not None:
             self.runner.backend("decode")  # compiles the kernel and loads the weights

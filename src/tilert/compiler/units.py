@@ -1,0 +1,50 @@
+"""How large a unit of the stream is, so that most weights arrive as tiles of at least four rows.
+
+Each element of x that is read from shared memory should meet four rows of weights. Where the machine's
+own slots hold fewer whole rows and pieces of them would be too small (lower.tile_rows), slots that are a
+quarter or a half larger may hold four; the ring has fewer of them then, but twice what is under way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from tilert.compiler.lower import Limits, lower, tile_rows
+from tilert.ir.dtype import DType
+from tilert.ir.graph import Graph
+from tilert.ir.machine import Machine
+from tilert.ir.program import PAGE, Scale
+from tilert.ops import Linear
+from tilert.ops.linear import GATE
+
+WANTED = 4  # rows of all matrices of a tile together
+
+
+def with_units(
+    graph: Graph, machine: Machine, dtypes: Mapping[str, DType],
+    scales: Mapping[str, Scale] | None = None,
+) -> Machine:  # fmt: skip
+    """The machine with the slots that suit the weights of `graph`; the same one without a ring."""
+    if not machine.slots:
+        return machine
+    buffers, ops = lower(graph, machine, Limits(1, 1, 1, PAGE), dtypes, scales or {})
+    products = [
+        (op, op.k * buffers[op.w].dtype.bytes, 2 if op.epilogue == GATE else 1)
+        for op in ops if isinstance(op, Linear)
+    ]  # fmt: skip
+
+    def in_tiles(made: Machine) -> int:
+        """Bytes of weights whose tiles have as many rows as wanted."""
+        return sum(
+            op.n * row_bytes * matrices for op, row_bytes, matrices in products
+            if tile_rows(made, 1, row_bytes, matrices) * matrices >= WANTED
+        )  # fmt: skip
+
+    ring, size = machine.slots * machine.slot_bytes, machine.slot_bytes
+    made = [
+        replace(machine, slots=ring // each, slot_bytes=each)
+        for each in (size, size + size // 4, size + size // 2)
+        if each == size or ring // each >= 2 * machine.window
+    ]
+    return max(made, key=in_tiles)  # the first, so the smallest, of equals
