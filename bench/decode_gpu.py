@@ -12,6 +12,9 @@ the medians of their repeats.
 `ceiling`: what this GPU reads, measured in the same run (gpu_ceiling.py). `share`: the time in which the
 weights and the cache could be read at that rate, over the time taken.
 
+--rows: steps over several tokens of one sequence (verification of drafts), many in one launch as well;
+--trace: with the stamps of every run being taken.
+
 Peers, with --peers: `transformers` (compiled whole) and `eager`, with the same shapes and protocol, and
 `chain`, tilert's own tiles as one kernel per op in a CUDA graph; one process for each input. With
 --gpt-fast and --megakernels, a checkout of theirs, once for each model (gpu_peers.py, gpu_chain.py).
@@ -29,7 +32,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from datetime import date
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -42,10 +45,11 @@ from gpu_peers import NotMeasured, output_of
 
 from tilert.backends.cuda import open_device
 from tilert.backends.cuda.backend import CudaBackend, Memory
-from tilert.backends.cuda.runtime import CudaRuntime, GpuDevice
+from tilert.backends.cuda.runtime import CudaRuntime, GpuDevice, Pieces
 from tilert.compiler import Limits
 from tilert.compiler.units import with_units
 from tilert.engine.programs import program_for
+from tilert.engine.runner import TOKENS
 from tilert.errors import UserError
 from tilert.ir.dtype import DType
 from tilert.ir.graph import Graph
@@ -175,8 +179,9 @@ class RandomModel(CudaRuntime):
 
         @cache
         def program(kind: str) -> Program:
-            return compiled(name, context, device, self.step_rows(program) if kind == "few" else 1)
+            return compiled(name, context, device, TOKENS[kind] if kind != "prompt" else 1)
 
+        self.program = program
         decode = self.backend("decode", program)
         assert isinstance(decode, CudaBackend)
         self.decode, self.vocab = decode, config.vocab_size
@@ -225,11 +230,56 @@ class RandomModel(CudaRuntime):
         state["tokens"][0, 0], state["positions"][0, 0] = first, position
         return [int(token[0]) for token in self.decode.steps(count)]
 
+    def steps_of(self, rows: int, position: int, count: int) -> list[int] | None:
+        """One greedy token of each of `count` steps over `rows` consecutive tokens, the first of them at
+        `position`, in one launch; None when the device has no program for so many."""
+        kind = next((k for k, tokens in TOKENS.items() if tokens == rows and "few" in k), None)
+        if kind is None or rows > self.step_rows(self.program):
+            return None
+        backend = self.backend(kind, self.program)
+        assert isinstance(backend, Pieces)
+        made, state = backend.made, backend.made.state
+        state["counts"][0], state["output_rows"][0] = rows, np.arange(rows)
+        state["tokens"][0], state["positions"][0] = FIRST, position + np.arange(rows)
+        state["pages"][0] = np.arange(self.num_pages)
+        return [int(tokens[0]) for tokens in made.steps(count)]
+
+
+def repeated(
+    model: RandomModel, repeats: int, steps: Callable[[], list[int] | None]
+) -> list[float]:
+    """Milliseconds per step of `repeats` launches after one to warm up; none when there are no steps."""
+    found: list[float] = []
+    for _ in range(repeats + 1):
+        model.decode.arena.read(0, 1, np.uint8)  # the device has nothing else to do
+        begin = time.perf_counter()
+        if (made := steps()) is None:
+            return []
+        found.append((time.perf_counter() - begin) / len(made) * 1e3)
+    return found[1:]
+
+
+def time_steps(
+    model: RandomModel, before: int, rows: Sequence[int], repeats: int, *, trace: bool
+) -> dict[str, list[float]]:
+    """Milliseconds per step over several tokens, by their number, and with the trace on."""
+    found = {
+        f"rows_{n}_ms": repeated(model, repeats, partial(model.steps_of, n, before, STEPS))
+        for n in rows
+    }
+    if trace:
+        model.decode.trace(True)
+        found["trace_ms"] = repeated(model, repeats, partial(model.tokens, FIRST, before, STEPS))
+        model.decode.trace(False)
+    return found
+
 
 def time_ours(
-    name: str, inputs: Sequence[int], repeats: int, device: GpuDevice
-) -> dict[str, dict[str, list[float]]]:
-    """By input: milliseconds of the repeats, `token_ms` and `first_token_ms` (none: not run)."""
+    name: str, inputs: Sequence[int], repeats: int, device: GpuDevice, rows: Sequence[int] = (),
+    *, trace: bool = False,
+) -> dict[str, dict[str, list[float]]]:  # fmt: skip
+    """By input: milliseconds of the repeats, `token_ms` and `first_token_ms` (none: not run), and those
+    of time_steps."""
     model = RandomModel(name, capacity(inputs), device)
     rng = np.random.default_rng(0)
     found: dict[str, dict[str, list[float]]] = {}
@@ -250,7 +300,7 @@ def time_ours(
             if repeat:  # the first is the warm-up
                 samples["token_ms"].append((marks[1] - marks[0]) / STEPS * 1e3)
                 samples["first_token_ms"] += [] if prompt_ms is None else [prompt_ms]
-        found[str(before)] = samples
+        found[str(before)] = samples | time_steps(model, before, rows, repeats, trace=trace)
     return found
 
 
@@ -270,10 +320,17 @@ def row_of(
     token = summary([each["token_ms"] for each in found])
     ms = token.pop("ms")
     first = [each["first_token_ms"] for each in found if each["first_token_ms"]]
+    others = {
+        name.removesuffix("_ms"): summary([each[name] for each in found])
+        for name, samples in found[0].items()
+        if name.startswith(("rows_", "trace")) and samples
+    }
+    for other in others.values():
+        other["ratio"] = other["ms"] / ms
     return {
         "model": name, "input": before, "ms_per_token": ms, **token, "bytes": moved,
         "share": moved / ceiling / ms * 1e3,
-        "first_token_ms": summary(first)["ms"] if first else None, "peers": {},
+        "first_token_ms": summary(first)["ms"] if first else None, "steps": others, "peers": {},
     }  # fmt: skip
 
 
@@ -303,6 +360,8 @@ def rows_of(
     """The table's rows of one model."""
     program = compiled(name, capacity(args.inputs), device)
     common = ["--inputs", ",".join(map(str, args.inputs)), "--repeats", str(args.repeats)]
+    common += ["--rows", ",".join(map(str, args.rows))] if args.rows else []
+    common += ["--trace"] * args.trace
     tries = [
         attempt(name, lambda: in_child(["--child", "--models", name, *common], OURS_TIMEOUT))
         for _ in range(args.processes)
@@ -343,11 +402,12 @@ def ask_peers(row: dict[str, Any], args: argparse.Namespace, *, first: bool) -> 
 
 def line_of(row: dict[str, Any]) -> str:
     """One line of the table."""
-    first, peers = row["first_token_ms"], row["peers"].items()
+    first, peers, steps = row["first_token_ms"], row["peers"].items(), row["steps"].items()
     return (
         f"{row['model']:<14} after {row['input']:>6} | {row['ms_per_token']:7.4f} ms/token"
         f" ({row['min']:.4f} to {row['max']:.4f}) | {row['share']:6.1%} of the ceiling"
         + (f" | first token {first:.1f} ms" if first else "")
+        + "".join(f" | {n.replace('_', ' ')} {s['ms']:.4f} ms, x{s['ratio']:.3f}" for n, s in steps)
         + "".join(f" | {n} {p['token_ms']:.3f} ms, ratio {p['ratio']:.2f}" for n, p in peers)
     )
 
@@ -360,8 +420,8 @@ def spoken(command: Sequence[str]) -> str:
         return ""
 
 
-def environment(args: argparse.Namespace, device: GpuDevice) -> dict[str, Any]:
-    """Where, with what and how the figures were made."""
+def environment(device: GpuDevice, script: str, commit: str | None) -> dict[str, Any]:
+    """Where and with what the figures were made."""
     import torch
 
     try:
@@ -377,10 +437,8 @@ def environment(args: argparse.Namespace, device: GpuDevice) -> dict[str, Any]:
         "driver": spoken(["nvidia-smi", "-i", "0", "--query-gpu=driver_version", "--format=csv,noheader"]),
         "cuda": torch.version.cuda, "torch": torch.__version__, "transformers": peer,
         "python": platform.python_version(),
-        "commit": args.commit or spoken(["git", "rev-parse", "--short", "HEAD"]),
-        "date": date.today().isoformat(), "command": " ".join(["python bench/decode_gpu.py", *chosen]),
-        "protocol": {"timed_tokens": STEPS, "processes": args.processes, "repeats": args.repeats,
-                     "longest_prompt_that_is_run": LONGEST_PROMPT},
+        "commit": commit or spoken(["git", "rev-parse", "--short", "HEAD"]),
+        "date": date.today().isoformat(), "command": " ".join([f"python bench/{script}", *chosen]),
     }  # fmt: skip
 
 
@@ -407,6 +465,9 @@ def arguments() -> argparse.Namespace:
                         default=[32, 1024, 8192, 32768], help="tokens before, with commas")  # fmt: skip
     parser.add_argument("--processes", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=5, help="in each process")
+    parser.add_argument("--rows", type=lambda text: [int(n) for n in comma_list(text)], default=[],
+                        help="of 2,4,8: also steps over so many tokens")  # fmt: skip
+    parser.add_argument("--trace", action="store_true", help="also with the trace on")
     parser.add_argument("--peers", type=comma_list, nargs="?", default=[], const=[*PEERS],
                         help=f"alone: all of {','.join(PEERS)}")  # fmt: skip
     parser.add_argument("--peer-timeout", type=float, default=300.0, help="seconds for each")
@@ -423,6 +484,8 @@ def arguments() -> argparse.Namespace:
     longest = min(config_of(name)["max_position_embeddings"] for name in args.models) - STEPS - 1
     if not args.inputs or not 1 <= min(args.inputs) <= max(args.inputs) <= longest:
         parser.error(f"--inputs accepts numbers from 1 to {longest} for these models")
+    if unknown := [n for n in args.rows if n not in (2, 4, 8)]:
+        parser.error(f"--rows accepts 2, 4 and 8, not {unknown[0]}")
     if args.processes < 1 or args.repeats < 1:
         parser.error("--processes and --repeats accept 1 and more")
     return args
@@ -447,7 +510,8 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if args.child:
-        print(json.dumps(time_ours(args.models[0], args.inputs, args.repeats, device)))
+        asked = args.models[0], args.inputs, args.repeats, device, args.rows
+        print(json.dumps(time_ours(*asked, trace=args.trace)))
     elif args.peer:
         asked = args.peer, args.models[0], args.inputs[0], args.repeats
         print(json.dumps(time_peer(*asked, device)))
@@ -465,7 +529,14 @@ def run(args: argparse.Namespace, device: GpuDevice) -> None:
     torch.cuda.empty_cache()  # for the processes
     listed = ", ".join(f"{name} {rate / 1e9:.0f}" for name, rate in ceilings.items())
     print(f"{device.name}: ceiling {ceiling / 1e9:.0f} GB/s ({listed})", flush=True)
-    result = {**environment(args, device), "ceiling": ceiling, "ceilings": ceilings, "rows": []}
+    protocol = {
+        "timed_tokens": STEPS, "processes": args.processes, "repeats": args.repeats,
+        "longest_prompt_that_is_run": LONGEST_PROMPT,
+    }  # fmt: skip
+    result = {
+        **environment(device, "decode_gpu.py", args.commit), "protocol": protocol,
+        "ceiling": ceiling, "ceilings": ceilings, "rows": [],
+    }  # fmt: skip
     out = args.out or results_file(device.name)
     out.parent.mkdir(parents=True, exist_ok=True)
     for name in args.models:

@@ -22,6 +22,7 @@ import torch
 import transformers
 from emulator import SUPPORTED, EmulatedDevice
 
+from tilert import LLM, SamplingParams
 from tilert.backends.cuda.jit import compile_cubin
 from tilert.ir import machine
 from tilert.models import load_config
@@ -95,7 +96,8 @@ def test_a_row_is_made_of_medians(bench: Any) -> None:
     row = bench.row_of("Llama-3.2-1B", 32, found, moved=2.5e9, ceiling=2e12)
     assert row == {
         "model": "Llama-3.2-1B", "input": 32, "ms_per_token": 2.5, "min": 1.0, "max": 7.0,
-        "processes": [2.0, 5.0, 2.5], "bytes": 2.5e9, "share": 0.5, "first_token_ms": 10.0, "peers": {},
+        "processes": [2.0, 5.0, 2.5], "bytes": 2.5e9, "share": 0.5, "first_token_ms": 10.0, "steps": {},
+        "peers": {},
     }  # fmt: skip
     bench.add_peer(row, "eager", {"token_ms": 10.0})
     assert row["peers"] == {"eager": {"token_ms": 10.0, "ratio": 4.0}}
@@ -103,6 +105,13 @@ def test_a_row_is_made_of_medians(bench: Any) -> None:
         "Llama-3.2-1B   after     32 |  2.5000 ms/token (1.0000 to 7.0000) |  50.0% of the ceiling"
         " | first token 10.0 ms | eager 10.000 ms, ratio 4.00"
     )
+    for each in found:
+        each |= {"rows_4_ms": [5.0], "rows_8_ms": [], "trace_ms": [2.5, 2.75, 3.0]}
+    row = bench.row_of("Llama-3.2-1B", 32, found, moved=2.5e9, ceiling=2e12)
+    assert row["steps"].keys() == {"rows_4", "trace"}
+    assert row["steps"]["rows_4"]["ratio"] == 2.0
+    assert row["steps"]["trace"]["ratio"] == pytest.approx(1.1)
+    assert "10.0 ms | rows 4 5.0000 ms, x2.000 | trace 2.7500 ms, x1.100" in bench.line_of(row)
 
 
 @pytest.mark.parametrize(
@@ -136,7 +145,8 @@ def test_the_whole_flow(
     monkeypatch.setattr(sys, "argv", ["decode_gpu.py", "--models", name, "--commit", "abc"])
     args = argparse.Namespace(
         models=[name], inputs=[5, 70], processes=2, repeats=2, peers=["eager", "chain"], commit="abc",
-        peer_timeout=1.0, gpt_fast=tmp_path / "none", megakernels=None, out=tmp_path / "out" / "x.json",
+        rows=[], trace=False, peer_timeout=1.0, gpt_fast=tmp_path / "none", megakernels=None,
+        out=tmp_path / "out" / "x.json",
     )  # fmt: skip
     bench.run(args, tiny)
     result = json.loads(args.out.read_text())
@@ -182,6 +192,16 @@ def test_a_prompt_by_torch_and_row_by_row(
         found.append([first, *model.tokens(first, len(ids), 3)])
         assert type(model.prompt).__name__ == ("Prompts" if len(found) == 2 else "Pieces")
     assert found[0] == found[1]
+
+
+@emulated
+def test_steps_over_several_tokens_and_with_the_trace(bench: Any, tiny: EmulatedDevice) -> None:
+    found = bench.time_ours("Tiny", [5], 2, tiny, (2, 4), trace=True)["5"]
+    assert found.keys() == {"token_ms", "first_token_ms", "rows_2_ms", "rows_4_ms", "trace_ms"}
+    assert all(len(samples) == 2 for samples in found.values())
+    model = bench.RandomModel("Tiny", 128, tiny)
+    assert len(model.steps_of(2, 5, 3)) == 3
+    assert model.steps_of(3, 5, 3) is None  # there is no program for three
 
 
 @emulated
@@ -253,10 +273,28 @@ def test_checkouts_of_others(bench: Any, tmp_path: Path) -> None:
         peers.time_megakernels(tmp_path, "Llama-3.2-1B", 128, 20)
 
 
-def test_without_a_gpu_it_says_so() -> None:
+def test_the_checkpoint_of_the_start_loads(bench: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setitem(bench.MODELS, "Tiny", TINY)
+    start = importlib.import_module("start_gpu")
+    start.write_checkpoint(tmp_path, "Tiny")
+    model = LLM(tmp_path, skip_tokenizer_init=True, max_model_len=64)
+    (output,) = model.generate({"prompt_token_ids": [5, 6]}, SamplingParams(max_tokens=2))
+    assert len(output.outputs[0].token_ids) == 2
+    runs = [{"seconds": {"import": t, "sum": 2 * t}} for t in (1.0, 3.0, 2.0)]
+    assert start.phases(runs) == {"import": 2.0, "sum": 4.0}
+    plain = {"token_ms": [1.0], "tokens": [3, 4], "verified": [], "drafted": 0, "accepted": 0}
+    made = plain | {"token_ms": [0.5, 0.25, 0.5], "verified": [4, 2], "drafted": 7, "accepted": 4}
+    assert start.told(made, plain) == {
+        "ms_per_token": 0.5, "steps": 2, "drafted": 7, "accepted": 4,
+        "tokens_per_verifying_step": 3.0, "same_tokens": True,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("script", ["decode_gpu.py", "start_gpu.py"])
+def test_without_a_gpu_it_says_so(script: str) -> None:
     hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
-        [sys.executable, str(SCRIPT)], capture_output=True, text=True, env=hidden,
+        [sys.executable, str(SCRIPT.parent / script)], capture_output=True, text=True, env=hidden,
         check=False,
     )  # fmt: skip
     assert done.returncode == 2
