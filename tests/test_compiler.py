@@ -7,7 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from programs import make_weights, outcome, tiny_model
 
 from tilert.compiler import Limits, build
 from tilert.compiler.simulate import simulate
@@ -19,7 +21,7 @@ from tilert.ir.program import Kind, Program
 from tilert.models import load_config
 from tilert.models.decoder import ROPE_TABLE
 from tilert.models.decoder import build as build_graph
-from tilert.ops import OPS, Attention, Linear, Norm
+from tilert.ops import OPS, Attend, Attention, Combine, Linear, Norm
 
 GOLDEN = Path(__file__).parent / "golden"
 TINY: dict[str, Any] = {
@@ -118,6 +120,64 @@ def test_attention_is_split_when_heads_do_not_divide_over_workers() -> None:
     assert splits == {1: 1, 2: 2, 3: 1, 4: 4}
 
 
+@pytest.mark.parametrize("target", [machine.cpu(3), machine.NULL])
+def test_splits_are_what_the_machine_says(target: Machine) -> None:
+    """The same in all steps of few tokens; prompts do without."""
+    for tokens, splits in ((1, 4), (8, 4), (64, 1)):
+        ops = compiled(TINY, replace(target, splits=4), tokens).ops
+        found = {op.splits for op in ops if isinstance(op, Attention | Attend | Combine)}
+        assert found == {splits}
+
+
+def linear_spread(program: Program) -> list[int]:
+    """Of each product, tiles of the worker that has most less tiles of the one that has least."""
+    tiles = [[0] * len(program.queues) for _ in program.ops]
+    for worker, queue in enumerate(program.queues):
+        for run in queue:
+            tiles[run.op][worker] += run.hi - run.lo
+    return [
+        max(t) - min(t) for t, op in zip(tiles, program.ops, strict=True) if isinstance(op, Linear)
+    ]
+
+
+def test_each_op_or_a_whole_step_is_dealt_evenly() -> None:
+    """A step is even in bytes either way, for who gets less of an op is next in line for more."""
+    programs = [
+        compiled(LLAMA_1B, replace(machine.H200, even=even), layers=4, context=2048)
+        for even in (False, True)
+    ]
+    step, each = map(linear_spread, programs)
+    assert max(step) > 1
+    assert max(each) == 1
+    for program in programs:
+        moved = [
+            sum(program.ops[r.op].cost(r.lo, r.hi, 2, 0).bytes for r in queue)
+            for queue in program.queues
+        ]
+        assert max(moved) <= 1.03 * sum(moved) / len(moved)
+
+
+def test_a_window_changes_nothing_else() -> None:
+    first, second = (compiled(TINY, replace(machine.NULL, window=n)) for n in (1, 3))
+    assert replace(first, machine=second.machine) == second
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 8])
+@pytest.mark.parametrize(
+    "changes", [{"even": True}, {"splits": 3}, {"slots": 2, "slot_bytes": 96}, {"slot_bytes": 512}]
+)
+def test_tuned_programs_compute_the_same(changes: dict[str, int], tokens: int) -> None:
+    """All of them are verified when they are compiled; nearly, for splits change the order of sums."""
+    plain, tuned = (tiny_model(m, tokens) for m in (machine.NULL, replace(machine.NULL, **changes)))
+    assert plain.queues != tuned.queues
+    weights = make_weights(plain)
+    expected, found = outcome(plain, weights, "sequential"), outcome(tuned, weights, "random", 5)
+    assert found.sampled == expected.sampled
+    both = (np.frombuffer(o.memory["logits"], np.float32) for o in (found, expected))
+    ours, wanted = (logits.reshape(tokens, -1)[:2] for logits in both)  # of rows with tokens
+    assert np.abs(ours - wanted).max() <= 1e-5 * np.abs(wanted).max()
+
+
 def test_activations_share_storage_over_layers() -> None:
     two, six = (compiled(SMOLLM2, machine.cpu(2), layers=n) for n in (2, 6))
     assert two.arena_bytes == six.arena_bytes
@@ -137,8 +197,10 @@ def test_simulated_step_is_near_the_byte_floor_and_never_below() -> None:
         assert floor <= total <= 1.35 * floor
 
 
-def test_ring_machines_stream_every_weight_byte_through_slots() -> None:
-    program = compiled(LLAMA_1B, machine.H100, layers=1)
+@pytest.mark.parametrize("slot_bytes", [8192, 16384, 24576, 32768])
+def test_ring_machines_stream_every_weight_byte_through_slots(slot_bytes: int) -> None:
+    target = replace(machine.H100, slots=(192 << 10) // slot_bytes, slot_bytes=slot_bytes)
+    program = compiled(LLAMA_1B, target, layers=1)
     assert all(run.ring >= 0 for queue in program.queues for run in queue)
     for op in program.ops:
         if isinstance(op, Linear):

@@ -71,6 +71,11 @@ MODELS: dict[str, tuple[dict[str, Any], DType, int, dict[str, int]]] = {
     "fp8-one-scale": ({"hidden_size": 512, "intermediate_size": 96}, DType.F8E4M3, 3, {}),
     "qwen2": ({"model_type": "qwen2", "head_dim": None, "hidden_size": 64}, DType.BF16, 3, {}),
     "qwen3": ({"model_type": "qwen3"}, DType.BF16, 4, {}),
+    # As `tilert tune` may choose: units of no power of two, more shares than pages, ops dealt evenly.
+    "units-of-6-kb": ({"hidden_size": 1024, "intermediate_size": 1536, "num_hidden_layers": 1},
+                      DType.BF16, 3, {"slots": 3, "slot_bytes": 6144}),
+    "many-splits": ({"model_type": "mistral", "sliding_window": 40}, DType.BF16, 9, {"splits": 16}),
+    "dealt-evenly": ({"intermediate_size": 176}, DType.BF16, 5, {"even": True, "splits": 3}),
     "mistral-window": ({"model_type": "mistral", "sliding_window": 40}, DType.BF16, 3, {}),
 }  # fmt: skip
 
@@ -191,7 +196,8 @@ STEPS: dict[str, tuple[int, list[tuple[int, int]]]] = {
     "one-of-two": (2, [(0, 130)]),
 }
 SEVERAL = ("llama", "llama-untied-head-64", "llama-group-of-3", "llama-head-128", "deep-ring",
-           "wide-rows", "fp8-wide-blocks", "fp8-rows", "qwen2", "qwen3", "mistral-window")  # fmt: skip
+           "wide-rows", "units-of-6-kb", "many-splits", "fp8-wide-blocks", "fp8-rows", "qwen2", "qwen3",
+           "mistral-window")  # fmt: skip
 
 
 def begin_rows(

@@ -39,7 +39,7 @@ from tilert.ops.draw import BINS, CONTROL_WORDS, MAX_VOCAB, row_words
 from tilert.ops.linear import ADD, GATE, STORE, multiplier
 
 FEW_TOKENS = 8  # up to this many tokens a step is bound by reading weights
-MAX_SPLITS = 8  # shares of the past positions of one kv head whose partial results a product merges
+MAX_SPLITS = 8  # that the rule takes: a product merges their partial results
 PROMPT_BLOCK = 32  # tokens per tile of row-wise ops and of attention in steps of many tokens
 
 
@@ -353,12 +353,25 @@ def _lower_rope(low: Lowering, node: Node) -> None:
     )  # fmt: skip
 
 
+def _splits(low: Lowering, kv_heads: int) -> int:
+    """Shares of the past positions of one kv head: what the machine says, else a rule.
+
+    They decide in which order sums are taken, so all steps of few tokens have the same.
+    """
+    machine = low.machine
+    if not low.few:
+        return 1
+    if low.fused:  # at least two, for what follows merges shares
+        return max(2, machine.splits or min(MAX_SPLITS, machine.workers // kv_heads))
+    return machine.splits or machine.workers // math.gcd(kv_heads, machine.workers)
+
+
 def _lower_attend(low: Lowering, node: Node) -> None:
     rope, lim = low.maker[_input(node, "q")], low.limits
     assert rope.op == "rope", f"{node}: its queries are not rotated"
     q, k, v, table = (_input(rope, name) for name in ("q", "k", "v", "table"))
     layer, d, kv_heads = (int(node.attrs[name]) for name in ("layer", "head_dim", "kv_heads"))
-    heads, splits = q.cols // d, max(2, min(MAX_SPLITS, low.machine.workers // kv_heads))
+    heads, splits = q.cols // d, _splits(low, kv_heads)
     window, width = int(node.attrs["window"]), heads * splits * (d + 2)
     one = lim.tokens == 1
     y = low.work(node.output, width if one else None, _stored(low, node.output))
@@ -388,8 +401,7 @@ def _lower_attention(low: Lowering, node: Node) -> None:
         return _lower_attend(low, node)
     q, lim = _input(node, "q"), low.limits
     layer, d, kv_heads = (int(node.attrs[name]) for name in ("layer", "head_dim", "kv_heads"))
-    heads = q.cols // d
-    splits = low.machine.workers // math.gcd(kv_heads, low.machine.workers) if low.few else 1
+    heads, splits = q.cols // d, _splits(low, kv_heads)
     y = low.work(node.output)
     target = y
     if splits > 1:

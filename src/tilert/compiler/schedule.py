@@ -1,7 +1,8 @@
 """Runs onto workers: consecutive tiles of each op, so that every worker moves about the same time.
 
 The balance carries over op borders: a worker that got more of one op gets less of the next, which
-is what matters when weights are streamed ahead of the hand-offs.
+is what matters when weights are streamed ahead of the hand-offs. Where hand-offs are what a step waits
+for, an op should end early everywhere: a machine may ask that each op is dealt out evenly for itself.
 """
 
 from __future__ import annotations
@@ -34,8 +35,11 @@ def schedule(machine: Machine, buffers: tuple[Buffer, ...], ops: tuple[Op, ...])
         seconds = np.asarray([tile_seconds(op, t, t + 1, itemsize, machine) for t in _samples(op)])
         if len(seconds) < op.tiles:  # a long uniform op: all tiles but the last cost the same
             seconds = np.append(np.full(op.tiles - 1, seconds[0]), seconds[-1])
+        # A tile without weights takes mostly latency, which its bytes and flops do not tell: two of them
+        # on one worker would take twice as long.
         alone = machine.slots and op.tiles <= machine.workers and not _uniform(op)
-        ranges = _one_each(op.tiles, load) if alone else _ranges(seconds, load)
+        even = alone or machine.even
+        ranges = _evenly(op.tiles, load) if even else _ranges(seconds, load)
         for worker, (lo, hi) in enumerate(ranges):
             if lo < hi:
                 queues[worker].append(Run(index, lo, hi, ring=tickets[worker]))
@@ -51,14 +55,12 @@ def _uniform(op: Op) -> bool:
     return type(op).__name__ == "Linear"
 
 
-def _one_each(tiles: int, load: np.ndarray) -> list[tuple[int, int]]:
-    """One tile for each of the least loaded workers. Such a tile takes mostly latency, which its bytes and
-    flops do not tell: two on one worker would take twice as long."""
-    chosen = np.sort(np.argsort(load, kind="stable")[:tiles]).tolist()
-    ranges = [(0, 0)] * len(load)
-    for tile, worker in enumerate(chosen):
-        ranges[worker] = (tile, tile + 1)
-    return ranges
+def _evenly(tiles: int, load: np.ndarray) -> list[tuple[int, int]]:
+    """As many tiles for each worker; what is left over, one for each of the least loaded ones."""
+    each, left_over = divmod(tiles, len(load))
+    counts = np.full(len(load), each)
+    counts[np.argsort(load, kind="stable")[:left_over]] += 1
+    return list(pairwise([0, *np.cumsum(counts).tolist()]))
 
 
 def _samples(op: Op) -> list[int]:

@@ -18,7 +18,10 @@ class Machine:
     """A description that the compiler reads; nothing here touches hardware.
 
     slots/slot_bytes/window describe the ring that streams weights on each worker (0 slots: weights
-    are read in place). Times are in seconds, bandwidths in bytes per second, flops per second.
+    are read in place). splits: shares of the past positions of one kv head in steps of few tokens (0:
+    the compiler's rule). even: each op is dealt out evenly for itself (False: a whole step is). These
+    five are what `tilert tune` searches. Times are in seconds, bandwidths in bytes per second, flops per
+    second.
     """
 
     name: str
@@ -27,6 +30,8 @@ class Machine:
     slots: int = 0
     slot_bytes: int = 0
     window: int = 0
+    splits: int = 0
+    even: bool = False
     read_bandwidth: float = 0.0  # all workers of one device together
     worker_bandwidth: float = 0.0  # one worker alone
     worker_flops: float = 0.0  # one worker, f32 multiply-adds counted as two
