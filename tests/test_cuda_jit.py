@@ -60,7 +60,7 @@ def twice(cache: Path, **changes: Any) -> jit.Cubin:
     return compile_cubin(**given | changes)
 
 
-def source_of(name: str, arch: str) -> Source:
+def source_of(name: str, arch: str, **tuned: int) -> Source:
     graph = build_graph(load_config({**BASE, **SHAPES[name]}), 8192)
     dtypes = {w: DType.BF16 for w in graph.weights if w != ROPE_TABLE}
     target = machine.B200 if arch == "sm_100a" else machine.H200
@@ -68,6 +68,7 @@ def source_of(name: str, arch: str) -> Source:
     if name.endswith("fp8"):
         scales = {w: Scale(f"{w}_scale_inv", (128, 128)) for w in dtypes if "_proj" in w}
         dtypes |= dict.fromkeys(scales, DType.F8E4M3)
+    target = replace(target, **tuned)
     program = build(graph, target, Limits(1, 1, 1, 8192, name == "sampled"), dtypes, scales)
     return generate(program, fitting_slots(program, TARGETS[arch]))
 
@@ -98,6 +99,23 @@ def test_no_op_spills_in_its_loops(name: str, tmp_path: Path) -> None:
         )  # fmt: skip
         used = cubin.resources[KERNEL]
         assert used.stack == used.spill_stores == used.spill_loads == 0, (number, used)
+
+
+@pytest.mark.parametrize(
+    ("name", "tuned"),
+    [
+        ("llama-1b", {"slots": 24, "slot_bytes": 8192}), ("llama-1b", {"slots": 6, "slot_bytes": 32768}),
+        ("llama-1b", {"splits": 16}), ("qwen3-0.6b", {"slots": 8, "slot_bytes": 24576}),
+        ("qwen3-8b-fp8", {"slots": 8, "slot_bytes": 24576}),
+    ],
+)  # fmt: skip
+def test_what_tune_tries_compiles(name: str, tuned: dict[str, int], tmp_path: Path) -> None:
+    """Spills would only cost time there, and tune measures that."""
+    made = source_of(name, "sm_90a", **tuned)
+    cubin = compile_cubin(
+        made.text, name=KERNEL, arch="sm_90a", headers=made.headers, cache=tmp_path
+    )
+    assert cubin.resources[KERNEL].registers <= 168
 
 
 SPILLS = """

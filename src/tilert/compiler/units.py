@@ -7,14 +7,14 @@ quarter or a half larger may hold four; the ring has fewer of them then, but twi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from tilert.compiler.lower import Limits, lower, tile_rows
 from tilert.ir.dtype import DType
 from tilert.ir.graph import Graph
 from tilert.ir.machine import Machine
-from tilert.ir.program import PAGE, Scale
+from tilert.ir.program import PAGE, Buffer, Op, Scale
 from tilert.ops import Linear
 from tilert.ops.linear import GATE
 
@@ -29,22 +29,23 @@ def with_units(
     if not machine.slots:
         return machine
     buffers, ops = lower(graph, machine, Limits(1, 1, 1, PAGE), dtypes, scales or {})
-    products = [
-        (op, op.k * buffers[op.w].dtype.bytes, 2 if op.epilogue == GATE else 1)
-        for op in ops if isinstance(op, Linear)
-    ]  # fmt: skip
-
-    def in_tiles(made: Machine) -> int:
-        """Bytes of weights whose tiles have as many rows as wanted."""
-        return sum(
-            op.n * row_bytes * matrices for op, row_bytes, matrices in products
-            if tile_rows(made, 1, row_bytes, matrices) * matrices >= WANTED
-        )  # fmt: skip
-
     ring, size = machine.slots * machine.slot_bytes, machine.slot_bytes
     made = [
         replace(machine, slots=ring // each, slot_bytes=each)
         for each in (size, size + size // 4, size + size // 2)
         if each == size or ring // each >= 2 * machine.window
     ]
-    return max(made, key=in_tiles)  # the first, so the smallest, of equals
+    # The first, so the smallest, of equals.
+    return max(made, key=lambda each: bytes_in_tiles(buffers, ops, each))
+
+
+def bytes_in_tiles(buffers: Sequence[Buffer], ops: Sequence[Op], machine: Machine) -> int:
+    """Bytes of weights whose tiles would have as many rows as wanted in the units of a machine."""
+    products = [
+        (op, op.k * buffers[op.w].dtype.bytes, 2 if op.epilogue == GATE else 1)
+        for op in ops if isinstance(op, Linear)
+    ]  # fmt: skip
+    return sum(
+        op.n * row_bytes * matrices for op, row_bytes, matrices in products
+        if tile_rows(machine, 1, row_bytes, matrices) * matrices >= WANTED
+    )  # fmt: skip

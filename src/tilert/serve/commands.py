@@ -286,10 +286,10 @@ def tune(args: argparse.Namespace) -> None:
     """`tilert tune`."""
     from tilert.serve.tune import search
 
+    if not args.seconds > 0:
+        raise UserError(f"--seconds is {args.seconds:g}; accepted are numbers above 0")
     llm = load(args)
-    found = search(llm.runner, llm.tuning_path, args.seconds, print)
-    best = min(found, key=found.__getitem__)
-    print(f"kept: window {best}, of {', '.join(map(str, sorted(found)))}")
+    search(llm.runner, llm.tuning_path, args.seconds, print)
 
 
 def replay(args: argparse.Namespace) -> None:

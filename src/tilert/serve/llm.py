@@ -116,8 +116,9 @@ class LLM:
         else:
             dtypes = {name: DType.of(array) for name, array in weights.items()}
             self.tuning_path = tune.path_of(device.name, graph, dtypes)
+            size = sum(array.nbytes for array in weights.values())
             target = with_units(graph, device.machine, dtypes, stored_scales)
-            target = tune.tuned(target, self.tuning_path)
+            target = tune.tuned(target, device.name, size, self.tuning_path)
             num_pages = self._num_pages(context, max_num_seqs, _left_on(device, weights), 2)
             place = CudaRuntime(device, graph, weights, num_pages, progress)
         described = time.perf_counter()
