@@ -67,7 +67,7 @@ struct Fiber {
   void* stack_pointer = nullptr;
   std::unique_ptr<u8[]> stack;
   u32 block = 0, thread = 0;
-  u64 exchanges = 0, barriers[16] = {};
+  u64 exchanges = 0;
   bool ended = false;
 };
 struct Copy {
@@ -105,8 +105,7 @@ const T* exchange(const T& mine) {
 
 inline void barrier(u32 id, u32 threads) {
   BlockState& b = block();
-  u64 use = current->barriers[id]++;
-  ++b.arrived[id];
+  const u64 use = b.arrived[id]++ / threads;  // not all uses are by the same warps
   ++progress;
   while (b.arrived[id] < threads * (use + 1)) yield();
 }
