@@ -22,7 +22,7 @@ from tilert.backends.cuda.backend import UNSET, CudaBackend
 from tilert.backends.cuda.runtime import CudaRuntime
 from tilert.errors import UserError
 from tilert.files import keep
-from tilert.ir.machine import H100, H200, Machine, by_name
+from tilert.ir.machine import B200, H200, Machine, by_name
 from tilert.ir.program import Program
 from tilert.ops import Attend, Draw
 from tilert.serve import llm as serving
@@ -293,7 +293,7 @@ def test_what_was_measured_before_counts_until_a_model_is_tuned(
 def test_what_comes_with_tilert_fits_its_cards(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every entry, and one in case there is none; other cards and larger models get nothing."""
+    """Every entry, and one of another field; other cards and larger models get nothing."""
     entries = (*SHIPPED, Shipped("H200", 1_300_000_000, {"window": 2}))
     monkeypatch.setattr(shipping, "SHIPPED", entries)
     for entry in entries:
@@ -301,7 +301,7 @@ def test_what_comes_with_tilert_fits_its_cards(
         made = tune.tuned(own, f"NVIDIA {entry.card}", entry.most_bytes, tmp_path / "none")
         assert made == replace(own, **entry.settings) != own
         assert tune.tuned(own, f"NVIDIA {entry.card}", 1 << 50, tmp_path / "none") == own
-    assert tune.tuned(H100, "NVIDIA H100 80GB HBM3", 1 << 30, tmp_path / "none") == H100
+    assert tune.tuned(B200, "NVIDIA B200", 1 << 30, tmp_path / "none") == B200
 
 
 def test_a_ring_of_other_units_may_be_kept(tmp_path: Path) -> None:
