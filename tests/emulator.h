@@ -230,6 +230,7 @@ inline u32 swap_if(u32* p, u32 expected, u32 v) {
   if (old == expected) *p = v;
   return old;
 }
+inline void compute_here(float&) {}
 inline float4 load_float4(const float* p) {
   assert(reinterpret_cast<u64>(p) % 16 == 0);
   return {p[0], p[1], p[2], p[3]};

@@ -17,7 +17,7 @@ from emulator import SUPPORTED, EmulatedDevice
 
 from tilert.backends import hang
 from tilert.backends.cuda import backend as cuda
-from tilert.backends.cuda import open_device
+from tilert.backends.cuda import limits, open_device, source
 from tilert.backends.cuda.backend import CudaBackend, LaunchError, Memory
 from tilert.backends.cuda.runtime import GpuDevice
 from tilert.backends.interpreter import Interpreter, allocate_caches
@@ -67,6 +67,8 @@ MODELS: dict[str, tuple[dict[str, Any], DType, int, dict[str, int]]] = {
                   {"slots": 24, "window": 8}),
     "fp8-blocks": ({"hidden_size": 64, "intermediate_size": 96}, DType.F8E4M3, 3, {}),
     "fp8-wide-blocks": ({"hidden_size": 512, "intermediate_size": 1088}, DType.F8E4M3, 3, {}),
+    "fp8-long-rows": ({"hidden_size": 64, "intermediate_size": 3072, "num_hidden_layers": 1},
+                      DType.F8E4M3, 3, {}),
     "fp8-rows": ({"hidden_size": 64, "intermediate_size": 128}, DType.F8E4M3, 3, {}),
     "fp8-one-scale": ({"hidden_size": 512, "intermediate_size": 96}, DType.F8E4M3, 3, {}),
     "qwen2": ({"model_type": "qwen2", "head_dim": None, "hidden_size": 64}, DType.BF16, 3, {}),
@@ -238,6 +240,19 @@ def test_steps_of_several_tokens(name: str, step: str, devices: Devices) -> None
             homes[0].read(0, size, np.uint16).tobytes()
             == homes[1].read(0, size, np.uint16).tobytes()
         )
+
+
+@pytest.mark.parametrize(("name", "words"), [("wide-rows", 16), ("fp8-long-rows", 32)])
+def test_what_registers_do_not_hold_lies_in_shared_memory(
+    name: str, words: int, devices: Devices, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with rows of more than 8,192 weights and 8 tokens, but here of less."""
+    for module in (limits, source):
+        monkeypatch.setattr(module, "HELD_WORDS", words)
+    program, _ = compiled(name, tokens=8)
+    products = [op for op in program.ops if isinstance(op, Linear)]
+    assert max(limits.kept_bytes(program, op, 8) for op in products) > 0
+    test_steps_of_several_tokens(name, "a-batch", devices)
 
 
 def test_several_sequences_in_one_launch(devices: Devices) -> None:

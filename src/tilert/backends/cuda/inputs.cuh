@@ -121,6 +121,8 @@ struct Inputs {
         sum = fmaf(v[i], v[i], sum);
         v[i] = Layout::inside(round) ? v[i] * T::widen(held.v[round / Layout::kPair][i]) : 0;
       }
+      if constexpr (kTokens > 4)
+        compute_here(sum);  // put off, it would keep all pieces in registers
       Layout::put(out, round, v);
     });
 #pragma unroll

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from tilert.errors import UserError
 from tilert.ir.dtype import DType
-from tilert.ir.program import Program
+from tilert.ir.program import NONE, Program
 from tilert.ops import Attend, Draw, Linear
 
 SLOT_PAD = 128  # bytes behind a slot: rows that are not aligned arrive with their neighbours' bytes
 DRAW_BYTES = 13 << 10  # struct DrawScratch
 RUN_BYTES, WAIT_BYTES = 96, 4  # struct Run, struct Wait
 MIN_SLOTS = 2
-X_BYTES = 256 * 128 * 4  # half of the registers of the threads that compute
+THREADS, WARPS = 256, 8  # that compute
+HELD_WORDS = 128  # of x' in the registers of a thread: half of them; the rest is in shared memory
+ENOUGH_SLOTS = 4  # of the ring that a step of several tokens must leave
 MAX_ROWS = 32  # of query heads, of all tokens of a step: two blocks of 16 for the matrix units
 
 
-def step_rows(program: Program) -> int:
-    """Most tokens of a step (1, 2, 4 or 8), from the program of one: each block holds x' of all of them.
+def step_rows(program: Program, available: int) -> int:
+    """Most tokens of a step (1, 2, 4 or 8), from the program of one, where a block has so many bytes of
+    shared memory: each block holds x' of all tokens, in its registers and what they leave over there.
 
     One where a product does not go through the matrix units.
     """
@@ -24,8 +27,32 @@ def step_rows(program: Program) -> int:
     if any(op.x_type == DType.F32 for op in linears):
         return 1
     group = max((op.group for op in program.ops if isinstance(op, Attend)), default=1)
-    fit = min(X_BYTES // (2 * max(op.k for op in linears)), MAX_ROWS // group)
-    return next(rows for rows in (8, 4, 2, 1) if rows <= max(fit, 1))
+    ring = ENOUGH_SLOTS * (program.machine.slot_bytes + SLOT_PAD)
+    room = available - ring - 2 * queue_bytes(program)  # their queues are a little longer
+    return next(
+        rows for rows in (8, 4, 2, 1)
+        if rows == 1 or (
+            rows * group <= MAX_ROWS
+            and max(kept_bytes(program, op, rows) for op in linears) + shared_struct_bytes(rows) <= room
+        )
+    )  # fmt: skip
+
+
+def kept_bytes(program: Program, op: Linear, tokens: int) -> int:
+    """What registers do not hold of a product's x' for so many tokens (Matrix::Operand), in bytes."""
+    if op.x_type == DType.F32:
+        return 0
+    itemsize, matrices = program.weight_itemsize(op), 1 if op.w_up == NONE else 2
+    rows, row_bytes = op.tile_rows * matrices, op.k * itemsize
+    share = program.machine.slot_bytes // rows
+    pieces = -(-row_bytes // share)
+    piece = row_bytes if pieces == 1 else -(-row_bytes // pieces // 64) * 64
+    spread = WARPS * max(1, 16 // rows)  # blocks of 64 bytes that are taken at once
+    last = row_bytes - (pieces - 1) * piece
+    steps = (pieces - 1) * -(-piece // (64 * spread)) + -(-last // (64 * spread))
+    columns = max(1, 16 // rows) * max(tokens, 2)
+    words = max(1, columns // 8) * 8 // itemsize  # of a step
+    return max(0, steps - HELD_WORDS // words) * words * 4 * THREADS
 
 
 def shared_struct_bytes(tokens: int) -> int:
@@ -35,13 +62,16 @@ def shared_struct_bytes(tokens: int) -> int:
 
 
 def scratch_bytes(program: Program) -> int:
-    """Bytes between the barriers of one op: Attend's Scratch, DrawScratch, or a little for the others."""
+    """Bytes that one op has for itself: Attend's Scratch, DrawScratch, x' beyond the registers, or a
+    little for the others."""
     sizes = [
         _attend_bytes(op.group, op.head_dim, program.tokens)
         for op in program.ops
         if isinstance(op, Attend)
     ]
     sizes += [DRAW_BYTES for op in program.ops if isinstance(op, Draw)]
+    linears = (op for op in program.ops if isinstance(op, Linear))
+    sizes += [kept_bytes(program, op, program.tokens) for op in linears]
     return -(-max([256, *sizes]) // 16) * 16
 
 

@@ -131,7 +131,7 @@ struct Linear {
   static __device__ __forceinline__ bool consume(Block& b, const Run& run) {
     typename In::template Held<Input> held;
     In::prefetch(run, held);
-    Operand x;
+    Operand x(b);
     if constexpr (Product::kScaled) Product::load_scales(run, 0, x);
     if (!wait_for_inputs<Input::kTagged>(b, run)) return false;
     In::make(b, run, held, x);

@@ -2,7 +2,7 @@
 // each warp leaves its part of the sum in shared memory.
 //
 // Both have the interface of Inputs' Layout, and besides
-//   Operand: x' as the products want it, in registers for the whole run
+//   Operand: x' as the products want it, in a thread's own registers for the whole run
 //   Sums, add(unit, ...): one unit, whose slot is given back on the way
 //   kTogether, add_together(...): so many tiles at once, if that is more than one
 //   leave(Sums, ...): to shared memory
@@ -100,7 +100,7 @@ struct Matrix {
     return round / (kGroups * kPair * kParts);
   }
   static __device__ __forceinline__ int segment(int round) {
-    return (part(round) * 8 + column()) / kWidth;
+    return part(round) * (8 / kWidth) + column() / kWidth;  // a constant and what the lane has
   }
   // The block of a segment in its piece.
   static __device__ __forceinline__ int block(int step, int segment) {
@@ -121,11 +121,46 @@ struct Matrix {
            group * kWide;
   }
 
+  // What registers do not hold of x' lies in shared memory, where each thread has its own part.
+  static constexpr int kStepWords = kColumnBlocks * 2 * kProducts;
+  static constexpr int kHeld = kSteps * kStepWords <= kHeldWords ? kSteps : kHeldWords / kStepWords;
+  static_assert((kSteps - kHeld) * kStepWords * 4 * kThreads <= kScratchBytes, "x' does not fit");
   struct Operand {
-    u32 b[kSteps][kColumnBlocks][2 * kProducts];
+    u32 b[kHeld][kColumnBlocks][2 * kProducts];
+    uint4* rest;  // [kSteps - kHeld, kColumnBlocks, kProducts / 2, kThreads]
     // Of the two rows of a lane's sums in each step, for the rows of one block of scales.
     float scale[kSteps][kRowBlocks][2];
     u32 block = 0xffffffffu;
+    __device__ __forceinline__ explicit Operand(const Block& b)
+        : rest(reinterpret_cast<uint4*>(b.scratch) + thread()) {}
+
+    // The words of one step and column block.
+    __device__ __forceinline__ void get(int step, int m, u32 (&to)[2 * kProducts]) const {
+#pragma unroll
+      for (int i = 0; i < kProducts / 2; ++i) {
+        uint4 four;
+        if (step < kHeld) {
+          const u32(&held)[2 * kProducts] = b[step][m];
+          four = {held[4 * i], held[4 * i + 1], held[4 * i + 2], held[4 * i + 3]};
+        } else {
+          four = rest[place(step, m, i)];
+        }
+        to[4 * i] = four.x, to[4 * i + 1] = four.y, to[4 * i + 2] = four.z, to[4 * i + 3] = four.w;
+      }
+    }
+    __device__ __forceinline__ void set(int step, int m, const u32 (&from)[2 * kProducts]) {
+#pragma unroll
+      for (int i = 0; i < 2 * kProducts; ++i)
+        if (step < kHeld) b[step][m][i] = from[i];
+#pragma unroll
+      for (int i = 0; i < kProducts / 2; ++i)
+        if (step >= kHeld)
+          rest[place(step, m, i)] = {from[4 * i], from[4 * i + 1], from[4 * i + 2],
+                                     from[4 * i + 3]};
+    }
+    static __device__ __forceinline__ int place(int step, int m, int i) {
+      return (((step - kHeld) * kColumnBlocks + m) * (kProducts / 2) + i) * kThreads;
+    }
   };
 
   // Rows that are stored as the products take them.
@@ -138,8 +173,9 @@ struct Matrix {
         const u16* piece = from + column() % kTokens * kK + offset(round) - odd() * kWide;
         const float4 words =
             inside(round) ? load_float4(reinterpret_cast<const float*>(piece)) : float4{0, 0, 0, 0};
-        out.b[at][m][0] = __float_as_uint(words.x), out.b[at][m][1] = __float_as_uint(words.y);
-        out.b[at][m][2] = __float_as_uint(words.z), out.b[at][m][3] = __float_as_uint(words.w);
+        out.set(at, m,
+                {__float_as_uint(words.x), __float_as_uint(words.y), __float_as_uint(words.z),
+                 __float_as_uint(words.w)});
       }
   }
 
@@ -148,7 +184,8 @@ struct Matrix {
   }
   // Four elements are the words of one product.
   static __device__ __forceinline__ void put(Operand& out, int round, const float (&v)[kWide]) {
-    u32(&to)[2 * kProducts] = out.b[step(round)][part(round)];
+    u32 to[2 * kProducts];
+    out.get(step(round), part(round), to);
     const int group = round / kPair % kGroups;
     const bool own = kPair == 1 || odd() == round % kPair;  // else it is for the lane beside
 #pragma unroll
@@ -159,6 +196,7 @@ struct Matrix {
       even = own ? (odd() ? other : word) : before[0];
       odds = own ? (odd() ? word : other) : before[1];
     }
+    out.set(step(round), part(round), to);
   }
 
   static __device__ __forceinline__ void load_scales(const Run& run, u32 row, Operand& x) {
@@ -236,13 +274,16 @@ struct Matrix {
     for (int n = 0; n < kRowBlocks; ++n) {
       float own[kColumnBlocks][kChains][4] = {};
       float (&c)[kColumnBlocks][kChains][4] = kScaled ? own : sums.c[n];
+      u32 b[kColumnBlocks][2 * kProducts];
+#pragma unroll
+      for (int m = 0; m < kColumnBlocks; ++m) x.get(step, m, b[m]);
 #pragma unroll
       for (int p = 0; p < kProducts; ++p) {
         u32 a[4];
         words(w.v[i][n][0], w.v[i][n][1], p, a);
 #pragma unroll
         for (int m = 0; m < kColumnBlocks; ++m)
-          product(c[m][p % kChains], a, x.b[step][m][2 * p], x.b[step][m][2 * p + 1]);
+          product(c[m][p % kChains], a, b[m][2 * p], b[m][2 * p + 1]);
       }
       if constexpr (kScaled) {
         const float (&scale)[2] = x.scale[step][n];
@@ -388,6 +429,7 @@ struct Scalar {
     float x[kRounds][kWide];
     float scale[T::kMatrices][kRounds];  // of this thread's chunks, for the rows of one block
     u32 block = 0xffffffffu;
+    __device__ __forceinline__ explicit Operand(const Block&) {}
   };
   static __device__ __forceinline__ void put(Operand& out, int round, const float (&v)[kWide]) {
 #pragma unroll

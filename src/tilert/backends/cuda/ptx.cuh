@@ -120,6 +120,8 @@ __device__ __forceinline__ u32 swap_if(u32* p, u32 expected, u32 v) {
   return old;
 }
 
+// The compiler may not put off what makes this value.
+__device__ __forceinline__ void compute_here(float& v) { asm volatile("" : "+f"(v)); }
 __device__ __forceinline__ float4 load_float4(const float* p) {
   float4 v;
   asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];"

@@ -114,7 +114,7 @@ class CudaRuntime:
 
     def step_rows(self, program: Callable[[str], Program]) -> int:
         """Most tokens of a step of one launch; see limits.step_rows."""
-        return step_rows(program("decode"))
+        return step_rows(program("decode"), self.device.shared_bytes)
 
     def _decoder(self, program: Callable[[str], Program]) -> CudaBackend:
         if self._decode is None:

@@ -10,7 +10,7 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
-from tilert.backends.cuda.limits import SLOT_PAD, scratch_bytes, shared_struct_bytes
+from tilert.backends.cuda.limits import HELD_WORDS, SLOT_PAD, scratch_bytes, shared_struct_bytes
 from tilert.errors import UserError
 from tilert.ir.dtype import DType
 from tilert.ir.program import NONE, PAGE, Buf, Op, Program
@@ -63,6 +63,7 @@ def generate(program: Program, slots: int, *, trace: bool = False) -> Source:
         "kWindow": min(machine.window, slots), "kPage": PAGE, "kScratchBytes": scratch_bytes(program),
         "kCounters": len(program.counters), "kTurn": tags.stride % TAGS, "kTokens": program.tokens,
         "kStreamLead": program.stream_lead, "kSharedBytes": shared_struct_bytes(program.tokens),
+        "kHeldWords": HELD_WORDS,
     }  # fmt: skip
     headers = {name: (FOLDER / name).read_text(encoding="utf-8") for name in HEADERS}
     headers["constants.h"] = "#pragma once\n" + "".join(
