@@ -26,8 +26,8 @@ class Shipped:
 
 # The first that fits counts. H100: 0.870 ms instead of 0.872 for Llama-3.2-1B (2.5 GB) after 32 tokens and
 # 0.912 instead of 0.914 after 1,000, 0.656 instead of 0.664 for Qwen3-0.6B; from 1.7B on it is no gain. H200:
-# with units of 16 KB window 2 was better for Qwen3-0.6B (0.567 ms, 0.581), but its units have 24 KB since, with
-# which 3 takes 0.538.
+# with units of 16 KB window 2 was better for Qwen3-0.6B (0.567 ms, 0.581), but its units have 24 KB since,
+# with which 3 takes 0.538.
 SHIPPED: tuple[Shipped, ...] = (Shipped("H100", 2_600_000_000, {"even": True}),)
 
 
