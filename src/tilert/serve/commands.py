@@ -28,6 +28,7 @@ from tilert.serve import report
 from tilert.serve.llm import LLM, Delta, context_length
 from tilert.text import write_gguf_tokenizer
 from tilert.weights import open_checkpoint, resolve_model
+from tilert.weights.manifest import verify
 
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty",
              "frequency_penalty", "seed")  # fmt: skip
@@ -48,6 +49,11 @@ class Bars:
                 total=total, desc=label, unit="B", unit_scale=True, disable=None, leave=False
             )
         self.bar.update(done - self.bar.n)
+
+    def say(self, text: str) -> None:
+        """A line on stderr, above the bar."""
+        self.close()
+        _say(text)
 
     def close(self) -> None:
         """Remove the bar."""
@@ -191,6 +197,23 @@ def download(args: argparse.Namespace) -> None:
     print(path)
 
 
+def convert(args: argparse.Namespace) -> None:
+    """`tilert convert`."""
+    from tilert.serve import convert as converting
+
+    bars = Bars()
+    try:
+        if args.verify:
+            manifest = verify(Path(args.model), bars)
+        else:
+            manifest = converting.run(
+                args.model, Path(args.out), args.tensor_parallel, bars, bars.say
+            )
+    finally:
+        bars.close()
+    print(converting.summary(manifest))
+
+
 def inspect(args: argparse.Namespace) -> None:
     """`tilert inspect`."""
     folder = resolve_model(args.model, write_gguf_tokenizer, dtype=args.dtype, progress=None)
@@ -304,6 +327,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "generate": generate,
     "chat": chat,
     "download": download,
+    "convert": convert,
     "inspect": inspect,
     "compile": compile_,
     "trace": trace,

@@ -17,7 +17,9 @@ import numpy as np
 
 from tilert.errors import UserError
 from tilert.weights import hub
+from tilert.weights.convert import JOURNAL
 from tilert.weights.hub import PACKAGES, Progress
+from tilert.weights.manifest import MANIFEST, read_manifest
 from tilert.weights.safetensors import read_folder, read_json
 
 if TYPE_CHECKING:
@@ -48,7 +50,10 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     if not os.path.exists(config):
         files = sorted(folder.glob("*.gguf"))
         hint = f"; give its file {files[0].name} instead" if files else ""
+        if os.path.exists(folder / JOURNAL):
+            hint = "; `tilert convert` was interrupted and must be run again"
         raise UserError(f"{folder} is not a model: it holds no config.json{hint}")
+    _check_whole(folder)
     parsed = read_json(config)
     tensors, maps = read_folder(folder)
     return Checkpoint(
@@ -59,6 +64,18 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         file_bytes=sum(map(len, maps)),
         maps=maps,
     )
+
+
+def _check_whole(folder: Path) -> None:
+    """UserError for a folder that was converted for several devices."""
+    if not os.path.exists(folder / MANIFEST):
+        return
+    devices = read_manifest(folder).tensor_parallel
+    if devices > 1:
+        raise UserError(
+            f"{folder} is converted for {devices} devices, each of which holds a part of the weights, and"
+            " tilert runs on one device; accepted is the checkpoint itself or its conversion for one device"
+        )
 
 
 def resolve_model(
