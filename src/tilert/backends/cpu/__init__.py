@@ -16,7 +16,6 @@ import numpy as np
 
 from tilert.backends.cpu import _core
 from tilert.errors import UserError
-from tilert.ir.dtype import DType
 from tilert.ir.encode import to_bytes
 from tilert.ir.program import NONE, PAGE, Buffer, Kind, Program
 from tilert.ops import Attention, Linear, Rope
@@ -25,6 +24,7 @@ __all__ = ["CpuBackend", "Pool", "allocate_caches", "make_pool"]
 
 ALIGN = 64  # bytes; a cache line
 MAX_THREADS = 1024
+SCALE_COLUMNS = 16  # kScaleColumns of kernels.h
 ISAS = ("portable", "avx2", "avx512")
 LOOK = 0.1  # seconds between looks for KeyboardInterrupt while waiting
 TRACE_COLUMNS = ("worker", "run", "step", "wait_begin", "start", "end")
@@ -197,8 +197,15 @@ def _check_runnable(program: Program, pool: Pool) -> None:
             f"the program has {len(program.queues)} workers, but the pool has {pool.size} threads"
         )
     for buffer in program.buffers:
-        if buffer.dtype is DType.F8E4M3 or buffer.scale != NONE:
-            raise UserError(f"weight '{buffer.name}' is FP8; {lacks}")
+        if (
+            buffer.scale != NONE
+            and buffer.block[1] % SCALE_COLUMNS
+            and buffer.block[1] < buffer.cols
+        ):
+            raise UserError(
+                f"weight '{buffer.name}' has a scale for every {buffer.block[1]} columns; the CPU back end"
+                f" accepts multiples of {SCALE_COLUMNS}"
+            )
         if buffer.bank > 1:
             raise UserError(f"weight '{buffer.name}' is a bank of experts; {lacks}")
     if any(isinstance(op, Linear) and (op.expert != NONE or op.bank > 1) for op in program.ops):

@@ -1,7 +1,8 @@
 // The table of compute kernels, built once per instruction set and chosen at run time.
 //
 // Activations and caches are f32, sums are f32 in a fixed order. A weight is row-major [n, k] in
-// f32, bf16 or f16, read in place from the mapped file, so only its own element size aligns it.
+// f32, bf16, f16 or, for products, e4m3 with block scales, read in place from the mapped file, so
+// only its own element size aligns it.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -13,11 +14,15 @@ namespace tilert {
 
 constexpr int kFewTokens = 8;  // up to here a product streams weights past the activations
 
-// A stored matrix or vector.
+// A stored matrix or vector. e4m3 has scales: [ceil(n / block_rows), ceil(k / block_cols)], where
+// block_cols is a multiple of kScaleColumns or all of k.
 struct Weight {
   const void* data;
   DType dtype;
+  const float* scales = nullptr;
+  int block_rows = 1, block_cols = 1;
 };
+constexpr int kScaleColumns = 16;  // so that no vector needs two scales
 
 // y[t, r] = epilogue(sum_i x[t, i] * w[r, i] + bias[r]); see ops/linear.py for the epilogues.
 struct LinearArgs {

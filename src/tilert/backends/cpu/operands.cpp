@@ -27,13 +27,29 @@ Weight Operands::weight(int buffer, int64_t rows, int64_t cols) const {
   const BufferRecord& b = find(buffer, rows, cols);
   const DType dtype = dtype_of(b);
   if (dtype != DType::kF32 && dtype != DType::kBF16 && dtype != DType::kF16) {
-    reject("weight " + std::to_string(buffer) + " is not f32, bf16 or f16");
+    reject("weight " + std::to_string(buffer) + " is not of a type that this op reads");
   }
   if (b.scale >= 0 || b.bank != 1) {
     reject("weight " + std::to_string(buffer) + " has block scales or is a bank of experts");
   }
   if (b.cols != cols) reject("weight " + std::to_string(buffer) + " has longer rows");
   return {memory_[buffer].data, dtype};
+}
+
+Weight Operands::matrix(int buffer, int64_t rows, int64_t cols) const {
+  const BufferRecord& b = find(buffer, rows, cols);
+  if (dtype_of(b) != DType::kF8E4M3) return weight(buffer, rows, cols);
+  const std::string name = "weight " + std::to_string(buffer);
+  if (b.bank != 1) reject(name + " is a bank of experts");
+  if (b.cols != cols) reject(name + " has longer rows");
+  if (b.block_rows < 1 ||
+      (b.block_cols < cols && (b.block_cols < 1 || b.block_cols % kScaleColumns))) {
+    reject(name + " has blocks of scales that the CPU does not read");
+  }
+  const int64_t across = (cols + b.block_cols - 1) / b.block_cols;
+  const Floats scales = floats(b.scale, (b.rows + b.block_rows - 1) / b.block_rows, across);
+  if (scales.stride != across) reject(name + " has longer rows of scales");
+  return {memory_[buffer].data, DType::kF8E4M3, scales.data, b.block_rows, b.block_cols};
 }
 
 Weight Operands::weight_or_none(int buffer, int64_t rows, int64_t cols) const {

@@ -34,6 +34,7 @@ class Operands {
   // Each throws std::runtime_error unless the buffer has at least that many rows and columns;
   // weights, caches and tables of several rows have exactly as many columns.
   Weight weight(int buffer, int64_t rows, int64_t cols) const;
+  Weight matrix(int buffer, int64_t rows, int64_t cols) const;  // e4m3 with block scales, too
   Weight weight_or_none(int buffer, int64_t rows, int64_t cols) const;
   Floats floats(int buffer, int64_t rows, int64_t cols) const;
   int32_t* ints(int buffer, int64_t rows, int64_t cols) const;
