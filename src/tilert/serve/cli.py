@@ -11,7 +11,7 @@ import argparse
 import io
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from tilert.errors import UserError
@@ -32,7 +32,7 @@ CONVERT = (
 )
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """argparse, but an error is one sentence without the usage text."""
 
     def error(self, message: str) -> NoReturn:
@@ -41,9 +41,9 @@ class _Parser(argparse.ArgumentParser):
 
 def parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
-    top = _Parser(prog="tilert", description="Ultra-low-latency inference, compiled to tiles.")
+    top = Parser(prog="tilert", description="Ultra-low-latency inference, compiled to tiles.")
     top.add_argument("--version", action="store_true", help="print the version and exit")
-    commands = top.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
     _generate(commands.add_parser("generate", help="answer one prompt, streamed"))
     _chat(commands.add_parser("chat", help="talk to a model in the terminal"))
     _download(commands.add_parser("download", help="fetch a model into the cache"))
@@ -206,20 +206,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command is None:
         parser().print_help()
         return 2
+
+    def run() -> None:
+        from tilert.serve import commands
+
+        commands.COMMANDS[args.command](args)
+
+    return guarded(f"tilert {args.command}", run)
+
+
+def guarded(name: str, run: Callable[[], None]) -> int:
+    """The exit code of what `run` does; whatever it raises becomes a sentence that begins with `name`."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character
     try:
         if sys.stdout is None:
             raise UserError("standard output is closed; there is nowhere to write to")
-        from tilert.serve import commands
-
-        commands.COMMANDS[args.command](args)
+        run()
         sys.stdout.flush()
     except UserError as error:
-        print(f"tilert {args.command}: {error}", file=sys.stderr)
+        print(f"{name}: {error}", file=sys.stderr)
         return 2
     except RuntimeError as error:  # of a device, or a fault of ours: nothing that the user gave
-        print(f"tilert {args.command}: internal error: {error}", file=sys.stderr)
+        print(f"{name}: internal error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(file=sys.stderr)
@@ -228,7 +237,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _discard_output()
         return 0
     except OSError as error:  # a full disk behind standard output, say
-        print(f"tilert {args.command}: {error.strerror or error}", file=sys.stderr)
+        print(f"{name}: {error.strerror or error}", file=sys.stderr)
         _discard_output()
         return 2
     return 0

@@ -155,7 +155,7 @@ def chat(args: argparse.Namespace) -> None:
         sys.stdin.reconfigure(errors="replace")
     if sys.stdin is not None and sys.stdin.isatty():
         print("/reset starts over, /exit leaves.", file=sys.stderr)
-    while (line := _ask()) is not None:
+    while (line := ask()) is not None:
         if line in ("/exit", "/quit"):
             return
         if line == "/reset":
@@ -170,7 +170,8 @@ def chat(args: argparse.Namespace) -> None:
                 _print_stats(llm, request)
 
 
-def _ask() -> str | None:
+def ask() -> str | None:
+    """The next line from stdin that is not empty, asked for on a terminal; None at its end."""
     while sys.stdin is not None:
         if sys.stdin.isatty():
             sys.stderr.write("> ")

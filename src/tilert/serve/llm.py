@@ -36,7 +36,7 @@ from tilert.models.config import DecoderConfig
 from tilert.models.decoder import build as build_graph
 from tilert.models.load import bind, scales
 from tilert.serve import tune
-from tilert.text import Detokenizer, Tokenizer, write_gguf_tokenizer
+from tilert.text import Detokenizer, Tokenizer, deepseek, write_gguf_tokenizer
 from tilert.weights import Checkpoint, open_checkpoint, resolve_model
 
 Prompt = str | Mapping[str, Any]
@@ -210,11 +210,21 @@ class LLM:
             raise UserError(
                 "chat needs the tokenizer, but the model was loaded with skip_tokenizer_init"
             )
+        if not self.tokenizer.chat_templates and (own := self.chat_template) is not None:
+            template = {"chat_template": own, **template}
         ids = self.tokenizer.encode_chat(messages, **template)
         return {
             "prompt_token_ids": ids,
             "prompt": self.tokenizer.decode(ids, skip_special_tokens=False),
         }
+
+    @property
+    def chat_template(self) -> str | None:
+        """The model's first chat template, in Jinja; None when it has none."""
+        templates = self.tokenizer.chat_templates if self.tokenizer else {}
+        if not templates and self.config.model_type in deepseek.MODEL_TYPES:
+            return deepseek.CHAT_TEMPLATE
+        return templates.get("default") or next(iter(templates.values()), None)
 
     def stream(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None
