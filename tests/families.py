@@ -35,6 +35,8 @@ LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
 LONG = {"rope_type": "longrope", "rope_theta": 10000.0, "factor": 4.0, "short_factor": [1.0] * 4,
         "long_factor": [2.0] * 4, "original_max_position_embeddings": 64}  # fmt: skip
 
+MIXTURE = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 20}
+
 # name -> (config class, options)
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {}),
@@ -61,6 +63,13 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1},
     ),
     "qwen3": ("Qwen3Config", {"head_dim": 16}),
+    "qwen3_moe": ("Qwen3MoeConfig", {**MIXTURE, "head_dim": 16, "norm_topk_prob": True}),
+    "qwen3_moe-some-layers": (
+        "Qwen3MoeConfig",
+        {**MIXTURE, "decoder_sparse_step": 2, "mlp_only_layers": [0]},
+    ),
+    "qwen2_moe": ("Qwen2MoeConfig", {**MIXTURE, "shared_expert_intermediate_size": 36}),
+    "mixtral": ("MixtralConfig", {"num_local_experts": 5, "num_experts_per_tok": 2}),
     "mistral": ("MistralConfig", {"sliding_window": 16}),
     "mistral-full": ("MistralConfig", {"sliding_window": None, "head_dim": 32}),
 }

@@ -131,7 +131,7 @@ def decoder(
         up = t.matrix(f"{name}_up", n, k, dtype, scaled) if epilogue == GATE else NONE
         bias = t.weight(f"{name}_bias", 1, n, small) if biases else NONE
         bias_up = t.weight(f"{name}_up_bias", 1, n, small) if biases and up != NONE else NONE
-        t.ops.append(Linear(x, w, up, bias, bias_up, norm, NONE, y, s.counts, 0, tokens, k, n, 1, 0,
+        t.ops.append(Linear(x, w, up, bias, bias_up, norm, y, s.counts, 0, tokens, k, n, 0,
                             tile, epilogue, EPS))  # fmt: skip
 
     t.ops.append(Embed(s.tokens, embed, x, s.counts, VOCAB, tokens, WIDTH, 2))
@@ -616,12 +616,6 @@ def test_programs_of_other_machines_are_refused(pools: dict[int, Pool]) -> None:
     refused(dataclasses.replace(program, machine=two), "for 2 devices")
     scale = Buf(program.buffer_ids["norm_1"])
     refused(first_buffer(scale=scale, block=(8, 8)), "'wq' has a scale for every 8 columns")
-    refused(first_buffer(bank=4), "weight 'wq' is a bank of experts")
-    expert = [
-        dataclasses.replace(op, expert=Buf(0)) if isinstance(op, Linear) else op
-        for op in program.ops
-    ]
-    refused(dataclasses.replace(program, ops=tuple(expert)), "chooses experts")
     with pytest.raises(UserError, match="has 3 workers, but the pool has 2 threads"):
         CpuBackend(program, weights_of(program), {}, pools[2])
 
@@ -630,9 +624,9 @@ def test_binary_programs_are_checked(pools: dict[int, Pool]) -> None:
     program = decoder(1)
     data = encode.to_bytes(program)
     made = backend(program, pools[1])
-    addresses = [(a.ctypes.data, a.nbytes) for a in made._arrays]
+    addresses = [[(a.ctypes.data, a.nbytes) for a in parts] for parts in made._parts]
 
-    def bind(changed: bytes, memory: list[tuple[int, int]] = addresses) -> None:
+    def bind(changed: bytes, memory: list[list[tuple[int, int]]] = addresses) -> None:
         _core.Executor(pools[1].core, pools[1].isa, changed, memory, None)
 
     bind(data)
@@ -649,7 +643,9 @@ def test_binary_programs_are_checked(pools: dict[int, Pool]) -> None:
             with pytest.raises(RuntimeError):
                 bind(changed.tobytes() + data[len(words) * 4 :])
     with pytest.raises(RuntimeError, match="too little memory"):
-        bind(data, [(p, max(0, n - 4)) for p, n in addresses])
+        bind(data, [[(p, max(0, n - 4)) for p, n in parts] for parts in addresses])
+    with pytest.raises(RuntimeError, match="one entry per buffer"):
+        bind(data, [[], *addresses[1:]])
     run = dataclasses.replace(program.queues[0][0], hi=99)
     longer = dataclasses.replace(program, queues=((run, *program.queues[0][1:]),))
     with pytest.raises(RuntimeError, match="ends at tile 99 of 1"):
@@ -695,8 +691,8 @@ def test_every_code_of_fp8_is_widened_exactly(
     state = t.state()
     x, y = t.work("x", 40), t.work("y", 256)
     w = t.matrix("w", 256, 40, DType.F8E4M3, (256, 40))
-    t.ops.append(Linear(x, w, NONE, NONE, NONE, NONE, NONE, y, state.counts, 0, tokens, 40, 256, 1, 0,
-                        16, STORE, EPS))  # fmt: skip
+    t.ops.append(Linear(x, w, NONE, NONE, NONE, NONE, y, state.counts, 0, tokens, 40, 256, 0, 16,
+                        STORE, EPS))  # fmt: skip
     part = t.work("part", 2, 1)
     t.ops.append(Argmax(y, part, state.counts, 1, 256, 256))
     t.ops.append(NextToken(part, state.sampled, NONE, NONE, state.counts, 1, 1, 0))

@@ -1,4 +1,4 @@
-"""The op graph shared by the dense decoder families: llama, qwen2, qwen3, mistral.
+"""The op graph shared by the decoder families: llama, qwen2, qwen3, mistral, and those with experts.
 
 Their files hold what differs (which config keys, defaults, biases, norms of q and k); the graph
 reads it from DecoderConfig. Formulas follow transformers' modeling_llama.py and its siblings.
@@ -7,6 +7,7 @@ reads it from DecoderConfig. Formulas follow transformers' modeling_llama.py and
 from __future__ import annotations
 
 from tilert.ir.graph import Graph, Value
+from tilert.models import experts
 from tilert.models.config import DecoderConfig
 
 ROPE_TABLE = "tilert.rope_table"  # [context, head_dim]: cosines, then sines; made by rotary.py
@@ -87,6 +88,8 @@ def _mlp_block(graph: Graph, config: DecoderConfig, layer: int, x: Value) -> Val
         f"model.layers.{layer}.post_attention_layernorm.weight", config.hidden_size
     )
     normed = graph.rms_norm(f"l{layer}.mlp_in", x, weight, config.rms_norm_eps)
+    if config.experts and config.experts.sparse[layer]:
+        return experts.block(graph, config.experts, layer, x, normed)
     gate = _project(
         graph, f"{prefix}.gate_proj", normed, width, bias=bias, shard=0, name=f"l{layer}.gate"
     )

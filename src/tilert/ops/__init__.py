@@ -12,6 +12,7 @@ from tilert.ops.attend import Attend
 from tilert.ops.attention import Attention, Combine
 from tilert.ops.draw import Adjust, Bins, Draw, Sift, Totals
 from tilert.ops.embed import Embed
+from tilert.ops.experts import ExpertDown, ExpertGate, Route
 from tilert.ops.linear import Linear
 from tilert.ops.norm import Norm
 from tilert.ops.rope import Rope
@@ -32,6 +33,9 @@ OPS: tuple[type[Op], ...] = (
     Totals,
     Sift,
     Draw,
+    Route,
+    ExpertGate,
+    ExpertDown,
 )
 
 __all__ = [
@@ -44,10 +48,13 @@ __all__ = [
     "Combine",
     "Draw",
     "Embed",
+    "ExpertDown",
+    "ExpertGate",
     "Linear",
     "NextToken",
     "Norm",
     "Rope",
+    "Route",
     "Sift",
     "Totals",
 ]

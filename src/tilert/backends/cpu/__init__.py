@@ -16,9 +16,10 @@ import numpy as np
 
 from tilert.backends.cpu import _core
 from tilert.errors import UserError
+from tilert.ir.dtype import DType
 from tilert.ir.encode import to_bytes
-from tilert.ir.program import NONE, PAGE, Buffer, Kind, Program
-from tilert.ops import Attention, Linear, Rope
+from tilert.ir.program import NONE, PAGE, Buf, Buffer, Kind, Program
+from tilert.ops import Attention, Rope
 
 __all__ = ["CpuBackend", "Pool", "allocate_caches", "make_pool"]
 
@@ -109,21 +110,25 @@ class CpuBackend:
         self.program = program
         arena = _aligned(program.arena_bytes)
         pages = cache_shapes(program)
-        self._arrays: list[np.ndarray] = []
-        for buffer in program.buffers:
+        self._parts: list[list[np.ndarray]] = []  # of each buffer; one, but for banks
+        banks = {
+            b.scale: b.bank for b in program.buffers
+        }  # scales have a part for each matrix, too
+        for buf, buffer in enumerate(program.buffers):
             if buffer.kind is Kind.WEIGHT:
-                array = _weight(buffer, weights)
+                bank = max(buffer.bank, banks.get(Buf(buf), 1))
+                self._parts.append(_weight(buffer, bank, weights))
             elif buffer.kind is Kind.CACHE:
-                array = _cache(buffer, caches, pages)
+                self._parts.append([_cache(buffer, caches, pages)])
             elif buffer.kind is Kind.STATE:
-                array = _typed(_aligned(buffer.bytes), buffer)
+                self._parts.append([_typed(_aligned(buffer.bytes), buffer)])
             else:
-                array = _typed(arena[buffer.offset : buffer.offset + buffer.bytes], buffer)
-            self._arrays.append(array)
-        described = zip(program.buffers, self._arrays, strict=True)
-        self.state = {b.name: array for b, array in described if b.kind is Kind.STATE}
-        addresses = [_address(array) for array in self._arrays]
-        self._core = _core.Executor(pool.core, pool.isa, to_bytes(program), addresses, self._arrays)
+                raw = arena[buffer.offset : buffer.offset + buffer.bytes]
+                self._parts.append([_typed(raw, buffer)])
+        described = zip(program.buffers, self._parts, strict=True)
+        self.state = {b.name: parts[0] for b, parts in described if b.kind is Kind.STATE}
+        addresses = [[_address(array) for array in parts] for parts in self._parts]
+        self._core = _core.Executor(pool.core, pool.isa, to_bytes(program), addresses, self._parts)
         self._core.set_wait_limit(wait_limit)
         self._trace = False
 
@@ -131,7 +136,7 @@ class CpuBackend:
         """A view of an activation or state buffer; the next launch overwrites it."""
         buf = self.program.buffer_ids[name]
         assert self.program.buffers[buf].kind in (Kind.WORK, Kind.STATE), f"{name} has other owners"
-        return self._arrays[buf]
+        return self._parts[buf][0]
 
     def steps(self, count: int) -> Generator[np.ndarray, None, None]:
         """Run `count` steps; gives the sampled ids [outputs] of each as soon as it is known.
@@ -203,32 +208,31 @@ def _check_runnable(program: Program, pool: Pool) -> None:
             and buffer.block[1] < buffer.cols
         ):
             raise UserError(
-                f"weight '{buffer.name}' has a scale for every {buffer.block[1]} columns; the CPU back end"
+                f"weight '{buffer.label}' has a scale for every {buffer.block[1]} columns; the CPU back end"
                 f" accepts multiples of {SCALE_COLUMNS}"
             )
-        if buffer.bank > 1:
-            raise UserError(f"weight '{buffer.name}' is a bank of experts; {lacks}")
-    if any(isinstance(op, Linear) and (op.expert != NONE or op.bank > 1) for op in program.ops):
-        raise UserError(f"the program chooses experts; {lacks}")
 
 
-def _weight(buffer: Buffer, weights: Mapping[str, np.ndarray]) -> np.ndarray:
-    array = weights.get(buffer.name)
+def _weight(buffer: Buffer, bank: int, weights: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+    """The tensors of a weight, used where they lie: the `bank` matrices of a bank, else one."""
+    names = buffer.parts
+    assert len(names) in (1, bank), f"{buffer.label} must be copied into one"
+    rows = buffer.rows // len(names)
+    return [_part(name, (rows, buffer.cols), buffer.dtype, weights) for name in names]
+
+
+def _part(
+    name: str, shape: tuple[int, int], dtype: DType, weights: Mapping[str, np.ndarray]
+) -> np.ndarray:
+    array = weights.get(name)
     if array is None:
-        raise UserError(f"weight '{buffer.name}' is missing")
-    shapes = [(buffer.rows, buffer.cols)] + ([(buffer.cols,)] if buffer.rows == 1 else [])
-    if array.shape not in shapes:
-        raise UserError(
-            f"weight '{buffer.name}' has shape {array.shape}; the program needs {shapes[0]}"
-        )
-    if array.dtype != buffer.dtype.numpy:
-        raise UserError(
-            f"weight '{buffer.name}' has dtype {array.dtype}; the program needs {buffer.dtype.numpy}"
-        )
+        raise UserError(f"weight '{name}' is missing")
+    if array.shape != shape and not (shape[0] == 1 and array.shape == shape[1:]):
+        raise UserError(f"weight '{name}' has shape {array.shape}; the program needs {shape}")
+    if array.dtype != dtype.numpy:
+        raise UserError(f"weight '{name}' has dtype {array.dtype}; the program needs {dtype.numpy}")
     if not array.flags.c_contiguous:
-        raise UserError(
-            f"weight '{buffer.name}' is not contiguous; its rows must follow each other"
-        )
+        raise UserError(f"weight '{name}' is not contiguous; its rows must follow each other")
     return array
 
 
