@@ -9,12 +9,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from tilert.errors import UserError
-from tilert.models import llama, mistral, qwen2, qwen3
+from tilert.models import deepseek_v3, deepseek_v32, glm_moe_dsa, llama, mistral, qwen2, qwen3
 from tilert.models.config import DecoderConfig, parse
 
-FAMILIES = {
-    rules.model_type: rules for rules in (llama.RULES, qwen2.RULES, qwen3.RULES, mistral.RULES)
-}
+_MODULES = (llama, qwen2, qwen3, mistral, deepseek_v3, deepseek_v32, glm_moe_dsa)
+FAMILIES = {module.RULES.model_type: module.RULES for module in _MODULES}
 
 
 def load_config(
