@@ -121,7 +121,7 @@ def decoder(
         up = t.weight(f"{name}_up", n, k, dtype) if epilogue == GATE else NONE
         bias = t.weight(f"{name}_bias", 1, n, small) if biases else NONE
         bias_up = t.weight(f"{name}_up_bias", 1, n, small) if biases and up != NONE else NONE
-        t.ops.append(Linear(x, w, up, bias, bias_up, norm, NONE, y, s.counts, 0, tokens, k, n, 1, 0,
+        t.ops.append(Linear(x, w, up, bias, bias_up, norm, y, s.counts, 0, tokens, k, n, 0,
                             tile, epilogue, EPS))  # fmt: skip
 
     t.ops.append(Embed(s.tokens, embed, x, s.counts, VOCAB, tokens, WIDTH, 2))
@@ -602,11 +602,6 @@ def test_programs_of_other_machines_are_refused(pools: dict[int, Pool]) -> None:
     refused(dataclasses.replace(program, machine=two), "for 2 devices")
     refused(first_buffer(dtype=DType.F8E4M3), "weight 'wq' is FP8")
     refused(first_buffer(bank=4), "weight 'wq' is a bank of experts")
-    expert = [
-        dataclasses.replace(op, expert=Buf(0)) if isinstance(op, Linear) else op
-        for op in program.ops
-    ]
-    refused(dataclasses.replace(program, ops=tuple(expert)), "chooses experts")
     with pytest.raises(UserError, match="has 3 workers, but the pool has 2 threads"):
         CpuBackend(program, weights_of(program), {}, pools[2])
 

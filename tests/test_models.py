@@ -44,6 +44,8 @@ def own_logits(llm: LLM, tokens: list[int], sizes: list[int]) -> np.ndarray:
 @pytest.mark.parametrize("backend", ["cpu", "interpreter"])
 @pytest.mark.parametrize("name", families.FAMILIES)
 def test_logits_equal_transformers(name: str, backend: Any, tmp_path: Path) -> None:
+    if backend == "cpu" and ("moe" in name or "mixtral" in name):
+        pytest.skip("the CPU does not run experts yet")
     model = families.make(name, tmp_path)
     llm = LLM(tmp_path, skip_tokenizer_init=True, backend=backend, threads=2, max_model_len=128)
     tokens = tokens_for(48)

@@ -19,7 +19,7 @@ from tilert.errors import UserError
 from tilert.ir.dtype import DType
 from tilert.ir.encode import to_bytes
 from tilert.ir.program import NONE, PAGE, Buffer, Kind, Program
-from tilert.ops import Attention, Linear, Rope
+from tilert.ops import Attention, Rope
 
 __all__ = ["CpuBackend", "Pool", "allocate_caches", "make_pool"]
 
@@ -201,8 +201,6 @@ def _check_runnable(program: Program, pool: Pool) -> None:
             raise UserError(f"weight '{buffer.name}' is FP8; {lacks}")
         if buffer.bank > 1:
             raise UserError(f"weight '{buffer.name}' is a bank of experts; {lacks}")
-    if any(isinstance(op, Linear) and (op.expert != NONE or op.bank > 1) for op in program.ops):
-        raise UserError(f"the program chooses experts; {lacks}")
 
 
 def _weight(buffer: Buffer, weights: Mapping[str, np.ndarray]) -> np.ndarray:

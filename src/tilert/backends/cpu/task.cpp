@@ -84,7 +84,6 @@ class LinearTask final : public Task {
  public:
   LinearTask(const Operands& in, const LinearFields& f, const Kernels& kernels)
       : f_(f), kernels_(kernels), count_(in, f.counts, f.count_index, f.rows) {
-    in.require(f.expert < 0 && f.bank == 1, "it picks an expert, which the CPU does not run yet");
     in.require(f.gather < 0 && f.x_rows == 1 && f.splits == 1 && f.group == 1 && f.head_dim == 1,
                "it gathers rows or merges shares, which only machines with rings are given");
     in.require(f.tile_rows > 0 && f.y_col >= 0, "its tiles are not positive");
