@@ -44,8 +44,6 @@ def own_logits(llm: LLM, tokens: list[int], sizes: list[int]) -> np.ndarray:
 @pytest.mark.parametrize("backend", ["cpu", "interpreter"])
 @pytest.mark.parametrize("name", families.FAMILIES)
 def test_logits_equal_transformers(name: str, backend: Any, tmp_path: Path) -> None:
-    if backend == "cpu" and ("moe" in name or "mixtral" in name):
-        pytest.skip("the CPU does not run experts yet")
     model = families.make(name, tmp_path)
     llm = LLM(tmp_path, skip_tokenizer_init=True, backend=backend, threads=2, max_model_len=128)
     tokens = tokens_for(48)
@@ -85,7 +83,9 @@ def test_stored_half_precision_is_widened_exactly(dtype: torch.dtype, tmp_path: 
     assert np.abs(own[known] - expected[known]).max() < TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral"])
+@pytest.mark.parametrize(
+    "name", ["llama", "qwen2", "qwen3", "mistral", "qwen3_moe", "qwen2_moe", "mixtral"]
+)
 def test_greedy_tokens_of_all_back_ends_are_equal(name: str, tmp_path: Path) -> None:
     model = families.make(name, tmp_path)
     prompt = {"prompt_token_ids": tokens_for(21)}

@@ -109,21 +109,21 @@ class CpuBackend:
         self.program = program
         arena = _aligned(program.arena_bytes)
         pages = cache_shapes(program)
-        self._arrays: list[np.ndarray] = []
+        self._parts: list[list[np.ndarray]] = []  # of each buffer; one, but for banks
         for buffer in program.buffers:
             if buffer.kind is Kind.WEIGHT:
-                array = _weight(buffer, weights)
+                self._parts.append(_weight(buffer, weights))
             elif buffer.kind is Kind.CACHE:
-                array = _cache(buffer, caches, pages)
+                self._parts.append([_cache(buffer, caches, pages)])
             elif buffer.kind is Kind.STATE:
-                array = _typed(_aligned(buffer.bytes), buffer)
+                self._parts.append([_typed(_aligned(buffer.bytes), buffer)])
             else:
-                array = _typed(arena[buffer.offset : buffer.offset + buffer.bytes], buffer)
-            self._arrays.append(array)
-        described = zip(program.buffers, self._arrays, strict=True)
-        self.state = {b.name: array for b, array in described if b.kind is Kind.STATE}
-        addresses = [_address(array) for array in self._arrays]
-        self._core = _core.Executor(pool.core, pool.isa, to_bytes(program), addresses, self._arrays)
+                raw = arena[buffer.offset : buffer.offset + buffer.bytes]
+                self._parts.append([_typed(raw, buffer)])
+        described = zip(program.buffers, self._parts, strict=True)
+        self.state = {b.name: parts[0] for b, parts in described if b.kind is Kind.STATE}
+        addresses = [[_address(array) for array in parts] for parts in self._parts]
+        self._core = _core.Executor(pool.core, pool.isa, to_bytes(program), addresses, self._parts)
         self._core.set_wait_limit(wait_limit)
         self._trace = False
 
@@ -131,7 +131,7 @@ class CpuBackend:
         """A view of an activation or state buffer; the next launch overwrites it."""
         buf = self.program.buffer_ids[name]
         assert self.program.buffers[buf].kind in (Kind.WORK, Kind.STATE), f"{name} has other owners"
-        return self._arrays[buf]
+        return self._parts[buf][0]
 
     def steps(self, count: int) -> Generator[np.ndarray, None, None]:
         """Run `count` steps; gives the sampled ids [outputs] of each as soon as it is known.
@@ -198,28 +198,29 @@ def _check_runnable(program: Program, pool: Pool) -> None:
         )
     for buffer in program.buffers:
         if buffer.dtype is DType.F8E4M3 or buffer.scale != NONE:
-            raise UserError(f"weight '{buffer.name}' is FP8; {lacks}")
-        if buffer.bank > 1:
-            raise UserError(f"weight '{buffer.name}' is a bank of experts; {lacks}")
+            raise UserError(f"weight '{buffer.label}' is FP8; {lacks}")
 
 
-def _weight(buffer: Buffer, weights: Mapping[str, np.ndarray]) -> np.ndarray:
-    array = weights.get(buffer.name)
+def _weight(buffer: Buffer, weights: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+    """The tensors of a weight, used where they lie: the matrices of a bank, else one."""
+    names = buffer.parts
+    assert len(names) in (1, buffer.bank), f"{buffer.label} must be copied into one"
+    rows = buffer.rows // len(names)
+    return [_part(name, (rows, buffer.cols), buffer.dtype, weights) for name in names]
+
+
+def _part(
+    name: str, shape: tuple[int, int], dtype: DType, weights: Mapping[str, np.ndarray]
+) -> np.ndarray:
+    array = weights.get(name)
     if array is None:
-        raise UserError(f"weight '{buffer.name}' is missing")
-    shapes = [(buffer.rows, buffer.cols)] + ([(buffer.cols,)] if buffer.rows == 1 else [])
-    if array.shape not in shapes:
-        raise UserError(
-            f"weight '{buffer.name}' has shape {array.shape}; the program needs {shapes[0]}"
-        )
-    if array.dtype != buffer.dtype.numpy:
-        raise UserError(
-            f"weight '{buffer.name}' has dtype {array.dtype}; the program needs {buffer.dtype.numpy}"
-        )
+        raise UserError(f"weight '{name}' is missing")
+    if array.shape != shape and not (shape[0] == 1 and array.shape == shape[1:]):
+        raise UserError(f"weight '{name}' has shape {array.shape}; the program needs {shape}")
+    if array.dtype != dtype.numpy:
+        raise UserError(f"weight '{name}' has dtype {array.dtype}; the program needs {dtype.numpy}")
     if not array.flags.c_contiguous:
-        raise UserError(
-            f"weight '{buffer.name}' is not contiguous; its rows must follow each other"
-        )
+        raise UserError(f"weight '{name}' is not contiguous; its rows must follow each other")
     return array
 
 

@@ -14,8 +14,20 @@ namespace tilert::TILERT_ISA {
 
 extern const Kernels kernels;
 const Kernels kernels = {
-    TILERT_NAME(TILERT_ISA), linear,  linear_scratch, norm,   rope, attention, attention_partial,
-    attention_scratch,       combine, embed,          argmax, read,
+    TILERT_NAME(TILERT_ISA),
+    linear,
+    linear_scratch,
+    many_tokens,
+    many_scratch,
+    norm,
+    rope,
+    attention,
+    attention_partial,
+    attention_scratch,
+    combine,
+    embed,
+    argmax,
+    read,
 };
 
 }  // namespace tilert::TILERT_ISA

@@ -51,6 +51,10 @@ struct Kernels {
   // Output rows [begin, end) for `tokens` rows of x. scratch: linear_scratch(k, tokens) floats.
   void (*linear)(const LinearArgs& args, int tokens, int begin, int end, float* scratch);
   size_t (*linear_scratch)(int k, int tokens);
+  // The same in the way of many tokens whatever their number, so that a token's result does not
+  // depend on it. scratch: linear_many_scratch(k, tokens) floats.
+  void (*linear_many)(const LinearArgs& args, int tokens, int begin, int end, float* scratch);
+  size_t (*linear_many_scratch)(int k, int tokens);
 
   // y = x / sqrt(mean(x^2) + eps) * weight for one row of `width`.
   void (*norm)(float* y, const float* x, Weight weight, int width, float eps);

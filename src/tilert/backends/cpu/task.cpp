@@ -4,43 +4,13 @@
 #include <stdexcept>
 #include <string>
 
+#include "experts.h"
 #include "kernels.h"
 #include "operands.h"
+#include "state.h"
 
 namespace tilert {
 namespace {
-
-// Rows of this step: tokens (which 0) or outputs (which 1), at most as many as the op has room for.
-class Count {
- public:
-  Count(const Operands& in, int counts, int which, int capacity)
-      : at_(in.ints(counts, 1, 2) + which), capacity_(capacity) {
-    in.require(which == 0 || which == 1, "count_index is not 0 or 1");
-  }
-
-  int operator()() const {
-    const int32_t value = *at_;
-    if (value < 0 || value > capacity_) {
-      throw std::runtime_error("the step has " + std::to_string(value) + " rows, room is for " +
-                               std::to_string(capacity_));
-    }
-    return value;
-  }
-
- private:
-  const int32_t* at_;
-  int capacity_;
-};
-
-int32_t checked(int32_t value, int64_t limit, const char* what) {
-  if (value < 0 || value >= limit) {
-    throw std::runtime_error(std::string(what) + " " + std::to_string(value) + " is outside [0, " +
-                             std::to_string(limit) + ")");
-  }
-  return value;
-}
-
-int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 // Where the tokens of a step stand: their positions, and the pages of their sequences.
 class Places {
@@ -76,9 +46,6 @@ class Places {
   int page_rows_, page_cols_;
   int64_t cache_pages_;
 };
-
-// Floats from one row of scratch to the next, so that each starts a cache line.
-size_t padded(size_t floats) { return (floats + 15) / 16 * 16; }
 
 class LinearTask final : public Task {
  public:
@@ -449,15 +416,14 @@ class NextTokenTask final : public Task {
 };
 
 template <class Made, class Fields>
-std::unique_ptr<Task> make(const Program& program, int op, const std::vector<Bytes>& memory,
+std::unique_ptr<Task> make(const Program& program, int op, const Memory& memory,
                            const Kernels& kernels) {
   return std::make_unique<Made>(Operands(program, op, memory), program.fields<Fields>(op), kernels);
 }
 
 }  // namespace
 
-std::unique_ptr<Task> make_task(const Program& p, int op, const std::vector<Bytes>& memory,
-                                const Kernels& k) {
+std::unique_ptr<Task> make_task(const Program& p, int op, const Memory& memory, const Kernels& k) {
   switch (p.opcode(op)) {
     case Opcode::kLinear:
       return make<LinearTask, LinearFields>(p, op, memory, k);
@@ -476,6 +442,12 @@ std::unique_ptr<Task> make_task(const Program& p, int op, const std::vector<Byte
     case Opcode::kNextToken:
       return std::make_unique<NextTokenTask>(Operands(p, op, memory),
                                              p.fields<NextTokenFields>(op));
+    case Opcode::kRoute:
+      return make_route(Operands(p, op, memory), p.fields<RouteFields>(op), k);
+    case Opcode::kExpertGate:
+      return make_expert_gate(Operands(p, op, memory), p.fields<ExpertGateFields>(op), k);
+    case Opcode::kExpertDown:
+      return make_expert_down(Operands(p, op, memory), p.fields<ExpertDownFields>(op), k);
   }
   throw std::runtime_error("op " + std::to_string(op) + " has an opcode that the CPU does not run");
 }
@@ -498,6 +470,12 @@ const char* op_name(Opcode code) {
       return "argmax";
     case Opcode::kNextToken:
       return "next token";
+    case Opcode::kRoute:
+      return "route";
+    case Opcode::kExpertGate:
+      return "expert gate";
+    case Opcode::kExpertDown:
+      return "expert down";
   }
   return "unknown";
 }
