@@ -19,8 +19,8 @@ from tilert.ir.dtype import DType
 from tilert.ir.machine import Machine
 from tilert.ir.program import Kind, Program
 from tilert.models import load_config
-from tilert.models.decoder import ROPE_TABLE
 from tilert.models.decoder import build as build_graph
+from tilert.models.derived import ROPE_TABLE
 from tilert.ops import OPS, Attend, Attention, Combine, Linear, Norm
 
 GOLDEN = Path(__file__).parent / "golden"

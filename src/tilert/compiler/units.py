@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from tilert.compiler.lower import Limits, lower, tile_rows
+from tilert.compiler.lower import lower, tile_rows
+from tilert.compiler.lowering import Limits
 from tilert.ir.dtype import DType
 from tilert.ir.graph import Graph
 from tilert.ir.machine import Machine

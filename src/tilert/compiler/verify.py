@@ -21,22 +21,27 @@ from tilert.ir.regions import Cells
 ALIGN = 64  # bytes; every activation starts at a cache line
 
 # Kind and element type that an operand must have, by field name; one vocabulary for all ops.
-_WEIGHTS = ("w", "w_up", "bias", "bias_up", "norm", "weight", "table", "q_norm", "k_norm")
+_WEIGHTS = ("w", "w_up", "bias", "bias_up", "norm", "weight", "table", "q_norm", "k_norm",
+            "shift")  # fmt: skip
 _STATES = ("counts", "positions", "sequences", "pages", "tokens", "sampled", "gather", "controls",
            "mask", "tally")  # fmt: skip
-_WORKS = ("x", "y", "q", "k", "v", "part", "logits", "scores", "peaks", "weights")
-_WORDS = ("bins", "totals", "candidates", "chosen")
+_WORKS = ("x", "y", "q", "k", "v", "part", "logits", "scores", "peaks", "weights", "kv", "q_rope",
+          "head_weights")  # fmt: skip
+_WORDS = ("bins", "totals", "candidates", "selected", "chosen")
+_CACHES = ("k_cache", "v_cache", "latent_cache", "index_cache", "index_scale")
 _KINDS: dict[str, tuple[Kind, ...]] = {
     **dict.fromkeys(_WEIGHTS, (Kind.WEIGHT,)),
     **dict.fromkeys(_STATES, (Kind.STATE,)),
     **dict.fromkeys((*_WORKS, *_WORDS), (Kind.WORK,)),
-    **dict.fromkeys(("k_cache", "v_cache"), (Kind.CACHE,)),
+    **dict.fromkeys(_CACHES, (Kind.CACHE,)),
     "biases": (Kind.STATE,),
 }
 _INTEGERS = {*_STATES, *_WORDS}
-_OPTIONAL = {"w_up", "bias", "bias_up", "norm", "gather", "q_norm", "k_norm"}
-_MAY_BE_ZERO = {"y_col", "k_col", "v_col", "window", "feed", "count_index", "epilogue", "x_type",
-                "scoring", "norm_topk_prob", "by_slot"}  # fmt: skip
+_OPTIONAL = {"w_up", "bias", "bias_up", "norm", "gather", "q_norm", "k_norm", "selected",
+             "index_scale"}  # fmt: skip
+_MAY_BE_ZERO = {"x_col", "y_col", "q_col", "k_col", "v_col", "kv_col", "w_col", "x_stride", "window",
+                "feed", "count_index", "epilogue", "x_type", "interleave", "topk", "scoring",
+                "norm_topk_prob", "by_slot"}  # fmt: skip
 
 
 class VerifyError(AssertionError):
@@ -126,7 +131,10 @@ def _sound_operand(program: Program, name: str, index: int) -> Iterator[str]:
     elif b.kind is Kind.WEIGHT:
         floats = set(DType) - {DType.I32}
     elif b.kind is Kind.CACHE:
-        floats = {program.machine.cache_dtype}
+        machine = program.machine
+        floats = {machine.cache_dtype if name in _CACHES[:3] else machine.index_dtype}
+        if name == "index_scale":
+            floats = {DType.F32}
     if b.dtype not in ({DType.I32} if name in _INTEGERS else floats):
         yield f"b{index} '{b.label}' of type {b.dtype.name.lower()}"
 
@@ -137,6 +145,18 @@ def _sound_fields(has: dict[str, int], program: Program) -> Iterator[str]:
         yield f"{has['heads']} heads do not divide over {has['kv_heads']} kv heads"
     if "table" in has and "head_dim" in has and has["head_dim"] % 2:
         yield f"head_dim {has['head_dim']} is odd, it cannot be rotated in pairs"
+    if has.get("heads", 0) % has.get("tile_heads", 1):
+        yield f"{has['heads']} heads do not divide into tiles of {has['tile_heads']}"
+    if "rope" in has and (has["rope"] % 2 or has["rope"] > has.get("head_dim", has["rope"])):
+        yield f"{has['rope']} columns cannot be rotated in pairs"
+    if "selected" in has and (has["selected"] != NONE) != (has["topk"] > 0):
+        yield f"topk is {has['topk']} with selected b{has['selected']}"
+    if "w_col" in has and has["splits"] * has["width"] < program.context:
+        yield f"{has['splits']} shares of {has['width']} scores for {program.context} positions"
+    if "groups" in has:
+        alone = has["norm"] == has["gather"] == has["w_up"] == NONE and has["epilogue"] == 0
+        if has["n"] % has["groups"] or (has["groups"] > 1 and not (alone and has["group"] == 1)):
+            yield f"{has['groups']} groups of {has['n']} rows, or with more than a product"
     if "epilogue" in has:
         if has["epilogue"] > 2 or has["count_index"] > 1:
             yield f"epilogue {has['epilogue']} or count_index {has['count_index']} is unknown"

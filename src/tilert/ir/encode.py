@@ -138,7 +138,8 @@ def from_bytes(data: bytes, op_classes: Iterable[type[Op]]) -> Program:
 
 
 def _machine(fields: dict[str, Any]) -> Machine:
-    fields["cache_dtype"] = DType(fields["cache_dtype"])
+    for name in ("cache_dtype", "index_dtype"):
+        fields[name] = DType(fields[name])
     return Machine(**fields)
 
 

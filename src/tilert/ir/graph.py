@@ -107,6 +107,14 @@ class Graph:
         assert bias is None or bias.cols == w.rows, f"linear {name}: bias {bias} for {w}"
         return self._add("linear", name, x.rows, w.rows, {"x": x, "w": w, "bias": bias})
 
+    def block_linear(self, name: str, x: Value, w: Value, groups: int, *, stride: int) -> Value:
+        """Block-diagonal product: rows of `w` [n, k] are `groups` blocks, and block g is multiplied by
+        columns [g * stride, + k) of x."""
+        assert isinstance(w.rows, int) and w.rows % groups == 0, f"block_linear {name}: {w}"
+        assert (groups - 1) * stride + w.cols <= x.cols, f"block_linear {name}: {x} with {w}"
+        inputs: dict[str, Value | None] = {"x": x, "w": w, "bias": None}
+        return self._add("linear", name, x.rows, w.rows, inputs, groups=groups, stride=stride)
+
     def silu_mul(self, name: str, gate: Value, up: Value) -> Value:
         """silu(gate) * up."""
         assert gate.cols == up.cols, f"silu_mul {name}: {gate} with {up}"
@@ -147,6 +155,57 @@ class Graph:
             "window": window,
         }
         return self._add("attention", name, q.rows, q.cols, {"q": q}, **attrs)
+
+    def latent_rope(
+        self, name: str, q: Value, kv: Value, norm: Value, table: Value, *, layer: int, heads: int,
+        nope: int, eps: float, interleave: bool,
+    ) -> Value:  # fmt: skip
+        """q with the last columns of each head rotated; normed latents and rotated keys of `kv` go into
+        the latent cache of `layer`."""
+        assert kv.cols == norm.cols + table.cols, f"latent_rope {name}: {kv} with {norm}, {table}"
+        assert q.cols == heads * (nope + table.cols), f"latent_rope {name}: {q} of {heads} heads"
+        inputs: dict[str, Value | None] = {"q": q, "kv": kv, "norm": norm, "table": table}
+        attrs = {"layer": layer, "heads": heads, "nope": nope, "eps": eps, "interleave": interleave}
+        return self._add("latent_rope", name, q.rows, q.cols, inputs, **attrs)
+
+    def latent_attention(
+        self, name: str, q: Value, rotated: Value, selected: Value | None, *, layer: int, heads: int,
+        lora: int, nope: int, scale: float,
+    ) -> Value:  # fmt: skip
+        """Weighted sums of the latents of `layer`, one per head; of the selected positions, or of all."""
+        assert q.cols == heads * lora and rotated.cols % heads == 0, f"latent_attention {name}: {q}"
+        inputs = {"q": q, "rotated": rotated, "selected": selected}
+        attrs = {"layer": layer, "heads": heads, "lora": lora, "nope": nope, "scale": scale}
+        return self._add("latent_attention", name, q.rows, q.cols, inputs, **attrs)
+
+    def index_rope(
+        self, name: str, q: Value, k: Value, norm: Value, bias: Value, table: Value, *, layer: int,
+        eps: float, interleave: bool,
+    ) -> Value:  # fmt: skip
+        """q as the indexer wants it; keys of this step, normed with `norm` and `bias`, go into its cache."""
+        assert k.cols == norm.cols == bias.cols and q.cols % k.cols == 0, f"index_rope {name}: {k}"
+        inputs: dict[str, Value | None] = {
+            "q": q,
+            "k": k,
+            "norm": norm,
+            "bias": bias,
+            "table": table,
+        }
+        attrs = {"layer": layer, "eps": eps, "interleave": interleave}
+        return self._add("index_rope", name, q.rows, q.cols, inputs, **attrs)
+
+    def index_score(
+        self, name: str, q: Value, weights: Value, *, layer: int, head_dim: int, topk: int,
+        scale: float,
+    ) -> Value:  # fmt: skip
+        """Scores of all positions; the compiler knows how many columns that takes."""
+        assert q.cols == weights.cols * head_dim, f"index_score {name}: {q} with {weights}"
+        attrs = {"layer": layer, "head_dim": head_dim, "topk": topk, "scale": scale}
+        return self._add("index_score", name, q.rows, 1, {"q": q, "weights": weights}, **attrs)
+
+    def select(self, name: str, scores: Value, topk: int) -> Value:
+        """The topk positions with the largest scores, as integers."""
+        return self._add("select", name, scores.rows, topk, {"scores": scores}, topk=topk)
 
     def route(
         self, name: str, logits: Value, bias: Value | None, *, top_k: int, n_group: int = 1,

@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from tilert.errors import UserError
+from tilert.models import latent as latents
 from tilert.models.experts import ExpertsConfig, ExpertsRules
 from tilert.models.experts import parse as parse_experts
+from tilert.models.latent import LatentConfig, LatentRules
 from tilert.models.quantization import Quantization
 from tilert.models.quantization import parse as parse_quantization
 from tilert.models.section import Section, show
@@ -71,6 +73,16 @@ class DecoderConfig:
     dtype: str | None  # as config.json states it; the tensors decide
     quantization: Quantization | None = None
     experts: ExpertsConfig | None = None
+    latent: LatentConfig | None = None  # head_dim is then what is rotated: qk_rope_head_dim
+
+    @property
+    def cache_elements(self) -> int:
+        """Elements that all caches together hold per position."""
+        if self.latent is None:
+            return self.num_hidden_layers * 2 * self.num_key_value_heads * self.head_dim
+        index = self.latent.index
+        keys = sum(index.full) * index.index_head_dim if index else 0
+        return self.num_hidden_layers * self.latent.cache_width + keys
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +99,7 @@ class FamilyRules:
     sliding: Literal["never", "every layer", "by layer"]  # layers that sliding_window applies to
     rope_theta: float = 10000.0  # where config.json is silent
     experts: ExpertsRules | None = None
+    latent: LatentRules | None = None
 
 
 _ORIGINAL = "original_max_position_embeddings"
@@ -157,12 +170,14 @@ IGNORED: Mapping[str, str] = {
     "max_sequence_length": "an old note on training data; max_position_embeddings is the limit",
     "initializer_range": _TRAINING,
     "attention_dropout": _TRAINING,
+    "aux_loss_alpha": _TRAINING,
+    "seq_aux": _TRAINING,
     "neftune_noise_alpha": _TRAINING,
     "router_aux_loss_coef": _TRAINING,
     "router_jitter_noise": _TRAINING,
-    "output_router_logits": _OUTPUT,
     "gradient_checkpointing": _TRAINING,
     "use_cache": _ENGINE,
+    "ep_size": _ENGINE,
     "chunk_size_feed_forward": _ENGINE,
     "torchscript": _ENGINE,
     "use_bfloat16": _ENGINE,
@@ -175,6 +190,7 @@ IGNORED: Mapping[str, str] = {
     "_experts_implementation_internal": _ENGINE,
     "_flash_attn_2_enabled": _ENGINE,
     "output_attentions": _OUTPUT,
+    "output_router_logits": _OUTPUT,
     "output_hidden_states": _OUTPUT,
     "return_dict": _OUTPUT,
     "use_return_dict": _OUTPUT,
@@ -252,7 +268,8 @@ def parse(
         for key, limit in _LIMITS.items()
         if key not in ("head_dim", "num_key_value_heads")
     }
-    kv_heads, head_dim = _head_sizes(section)
+    latent = latents.parse(section, family.latent) if family.latent else None
+    kv_heads, head_dim = _head_sizes(section, latent)
     max_positions = sizes["max_position_embeddings"]
     theta, scaling = _rope(section, family, head_dim, max_positions)
     window, layer_types = _layers(section, family, sizes["num_hidden_layers"])
@@ -282,13 +299,15 @@ def parse(
         experts=parse_experts(section, family.experts, sizes["num_hidden_layers"])
         if family.experts
         else None,
+        latent=latent,
     )
 
 
 def _section(config: Mapping[str, Any], family: FamilyRules) -> Section:
     """The config with its defaults, after the keys and the fixed values have been checked."""
     name = f"config.json of model_type '{family.model_type}'"
-    defaults = {**_SHARED_DEFAULTS, **family.defaults}
+    latent = latents.defaults(family.latent) if family.latent else {}
+    defaults = {**_SHARED_DEFAULTS, **latent, **family.defaults}
     fixed = {**_SHARED_FIXED, **family.fixed}
     stated = Section(name, config)
     for key in config:
@@ -312,8 +331,10 @@ def _section(config: Mapping[str, Any], family: FamilyRules) -> Section:
     return section
 
 
-def _head_sizes(section: Section) -> tuple[int, int]:
+def _head_sizes(section: Section, latent: LatentConfig | None) -> tuple[int, int]:
     """(num_key_value_heads, head_dim)."""
+    if latent is not None:
+        return section.values["num_attention_heads"], latent.qk_rope_head_dim
     heads, hidden = section.values["num_attention_heads"], section.values["hidden_size"]
     kv_heads = heads
     if section.values["num_key_value_heads"] is not None:
@@ -348,7 +369,7 @@ def _layers(
         "sliding_attention" if layer >= first else "full_attention" for layer in range(layers)
     )
     stated = section.values["layer_types"]
-    if stated is None:
+    if stated is None or (family.latent and stated == [latents.layer_type(family.latent)] * layers):
         return window, derived
     if not isinstance(stated, list) or any(entry not in _LAYER_TYPES for entry in stated):
         raise section.error("layer_types", f"accepted are lists of {', '.join(_LAYER_TYPES)}")

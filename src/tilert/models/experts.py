@@ -109,6 +109,8 @@ def _groups(section: Section, experts: int) -> tuple[int, int]:
 
 def _sparse(section: Section, layers: int) -> tuple[bool, ...]:
     """Which layers have experts."""
+    if section.values.get("mlp_layer_types") is not None:
+        return _stated(section, layers)
     first, step, dense = 0, 1, list[int]()
     if section.values.get("first_k_dense_replace") is not None:
         first = section.integer("first_k_dense_replace", 0, 1 << 12)
@@ -121,6 +123,19 @@ def _sparse(section: Section, layers: int) -> tuple[bool, ...]:
     return tuple(
         layer >= first and (layer + 1) % step == 0 and layer not in dense for layer in range(layers)
     )
+
+
+def _stated(section: Section, layers: int) -> tuple[bool, ...]:
+    """What mlp_layer_types says of each layer; it is asked before all other keys."""
+    types = section.values["mlp_layer_types"]
+    if not isinstance(types, list) or any(entry not in ("dense", "sparse") for entry in types):
+        raise section.error("mlp_layer_types", "accepted are lists of dense and sparse")
+    if len(types) != layers:
+        raise UserError(
+            f"{section.name} has {len(types)} mlp_layer_types; accepted is one for each of the {layers}"
+            " num_hidden_layers"
+        )
+    return tuple(entry == "sparse" for entry in types)
 
 
 def _shared(section: Section, rules: ExpertsRules, width: int) -> int:

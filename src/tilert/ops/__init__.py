@@ -13,7 +13,9 @@ from tilert.ops.attention import Attention, Combine
 from tilert.ops.draw import Adjust, Bins, Draw, Sift, Totals
 from tilert.ops.embed import Embed
 from tilert.ops.experts import ExpertDown, ExpertGate, Route
+from tilert.ops.index import IndexRope, IndexScore, Select
 from tilert.ops.linear import Linear
+from tilert.ops.mla import LatentAttention, LatentRope
 from tilert.ops.norm import Norm
 from tilert.ops.rope import Rope
 from tilert.ops.sample import Argmax, NextToken
@@ -36,6 +38,11 @@ OPS: tuple[type[Op], ...] = (
     Route,
     ExpertGate,
     ExpertDown,
+    LatentRope,
+    LatentAttention,
+    IndexRope,
+    IndexScore,
+    Select,
 )
 
 __all__ = [
@@ -50,11 +57,16 @@ __all__ = [
     "Embed",
     "ExpertDown",
     "ExpertGate",
+    "IndexRope",
+    "IndexScore",
+    "LatentAttention",
+    "LatentRope",
     "Linear",
     "NextToken",
     "Norm",
     "Rope",
     "Route",
+    "Select",
     "Sift",
     "Totals",
 ]

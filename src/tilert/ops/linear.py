@@ -22,10 +22,14 @@ class Linear(Op):
 
     x' is x, or RMSNorm(x) * norm when `norm` is given. Epilogue STORE stores, ADD adds to what y
     holds, GATE stores silu(x' @ w[r] + bias[r]) * (x' @ w_up[r] + bias_up[r]).
-    x [rows, k] f32; w, w_up [n, k]; y [rows, >= y_col + n] f32.
+    x [rows, >= x_col + k] f32; w, w_up [n, k]; y [rows, >= y_col + n] f32.
+    groups > 1: block-diagonal. The rows of w are as many blocks, and block g is multiplied by columns
+    [x_col + g * x_stride, + k) of x; no tile has rows of two blocks. Such a product has no norm and only
+    stores.
     `gather`, when given, is an i32 buffer [1, rows]: row i of x' is made from x[gather[i]].
     splits > 1: x holds the partial results of Attend, `group` query heads of `head_dim` for each kv
-    head, and x' is what Combine makes of them.
+    head, and x' is what Combine makes of them; block g of a block-diagonal product then takes head g,
+    which is k wide.
     x_type: what the multiplier takes; x' is rounded to it (see rounded). With a norm, the root of the
     mean square divides the products and not x'.
     """
@@ -53,14 +57,41 @@ class Linear(Op):
     group: int = 1
     head_dim: int = 1
     x_type: int = DType.F32
+    x_col: int = 0
+    groups: int = 1
+    x_stride: int = 0  # columns from one group's x to the next's
 
     @property
     def tiles(self) -> int:
-        return -(-self.n // self.tile_rows)
+        return self.groups * -(-self.n // self.groups // self.tile_rows)
 
     def span(self, lo: int, hi: int) -> tuple[int, int]:
         """Weight rows of tiles [lo, hi)."""
-        return lo * self.tile_rows, min(hi * self.tile_rows, self.n)
+        rows = self.n // self.groups
+        each = -(-rows // self.tile_rows)  # tiles of a group
+
+        def border(tile: int) -> int:
+            group, inside = divmod(tile, each)
+            return group * rows + inside * self.tile_rows
+
+        return border(lo), border(hi)
+
+    def groups_of(self, lo: int, hi: int) -> range:
+        """The groups that tiles [lo, hi) belong to."""
+        each = self.tiles // self.groups
+        return range(lo // each, -(-hi // each))
+
+    def x_regions(self, lo: int, hi: int) -> list[tuple[int, int]]:
+        """Columns [begin, end) of x that tiles [lo, hi) read, one piece after another."""
+        if self.splits == 1:
+            first = [self.x_col + g * self.x_stride for g in self.groups_of(lo, hi)]
+            return [(col, col + self.k) for col in first]
+        if self.groups == 1:
+            return [(0, partial_width(self.k, self.head_dim, self.splits))]
+        width = self.splits * (
+            self.head_dim + 2
+        )  # a group is a head, whose shares lie side by side
+        return [(g * width, (g + 1) * width) for g in self.groups_of(lo, hi)]
 
     def weight_rows(self, lo: int, hi: int) -> int:
         begin, end = self.span(lo, hi)
@@ -68,15 +99,11 @@ class Linear(Op):
 
     def reads(self, lo: int, hi: int) -> list[Region]:
         begin, end = self.span(lo, hi)
-        width = self.k if self.splits == 1 else partial_width(self.k, self.head_dim, self.splits)
         out = [Region(self.counts, 0, 1, 0, 2)]
-        if self.gather == NONE:
-            out.append(Region(self.x, 0, self.rows, 0, width))
-        else:
-            out += [
-                Region(self.gather, 0, 1, 0, self.rows),
-                Region(self.x, 0, self.x_rows, 0, width),
-            ]
+        if self.gather != NONE:
+            out.append(Region(self.gather, 0, 1, 0, self.rows))
+        rows = self.rows if self.gather == NONE else self.x_rows
+        out += [Region(self.x, 0, rows, *columns) for columns in self.x_regions(lo, hi)]
         out += [Region(w, begin, end, 0, self.k) for w in (self.w, self.w_up) if w != NONE]
         out += [Region(b, 0, 1, begin, end) for b in (self.bias, self.bias_up) if b != NONE]
         if self.norm != NONE:
@@ -101,6 +128,13 @@ class Linear(Op):
 
     def reference(self, mem: Memory, lo: int, hi: int) -> None:
         """The definition, on whatever the step's real number of rows is."""
+        if self.groups > 1:
+            for tile in range(lo, hi):
+                begin, end = self.span(tile, tile + 1)
+                x = rounded(self._block(mem, tile), DType(self.x_type))
+                y = self._product(mem, self.w, self.bias, x, np.ones(1, np.float32), begin, end)
+                mem.write(self.y, 0, self.y_col + begin, y)
+            return
         begin, end = self.span(lo, hi)
         rows = count(mem, self.counts, self.count_index)
         x = self._input(mem, rows)
@@ -121,10 +155,18 @@ class Linear(Op):
             return np.concatenate(
                 [merge(p, width, self.head_dim, self.splits) for p in groups], axis=1
             )
+        ((begin, end),) = self.x_regions(0, 1)
         if self.gather == NONE:
-            return mem.read(self.x, 0, rows, 0, self.k)
+            return mem.read(self.x, 0, rows, begin, end)
         chosen = mem.read(self.gather, 0, 1, 0, rows)[0]
-        return np.concatenate([mem.read(self.x, int(r), int(r) + 1, 0, self.k) for r in chosen])
+        return np.concatenate([mem.read(self.x, int(r), int(r) + 1, begin, end) for r in chosen])
+
+    def _block(self, mem: Memory, tile: int) -> np.ndarray:
+        """x of the group that a tile belongs to, [rows, k]."""
+        rows = count(mem, self.counts, self.count_index)
+        (columns,) = self.x_regions(tile, tile + 1)
+        x = mem.read(self.x, 0, rows, *columns)
+        return x if self.splits == 1 else merge(x, self.k, self.head_dim, self.splits)
 
     def _product(
         self, mem: Memory, w: Buf, bias: Buf, x: np.ndarray, root: np.ndarray, begin: int, end: int

@@ -19,11 +19,10 @@ from tilert.engine.core import RequestOutput, SamplingParams
 from tilert.errors import UserError
 from tilert.files import atomic
 from tilert.ir import encode, machine
-from tilert.ir.dtype import DType
 from tilert.ir.program import Program
 from tilert.models import load_config
 from tilert.models.decoder import build as build_graph
-from tilert.models.load import check
+from tilert.models.load import check, dtypes
 from tilert.serve import report
 from tilert.serve.llm import LLM, Delta, context_length
 from tilert.text import write_gguf_tokenizer
@@ -237,11 +236,11 @@ def compile_(args: argparse.Namespace) -> None:
     scales = check(graph, config, checkpoint.tensors)
     if args.graph:
         print(graph)
-    dtypes = {name: DType.of(array) for name, array in checkpoint.tensors.items()}
-    target = with_units(graph, target, dtypes, scales)
+    types = dtypes(graph, config, checkpoint.tensors)
+    target = with_units(graph, target, types, scales)
     outputs = args.tokens if args.tokens <= 8 else 1
     limits = Limits(args.tokens, outputs, 8, context)
-    program = build(graph, target, limits, dtypes, scales)
+    program = build(graph, target, limits, types, scales)
     if args.show:
         print(encode.to_text(program), end="")
     if args.out:

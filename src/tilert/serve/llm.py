@@ -150,9 +150,7 @@ class LLM:
 
     def _num_pages(self, context: int, sequences: int, memory: int, itemsize: int) -> int:
         """Pages for all sequences at full length, or as many as `memory` bytes hold."""
-        config = self.config
-        kv_width = config.num_key_value_heads * config.head_dim
-        page_bytes = config.num_hidden_layers * 2 * kv_width * PAGE * itemsize
+        page_bytes = self.config.cache_elements * PAGE * itemsize
         one = -(-context // PAGE)
         fits = memory // page_bytes
         if fits < one:
