@@ -16,6 +16,7 @@ from typing import Any
 import families
 import numpy as np
 import pytest
+import tiny_deepseek
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -32,7 +33,8 @@ from tilert.weights import convert
 EVEN = {"vocab_size": 208, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4,
         "head_dim": 16}  # fmt: skip
 # What devices divide, said once more by name: rows, columns.
-ROWS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "lm_head")
+ROWS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "lm_head", "q_b_proj", "kv_b_proj",
+        "shared_head.head")  # fmt: skip
 COLUMNS = ("o_proj.weight", "down_proj.weight")
 
 
@@ -109,6 +111,19 @@ def test_biases_are_cut_as_the_rows_of_their_matrices(tmp_path: Path) -> None:
     split(tmp_path / "model", 1)
     make(tmp_path / "model", tmp_path / "out", 2)
     check(tmp_path / "model", tmp_path / "out", 2)
+
+
+def test_experts_latents_and_the_guessing_layer(tmp_path: Path) -> None:
+    tiny_deepseek.make(tmp_path / "model")
+    make(tmp_path / "model", tmp_path / "out", 2)
+    check(tmp_path / "model", tmp_path / "out", 2)
+    copied = {path.name for path in (tmp_path / "out").iterdir() if path.is_file()}
+    assert copied == {"config.json", "tokenizer.json", "tokenizer_config.json", "manifest.json"}
+    message = "4 devices would cut tensor '.*' into parts of 64 .*, within a block of 128"
+    with pytest.raises(UserError, match=message):
+        make(tmp_path / "model", tmp_path / "four", 4)
+    with pytest.raises(UserError, match="the model has 8 heads, which 3 devices do not divide"):
+        make(tmp_path / "model", tmp_path / "three", 3)
 
 
 def test_files_say_what_they_are(checkpoint: Path, tmp_path: Path) -> None:

@@ -21,11 +21,12 @@ QUANTIZATION = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "
                 "scale_fmt": "ue8m0", "weight_block_size": [BLOCK, BLOCK]}  # fmt: skip
 YARN = {"beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 1.0, "mscale_all_dim": 1.0,
         "original_max_position_embeddings": 4096, "type": "yarn"}  # fmt: skip
-# config.json of deepseek-ai/DeepSeek-V3.2, key by key, with sizes that a test can afford.
+# config.json of deepseek-ai/DeepSeek-V3.2, key by key, with sizes that a test can afford. So many heads of
+# the indexer that none of a position's scores is zero, where which one is selected were a matter of taste.
 CONFIG: dict[str, Any] = {
     "architectures": ["DeepseekV32ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
     "bos_token_id": 0, "eos_token_id": 1, "ep_size": 1, "first_k_dense_replace": 1,
-    "hidden_act": "silu", "hidden_size": 128, "index_head_dim": 64, "index_n_heads": 4,
+    "hidden_act": "silu", "hidden_size": 128, "index_head_dim": 64, "index_n_heads": 16,
     "index_topk": 8, "initializer_range": 0.02, "intermediate_size": 256, "kv_lora_rank": 64,
     "max_position_embeddings": 163840, "model_type": "deepseek_v32", "moe_intermediate_size": 256,
     "moe_layer_freq": 1, "n_group": 4, "n_routed_experts": 8, "n_shared_experts": 1,

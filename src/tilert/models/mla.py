@@ -37,6 +37,7 @@ def latent_block(
     """
     latent = config.latent
     assert latent is not None, f"{config.model_type} has no latent attention"
+    # Latents and what is selected are the same for all heads, so every device makes them whole.
     prefix, at = f"model.layers.{layer}.self_attn", f"l{layer}"
     heads, lora = config.num_attention_heads, latent.kv_lora_rank
     weight = graph.vector(f"model.layers.{layer}.input_layernorm.weight", config.hidden_size)
@@ -44,11 +45,11 @@ def latent_block(
     source = normed
     if latent.q_lora_rank is not None:
         down = project(graph, f"{prefix}.q_a_proj", normed, latent.q_lora_rank,
-                       bias=config.qkv_bias, shard=0, name=f"{at}.q_down")  # fmt: skip
+                       bias=config.qkv_bias, shard=None, name=f"{at}.q_down")  # fmt: skip
         norm = graph.vector(f"{prefix}.q_a_layernorm.weight", latent.q_lora_rank)
         source = graph.rms_norm(f"{at}.q_latent", down, norm, _EPS)
     kv = project(graph, f"{prefix}.kv_a_proj_with_mqa", normed, latent.cache_width,
-                 bias=config.qkv_bias, shard=0, name=f"{at}.kv")  # fmt: skip
+                 bias=config.qkv_bias, shard=None, name=f"{at}.kv")  # fmt: skip
     indexed = latent.index if latent.index and latent.index.full[layer] else None
     keys = _index_keys(graph, f"{prefix}.indexer", layer, normed, indexed) if indexed else None
     name = "q_proj" if latent.q_lora_rank is None else "q_b_proj"
@@ -82,10 +83,10 @@ def _index_keys(
     graph: Graph, prefix: str, layer: int, normed: Value, index: IndexConfig
 ) -> tuple[Value, Value]:
     """(the step's keys, weights of the query heads), both made from the hidden state."""
-    k = project(graph, f"{prefix}.wk", normed, index.index_head_dim, bias=False, shard=0,
+    k = project(graph, f"{prefix}.wk", normed, index.index_head_dim, bias=False, shard=None,
                 name=f"l{layer}.index_k")  # fmt: skip
     weights = project(graph, f"{prefix}.weights_proj", normed, index.index_n_heads, bias=False,
-                      shard=0, name=f"l{layer}.index_w")  # fmt: skip
+                      shard=None, name=f"l{layer}.index_w")  # fmt: skip
     return k, weights
 
 
@@ -95,7 +96,7 @@ def _scores(
 ) -> Value:  # fmt: skip
     """The indexer's score of every position, for the step's tokens; their keys join its cache."""
     (k, weights), (heads, d) = keys, (index.index_n_heads, index.index_head_dim)
-    q = project(graph, f"{prefix}.wq_b", latent, heads * d, bias=False, shard=0,
+    q = project(graph, f"{prefix}.wq_b", latent, heads * d, bias=False, shard=None,
                 name=f"l{layer}.index_q")  # fmt: skip
     norm, bias = (graph.vector(f"{prefix}.k_norm.{name}", d) for name in ("weight", "bias"))
     q = graph.index_rope(f"l{layer}.index_rope", q, k, norm, bias, table, layer=layer, eps=_EPS,

@@ -1,22 +1,27 @@
 """How a checkpoint is cut over devices: which axis of each stored tensor, read off the table of weights.
 
-A weight says its axis (`Value.shard`); its bias and its FP8 scales follow it. What no weight names is held
-whole by every device.
+A weight says its axis (`Value.shard`); its bias and its FP8 scales follow it, and so does the tensor that
+a derived weight is made of. A layer that guesses further tokens is cut as the last layer is. What no weight
+names is held whole by every device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
 from tilert.errors import UserError
+from tilert.ir.dtype import DType
 from tilert.ir.graph import Graph
-from tilert.ir.program import JOIN, Scale
+from tilert.ir.program import Scale
 from tilert.models.config import DecoderConfig
+from tilert.models.derived import head_parts
 from tilert.models.load import check
+from tilert.models.quantization import scale_name
 
 MAX_DEVICES = 64
+OWN_HEAD, HEAD = "shared_head.head.weight", "lm_head.weight"  # of a guessing layer, of the model
 
 
 def cut_axes(
@@ -29,12 +34,12 @@ def cut_axes(
     """
     if not 1 <= devices <= MAX_DEVICES:
         raise UserError(f"the number of devices is {devices}; accepted are 1 to {MAX_DEVICES}")
-    scales = check(graph, config, tensors)
+    check(graph, config, tensors)
     axes: dict[str, int | None] = dict.fromkeys(tensors)
     if devices == 1:
         return axes
     _check_heads(graph, devices)
-    for name, axis in _stored_axes(graph).items():
+    for name, axis in _stored_axes(graph, config, tensors).items():
         if axis is None or name not in tensors:
             continue
         size = tensors[name].shape[axis]
@@ -42,19 +47,43 @@ def cut_axes(
             what = "columns" if axis else "rows"
             raise _indivisible(f"tensor '{name}' has {size} {what}", size, devices)
         axes[name] = axis
-        if name in scales:
-            axes[scales[name].name] = _scale_axis(name, axis, size, scales[name], devices)
+        if (scale := _scale(config, name, tensors)) is not None:
+            axes[scale.name] = _scale_axis(name, axis, size, scale, devices)
     return axes
 
 
-def _stored_axes(graph: Graph) -> dict[str, int | None]:
+def _stored_axes(
+    graph: Graph, config: DecoderConfig, names: Iterable[str]
+) -> dict[str, int | None]:
     """The axis of each tensor that a weight is made of. A bias is cut as the rows of its matrix are."""
-    axes = {part: v.shard for v in graph.weights.values() for part in v.name.split(JOIN)}
+    parts = head_parts(config)
+    axes = {
+        parts[name].source if name in parts else name: value.shard
+        for name, value in graph.weights.items()
+    }
     for node in graph.nodes:
         w, bias = node.inputs.get("w"), node.inputs.get("bias")
         if w is not None and bias is not None and w.shard == 0:
             axes[bias.name] = 0
+    extra = config.latent.num_nextn_predict_layers if config.latent else 0
+    last = config.num_hidden_layers - 1
+    for layer in range(last + 1, last + 1 + extra):
+        prefix = f"model.layers.{layer}."
+        for name in (name for name in names if name.startswith(prefix)):
+            own = name.removeprefix(prefix)
+            axes[name] = axes.get(HEAD if own == OWN_HEAD else f"model.layers.{last}.{own}")
     return axes
+
+
+def _scale(config: DecoderConfig, name: str, tensors: Mapping[str, np.ndarray]) -> Scale | None:
+    """Where the scales of a tensor are; None when it has none."""
+    if config.quantization is None or tensors[name].dtype != DType.F8E4M3.numpy:
+        return None
+    stored = scale_name(name, config.quantization.suffix)
+    if stored not in tensors:  # of a guessing layer, which `check` passes over
+        raise UserError(f"tensor '{name}' is FP8, but its scales '{stored}' are missing")
+    rows, cols = tensors[name].shape
+    return config.quantization.scale(name, (rows, cols), tensors[stored])
 
 
 def _check_heads(graph: Graph, devices: int) -> None:
