@@ -54,7 +54,7 @@ def split(folder: Path, files: int) -> None:
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """FP8 in blocks of 16, in three files."""
     folder = tmp_path_factory.mktemp("fp8")
-    quantize(folder, folder / "exact", "blocks", **EVEN)
+    quantize(folder, folder / "exact", "blocks", "qwen3", **EVEN)
     shutil.rmtree(folder / "exact")
     split(folder, 3)
     return folder
@@ -394,7 +394,7 @@ def test_cuts_between_blocks_of_scales(
     tmp_path: Path, kind: str, changes: dict[str, int], message: str | None
 ) -> None:
     (tmp_path / "model").mkdir()
-    quantize(tmp_path / "model", tmp_path / "exact", kind, **(EVEN | changes))
+    quantize(tmp_path / "model", tmp_path / "exact", kind, "qwen3", **(EVEN | changes))
     if message:
         with pytest.raises(UserError, match=message):
             make(tmp_path / "model", tmp_path / "out", 2)
