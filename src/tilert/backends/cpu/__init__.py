@@ -3,7 +3,7 @@
 Python owns all memory as numpy arrays and checks what it is given; the extension module gets addresses
 and runs whole launches. Knows programs and ops; knows no model and no compiler. Caches are stored as
 the kernels read them: keys [page, kv_head, head_dim, position], values [page, kv_head, position,
-head_dim], 64 positions per page.
+head_dim], latents and keys of indexers [page, position, columns], 64 positions per page.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tilert.errors import UserError
 from tilert.ir.dtype import DType
 from tilert.ir.encode import to_bytes
 from tilert.ir.program import NONE, PAGE, Buf, Buffer, Kind, Program
-from tilert.ops import Attention, Rope
+from tilert.ops import Attention, IndexRope, IndexScore, LatentAttention, LatentRope, Rope
 
 __all__ = ["CpuBackend", "Pool", "allocate_caches", "make_pool"]
 
@@ -75,14 +75,18 @@ def make_pool(threads: int | None = None) -> Pool:
         raise UserError(f"cannot start {threads} threads: {error}") from error
 
 
-def cache_shapes(program: Program) -> dict[str, tuple[int, int, int]]:
+def cache_shapes(program: Program) -> dict[str, tuple[int, ...]]:
     """Shape of one page of each cache, by the name of its buffer."""
-    shapes: dict[str, tuple[int, int, int]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for op in program.ops:
         if isinstance(op, Rope | Attention):
             name = {b: program.buffers[b].name for b in (op.k_cache, op.v_cache)}
             shapes[name[op.k_cache]] = (op.kv_heads, op.head_dim, PAGE)
             shapes[name[op.v_cache]] = (op.kv_heads, PAGE, op.head_dim)
+        elif isinstance(op, LatentRope | LatentAttention):
+            shapes[program.buffers[op.latent_cache].name] = (PAGE, op.lora + op.rope)
+        elif isinstance(op, IndexRope | IndexScore):
+            shapes[program.buffers[op.index_cache].name] = (PAGE, op.head_dim)
     return shapes
 
 
@@ -237,12 +241,12 @@ def _part(
 
 
 def _cache(
-    buffer: Buffer, caches: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, int, int]]
+    buffer: Buffer, caches: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]
 ) -> np.ndarray:
     assert buffer.name in shapes, f"cache {buffer.name} is used by no op"
     array, shape = caches.get(buffer.name), shapes[buffer.name]
     assert array is not None, f"cache {buffer.name} is missing"
-    good = array.ndim == 4 and array.shape[1:] == shape and array.dtype == np.float32
+    good = array.shape[1:] == shape and array.dtype == np.float32
     assert good and array.flags.c_contiguous and array.flags.writeable, (
         f"cache {buffer.name} is {array.dtype} {array.shape}, wanted f32 [pages, {shape}]"
     )

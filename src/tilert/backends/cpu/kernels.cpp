@@ -2,6 +2,7 @@
 #include "kernels.h"
 
 #include "attention.h"
+#include "latent.h"
 #include "linear.h"
 #include "norm.h"
 #include "rope.h"
@@ -25,6 +26,13 @@ const Kernels kernels = {
     attention_partial,
     attention_scratch,
     combine,
+    latent_begin,
+    latent_rows,
+    latent_end,
+    latent_scratch,
+    layer_norm,
+    hadamard,
+    index_scores,
     embed,
     argmax,
     read,
