@@ -55,8 +55,8 @@ from tilert.ir.dtype import DType
 from tilert.ir.graph import Graph
 from tilert.ir.program import PAGE, Kind, Program, Scale
 from tilert.models import load_config
-from tilert.models.decoder import ROPE_TABLE
 from tilert.models.decoder import build as build_graph
+from tilert.models.derived import ROPE_TABLE
 from tilert.models.quantization import grid
 from tilert.models.rotary import rotary_table
 

@@ -37,8 +37,8 @@ def write_checkpoint(folder: Path, name: str) -> None:
     from safetensors.torch import save_file
 
     from tilert.models import load_config
-    from tilert.models.decoder import ROPE_TABLE
     from tilert.models.decoder import build as build_graph
+    from tilert.models.derived import ROPE_TABLE
 
     config = {**MODELS[name], "torch_dtype": "bfloat16", "eos_token_id": 2}
     graph = build_graph(load_config(config), 64)

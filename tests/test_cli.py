@@ -98,6 +98,9 @@ def test_inspect_compile_and_trace(smollm2: Path, tmp_path: Path) -> None:
         (["tune", "m", "--seconds", "0"], "--seconds is 0; accepted are numbers above 0"),
         (["tune", "m", "--seconds", "nan"], "--seconds is nan; accepted are numbers above 0"),
         (["tune", "m", "--seconds", "long"], "long"),
+        (["convert", "m"], "--out"),
+        (["convert", "m", "--out", "d", "--verify"], "--verify"),
+        (["convert", "/nowhere", "--out", "d"], "there is no model '/nowhere'"),
         (["frobnicate"], "frobnicate"),
     ],
 )

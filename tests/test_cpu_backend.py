@@ -61,6 +61,15 @@ class Tables:
     def weight(self, name: str, rows: int, cols: int, dtype: DType = DType.BF16) -> Buf:
         return self.add(name, Kind.WEIGHT, dtype, rows, cols)
 
+    def matrix(self, name: str, rows: int, cols: int, dtype: DType, block: tuple[int, int]) -> Buf:
+        """A weight of a product; FP8 has a scale for each block."""
+        made = self.weight(name, rows, cols, dtype)
+        if dtype is DType.F8E4M3:
+            blocks = -(-rows // block[0]), -(-cols // block[1])
+            scale = self.weight(f"{name}_scale", *blocks, DType.F32)
+            self.buffers[made] = dataclasses.replace(self.buffers[made], scale=scale, block=block)
+        return made
+
     def work(self, name: str, cols: int, rows: int | None = None) -> Buf:
         return self.add(name, Kind.WORK, DType.F32, rows or self.tokens, cols)
 
@@ -95,6 +104,7 @@ class Tables:
 def decoder(
     workers: int, tokens: int = 1, *, splits: int = 1, block: int = 8, window: int = 0,
     dtype: DType = DType.BF16, small: DType = DType.F32, biases: bool = False, feed: bool = True,
+    scaled: tuple[int, int] = (8, 16),
 ) -> Program:  # fmt: skip
     """One layer of a decoder with every op of the instruction set; a greedy token per row."""
     t = Tables(tokens, tokens)
@@ -109,7 +119,7 @@ def decoder(
     )
     hidden, last = t.work("hidden", HIDDEN), t.work("last", WIDTH)
     shares = t.work("shares", splits * split_width)
-    embed = t.weight("embed", VOCAB, WIDTH, dtype)
+    embed = t.weight("embed", VOCAB, WIDTH, DType.BF16 if dtype is DType.F8E4M3 else dtype)
 
     def norm(name: str, width: int = WIDTH) -> Buf:
         return t.weight(name, 1, width, small)
@@ -117,11 +127,11 @@ def decoder(
     def linear(
         name: str, x: Buf, y: Buf, n: int, k: int, norm: Buf, epilogue: int = STORE, tile: int = 4
     ) -> None:
-        w = t.weight(name, n, k, dtype)
-        up = t.weight(f"{name}_up", n, k, dtype) if epilogue == GATE else NONE
+        w = t.matrix(name, n, k, dtype, scaled)
+        up = t.matrix(f"{name}_up", n, k, dtype, scaled) if epilogue == GATE else NONE
         bias = t.weight(f"{name}_bias", 1, n, small) if biases else NONE
         bias_up = t.weight(f"{name}_up_bias", 1, n, small) if biases and up != NONE else NONE
-        t.ops.append(Linear(x, w, up, bias, bias_up, norm, NONE, y, s.counts, 0, tokens, k, n, 1, 0,
+        t.ops.append(Linear(x, w, up, bias, bias_up, norm, y, s.counts, 0, tokens, k, n, 0,
                             tile, epilogue, EPS))  # fmt: skip
 
     t.ops.append(Embed(s.tokens, embed, x, s.counts, VOCAB, tokens, WIDTH, 2))
@@ -288,6 +298,10 @@ FOLLOWING = [(2, 60 + i) for i in range(11)]
         (FOLLOWING, {"tokens": 16, "block": 16, "feed": False, "window": 20, "dtype": DType.F32}),
         ([*FOLLOWING, (0, 3)], {"tokens": 12, "block": 4, "feed": False}),
         ([(2, 0)], {"splits": 3}),
+        (ALONE, {"dtype": DType.F8E4M3}),
+        (SCATTERED, {"dtype": DType.F8E4M3, "tokens": 4, "biases": True, "scaled": (3, 32)}),
+        (FOLLOWING, {"dtype": DType.F8E4M3, "tokens": 11, "feed": False}),
+        (FOLLOWING, {"dtype": DType.F8E4M3, "tokens": 11, "feed": False, "scaled": (1, 100)}),
     ],
 )
 def test_equals_the_definition(
@@ -600,13 +614,8 @@ def test_programs_of_other_machines_are_refused(pools: dict[int, Pool]) -> None:
     refused(dataclasses.replace(program, machine=machine.NULL), "streams through rings")
     two = dataclasses.replace(program.machine, devices=2)
     refused(dataclasses.replace(program, machine=two), "for 2 devices")
-    refused(first_buffer(dtype=DType.F8E4M3), "weight 'wq' is FP8")
-    refused(first_buffer(bank=4), "weight 'wq' is a bank of experts")
-    expert = [
-        dataclasses.replace(op, expert=Buf(0)) if isinstance(op, Linear) else op
-        for op in program.ops
-    ]
-    refused(dataclasses.replace(program, ops=tuple(expert)), "chooses experts")
+    scale = Buf(program.buffer_ids["norm_1"])
+    refused(first_buffer(scale=scale, block=(8, 8)), "'wq' has a scale for every 8 columns")
     with pytest.raises(UserError, match="has 3 workers, but the pool has 2 threads"):
         CpuBackend(program, weights_of(program), {}, pools[2])
 
@@ -615,9 +624,9 @@ def test_binary_programs_are_checked(pools: dict[int, Pool]) -> None:
     program = decoder(1)
     data = encode.to_bytes(program)
     made = backend(program, pools[1])
-    addresses = [(a.ctypes.data, a.nbytes) for a in made._arrays]
+    addresses = [[(a.ctypes.data, a.nbytes) for a in parts] for parts in made._parts]
 
-    def bind(changed: bytes, memory: list[tuple[int, int]] = addresses) -> None:
+    def bind(changed: bytes, memory: list[list[tuple[int, int]]] = addresses) -> None:
         _core.Executor(pools[1].core, pools[1].isa, changed, memory, None)
 
     bind(data)
@@ -634,7 +643,9 @@ def test_binary_programs_are_checked(pools: dict[int, Pool]) -> None:
             with pytest.raises(RuntimeError):
                 bind(changed.tobytes() + data[len(words) * 4 :])
     with pytest.raises(RuntimeError, match="too little memory"):
-        bind(data, [(p, max(0, n - 4)) for p, n in addresses])
+        bind(data, [[(p, max(0, n - 4)) for p, n in parts] for parts in addresses])
+    with pytest.raises(RuntimeError, match="one entry per buffer"):
+        bind(data, [[], *addresses[1:]])
     run = dataclasses.replace(program.queues[0][0], hi=99)
     longer = dataclasses.replace(program, queues=((run, *program.queues[0][1:]),))
     with pytest.raises(RuntimeError, match="ends at tile 99 of 1"):
@@ -666,6 +677,38 @@ def test_chosen_kernels(monkeypatch: pytest.MonkeyPatch, isa: str) -> None:
     pool = make_pool(2)
     assert pool.isa == isa
     check(decoder(2, 4, splits=2), pool, SCATTERED, 2)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_every_code_of_fp8_is_widened_exactly(
+    monkeypatch: pytest.MonkeyPatch, isa: str, tokens: int
+) -> None:
+    if _core.find_isa(isa) is None:
+        pytest.skip(f"this machine has no {isa}")
+    monkeypatch.setenv("TILERT_CPU_ISA", isa)
+    t = Tables(tokens, 1)
+    state = t.state()
+    x, y = t.work("x", 40), t.work("y", 256)
+    w = t.matrix("w", 256, 40, DType.F8E4M3, (256, 40))
+    t.ops.append(Linear(x, w, NONE, NONE, NONE, NONE, y, state.counts, 0, tokens, 40, 256, 0, 16,
+                        STORE, EPS))  # fmt: skip
+    part = t.work("part", 2, 1)
+    t.ops.append(Argmax(y, part, state.counts, 1, 256, 256))
+    t.ops.append(NextToken(part, state.sampled, NONE, NONE, state.counts, 1, 1, 0))
+    program = t.program(1)
+    codes = np.repeat(np.arange(256, dtype=np.uint8)[:, None], 40, axis=1)
+    weights = {"w": codes.view(ml_dtypes.float8_e4m3fn), "w_scale": np.ones((1, 1), np.float32)}
+    made = CpuBackend(program, weights, {}, make_pool(1))
+    made.state["counts"][0] = tokens, 1
+    one = 37  # in the last columns, which fill no vector
+    made.read("x")[:, one] = 1
+    made.run(1)
+    exact = weights["w"][:, one].astype(np.float32)
+    known = ~np.isnan(exact)
+    assert known.sum() == 254
+    np.testing.assert_array_equal(made.read("y")[0, known], exact[known])
+    assert np.isnan(made.read("y")[0, ~known]).all()
 
 
 def test_unknown_kernels(monkeypatch: pytest.MonkeyPatch) -> None:

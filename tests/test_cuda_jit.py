@@ -21,8 +21,8 @@ from tilert.ir import machine
 from tilert.ir.dtype import DType
 from tilert.ir.program import Scale
 from tilert.models import load_config
-from tilert.models.decoder import ROPE_TABLE
 from tilert.models.decoder import build as build_graph
+from tilert.models.derived import ROPE_TABLE
 
 pytest.importorskip("cuda.bindings.nvrtc")
 

@@ -27,8 +27,8 @@ from tilert.ir.dtype import DType
 from tilert.ir.machine import Machine
 from tilert.ir.program import PAGE, Kind, Program, Scale, Wait
 from tilert.models import load_config
-from tilert.models.decoder import ROPE_TABLE
 from tilert.models.decoder import build as build_graph
+from tilert.models.derived import ROPE_TABLE
 from tilert.models.rotary import rotary_table
 from tilert.ops import Attend, Linear
 from tilert.serve import replay

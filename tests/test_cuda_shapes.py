@@ -16,8 +16,8 @@ from tilert.compiler import Limits, build
 from tilert.errors import UserError
 from tilert.ir.dtype import DType
 from tilert.models import load_config
-from tilert.models.decoder import ROPE_TABLE
 from tilert.models.decoder import build as build_graph
+from tilert.models.derived import ROPE_TABLE
 from tilert.models.rotary import rotary_table
 
 CONTEXT, PROMPT, NEW = 256, 32, 64

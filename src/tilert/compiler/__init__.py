@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from tilert.compiler.depend import depend
-from tilert.compiler.lower import Limits, lower
+from tilert.compiler.lower import lower
+from tilert.compiler.lowering import Limits
 from tilert.compiler.memory import place
 from tilert.compiler.schedule import schedule
 from tilert.compiler.verify import verify

@@ -11,14 +11,22 @@ of its own here; memory.py makes them share.
 from __future__ import annotations
 
 import math
-from collections import Counter as Tally
+from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
 
+from tilert.compiler.latent import LOWER_LATENT
+from tilert.compiler.lowering import (
+    FEW_TOKENS,
+    MAX_SPLITS,
+    PROMPT_BLOCK,
+    Limits,
+    Lowering,
+    operand,
+)
 from tilert.ir.dtype import DType
 from tilert.ir.graph import OUTPUTS, Graph, Node, Value
 from tilert.ir.machine import Machine
-from tilert.ir.program import JOIN, NONE, PAGE, Buf, Buffer, Kind, Op, Scale
+from tilert.ir.program import NONE, Buf, Buffer, Kind, Op, Scale
 from tilert.ops import (
     Adjust,
     Argmax,
@@ -28,147 +36,19 @@ from tilert.ops import (
     Combine,
     Draw,
     Embed,
+    ExpertDown,
+    ExpertGate,
     Linear,
     NextToken,
     Norm,
     Rope,
+    Route,
     Sift,
     Totals,
 )
 from tilert.ops.draw import BINS, CONTROL_WORDS, MAX_VOCAB, row_words
+from tilert.ops.experts import SIGMOID, SOFTMAX
 from tilert.ops.linear import ADD, GATE, STORE, multiplier
-
-FEW_TOKENS = 8  # up to this many tokens a step is bound by reading weights
-MAX_SPLITS = 8  # that the rule takes: a product merges their partial results
-PROMPT_BLOCK = 32  # tokens per tile of row-wise ops and of attention in steps of many tokens
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """Capacities of one program (see Program), and how it chooses tokens: the best, or sampled."""
-
-    tokens: int
-    outputs: int
-    sequences: int
-    context: int
-    sampled: bool = False
-
-    @property
-    def pages(self) -> int:
-        """Pages that one sequence can have."""
-        return -(-self.context // PAGE)
-
-
-@dataclass(slots=True)
-class Lowering:
-    """The state of the pass: tables under construction, and which value lives in which buffer."""
-
-    graph: Graph
-    machine: Machine
-    limits: Limits
-    dtypes: Mapping[str, DType]
-    scales: Mapping[str, Scale]
-    buffers: list[Buffer] = field(default_factory=list[Buffer])
-    ops: list[Op] = field(default_factory=list[Op])
-    ids: dict[str, Buf] = field(default_factory=dict[str, Buf])
-    home: dict[Value, Buf] = field(default_factory=dict[Value, Buf])
-    column: dict[Value, int] = field(default_factory=dict[Value, int])  # in its home, if not 0
-    uses: Tally[Value] = field(default_factory=Tally[Value])
-    maker: dict[Value, Node] = field(default_factory=dict[Value, Node])
-    attends: dict[Value, Attend] = field(default_factory=dict[Value, Attend])
-
-    @property
-    def fused(self) -> bool:
-        """True when rotation, attention and the merge of its shares take no hand-offs of their own."""
-        return self.few and self.machine.slots > 0
-
-    @property
-    def few(self) -> bool:
-        """True when the step has so few tokens that reading weights decides its time."""
-        return self.limits.tokens <= FEW_TOKENS
-
-    def buffer(self, name: str, kind: Kind, dtype: DType, rows: int, cols: int) -> Buf:
-        """The buffer of that name, made at the first call."""
-        if name not in self.ids:
-            self.ids[name] = Buf(len(self.buffers))
-            self.buffers.append(Buffer(name, kind, dtype, rows, cols))
-        return self.ids[name]
-
-    def state(self, name: str) -> Buf:
-        """A buffer that the host writes before a launch."""
-        lim = self.limits
-        cols = {"tokens": lim.tokens, "positions": lim.tokens, "sequences": lim.tokens, "counts": 2,
-                "output_rows": lim.outputs, "sampled": lim.outputs, "pages": lim.pages}  # fmt: skip
-        rows = lim.sequences if name == "pages" else 1
-        return self.buffer(name, Kind.STATE, DType.I32, rows, cols[name])
-
-    def weight(self, value: Value | None) -> Buf:
-        """The buffer of a weight; NONE for None."""
-        if value is None:
-            return NONE
-        assert value.weight and isinstance(value.rows, int), f"{value} is not a weight"
-        dtype = self.dtypes.get(value.name, DType.F32)
-        buf = self.buffer(value.name, Kind.WEIGHT, dtype, value.rows, value.cols)
-        if (scale := self.scales.get(value.name)) and self.buffers[buf].scale == NONE:
-            blocks = -(-value.rows // scale.block[0]), -(-value.cols // scale.block[1])
-            of = self.buffer(scale.name, Kind.WEIGHT, DType.F32, *blocks)
-            self.buffers[buf] = replace(self.buffers[buf], scale=of, block=scale.block)
-        return buf
-
-    def joined(self, values: list[Value]) -> Buf:
-        """The buffer of weights that lie one after another; vectors become one vector."""
-        if len(values) == 1:
-            return self.weight(values[0])
-        dtype, first = self.dtypes.get(values[0].name, DType.F32), values[0]
-        rows = [v.rows for v in values if isinstance(v.rows, int)]
-        name, vector = JOIN.join(v.name for v in values), first.rows == 1
-        shape = (1, sum(v.cols for v in values)) if vector else (sum(rows), first.cols)
-        buf = self.buffer(name, Kind.WEIGHT, dtype, *shape)
-        if first.name in self.scales and self.buffers[buf].scale == NONE:
-            block = self.scales[first.name].block
-            names = JOIN.join(self.scales[v.name].name for v in values)
-            blocks = sum(-(-r // block[0]) for r in rows), -(-first.cols // block[1])
-            of = self.buffer(names, Kind.WEIGHT, DType.F32, *blocks)
-            self.buffers[buf] = replace(self.buffers[buf], scale=of, block=block)
-        return buf
-
-    def joinable(self, values: list[Value]) -> bool:
-        """True when the weights have one type, and scales whose blocks do not reach across a border."""
-        scales = [self.scales.get(v.name) for v in values]
-        blocks = {s.block if s else None for s in scales}
-        if len({self.dtypes.get(v.name, DType.F32) for v in values}) > 1 or len(blocks) > 1:
-            return False
-        block = blocks.pop()
-        rows = [v.rows for v in values[:-1] if isinstance(v.rows, int)]
-        return block is None or all(r % block[0] == 0 for r in rows)
-
-    def cache(self, kind: str, layer: int, cols: int) -> Buf:
-        """The key or value cache of a layer."""
-        return self.buffer(
-            f"layers.{layer}.{kind}_cache", Kind.CACHE, self.machine.cache_dtype, self.limits.context,
-            cols,
-        )  # fmt: skip
-
-    def work(
-        self, value: Value | list[Value], cols: int | None = None, dtype: DType = DType.F32
-    ) -> Buf:
-        """A new activation buffer for a value (`cols` per row for it) or for several side by side."""
-        values = value if isinstance(value, list) else [value]
-        name, width = JOIN.join(v.name for v in values), cols or sum(v.cols for v in values)
-        buf = self.buffer(name, Kind.WORK, dtype, self.rows(values[0]), width)
-        self.home.update(dict.fromkeys(values, buf))
-        return buf
-
-    def rows(self, value: Value) -> int:
-        """Capacity in rows of an activation."""
-        return self.limits.outputs if value.rows == OUTPUTS else self.limits.tokens
-
-    def folded(self, value: Value) -> bool:
-        """True when the norm that makes `value` is repeated inside each product that reads it."""
-        node = self.maker.get(value)
-        if node is None or node.op != "rms_norm" or not self.few:
-            return False
-        return value.rows != OUTPUTS or self.fused
 
 
 def lower(
@@ -179,6 +59,14 @@ def lower(
     low = Lowering(graph, machine, limits, dtypes, scales)
     low.uses.update(v for node in graph.nodes for v in node.inputs.values() if v is not None)
     low.maker.update({node.output: node for node in graph.nodes})
+    readers: dict[Value, list[Node]] = defaultdict(list)
+    for node in graph.nodes:
+        for value in node.inputs.values():
+            if value is not None:
+                readers[value].append(node)
+    low.readers.update(readers)
+    low.routing.update(node.inputs["logits"] for node in graph.nodes if node.op == "route")
+    _check_sums(low)
     for name in ("counts", "tokens", "positions", "sequences", "output_rows", "pages", "sampled"):
         low.state(name)
     for node in graph.nodes:
@@ -188,14 +76,8 @@ def lower(
     return low.buffers, low.ops
 
 
-def _input(node: Node, name: str) -> Value:
-    value = node.inputs[name]
-    assert value is not None, f"{node} lacks its input {name}"
-    return value
-
-
 def _lower_embed(low: Lowering, node: Node) -> None:
-    table = _input(node, "table")
+    table = operand(node, "table")
     assert isinstance(table.rows, int)
     block = 1 if low.fused else low.limits.tokens if low.few else PROMPT_BLOCK
     low.ops.append(
@@ -204,10 +86,13 @@ def _lower_embed(low: Lowering, node: Node) -> None:
     )  # fmt: skip
 
 
+BY_COLUMN = {"rms_norm", "latent_rope", "index_rope", "index_score"}
+
+
 def _lower_norm(low: Lowering, node: Node) -> None:
     if low.folded(node.output):
         return
-    x, gathers = _input(node, "x"), node.output.rows == OUTPUTS
+    x, gathers = operand(node, "x"), node.output.rows == OUTPUTS
     rows = low.rows(node.output)
     low.ops.append(
         Norm(low.home[x], low.weight(node.inputs["weight"]),
@@ -217,12 +102,12 @@ def _lower_norm(low: Lowering, node: Node) -> None:
 
 
 def _lower_linear(low: Lowering, node: Node) -> None:
-    if low.uses[node.output] == 1 and _consumer(low, node.output).op in ("add", "silu_mul"):
+    if low.uses[node.output] == 1 and low.readers[node.output][0].op in ("add", "silu_mul"):
         return  # emitted with its only consumer
-    nodes = _siblings(low, node)
-    if node is not nodes[0]:
-        return  # emitted with the first of them
-    y, column = low.work([n.output for n in nodes]), 0
+    if node.output in low.home:
+        return  # emitted with the first of its siblings
+    nodes, column = _siblings(low, node), 0
+    y = low.work([n.output for n in nodes])
     for each in nodes:
         low.column[each.output] = column
         column += each.output.cols
@@ -230,66 +115,160 @@ def _lower_linear(low: Lowering, node: Node) -> None:
 
 
 def _siblings(low: Lowering, node: Node) -> list[Node]:
-    """The products of one input that are computed as one: q, k and v where hand-offs are dear."""
-    if not low.fused or low.uses[node.output] != 1:
+    """The products of one input that are computed as one, where hand-offs are dear: q, k and v, or those
+    that latent attention reads."""
+    if not low.fused:
         return [node]
-    if (consumer := _consumer(low, node.output)).op != "rope":
+    if _by_column(low, node):
+        return _columns(low, node)
+    if low.uses[node.output] != 1:
         return [node]
-    nodes = [low.maker[_input(consumer, name)] for name in ("q", "k", "v")]
+    if (consumer := low.readers[node.output][0]).op != "rope":
+        return [node]
+    nodes = [low.maker[operand(consumer, name)] for name in ("q", "k", "v")]
     biases = [n.inputs["bias"] for n in nodes]
     given = [b for b in biases if b is not None]
-    weights = [_input(n, "w") for n in nodes]
-    fit = len({_input(n, "x") for n in nodes}) == 1 and len(given) in (0, len(biases))
+    weights = [operand(n, "w") for n in nodes]
+    fit = len({operand(n, "x") for n in nodes}) == 1 and len(given) in (0, len(biases))
     return nodes if fit and low.joinable(weights) and low.joinable(given or weights) else [node]
 
 
+def _by_column(low: Lowering, node: Node) -> bool:
+    """True when all that reads a product can take it as columns of a wider buffer."""
+    readers = low.readers.get(node.output, [])
+    wide = [n.op in BY_COLUMN or (n.op == "linear" and "groups" in n.attrs) for n in readers]
+    return node.op == "linear" and "groups" not in node.attrs and bool(wide) and all(wide)
+
+
+def _columns(low: Lowering, node: Node) -> list[Node]:
+    """The products of the same input, all taken by column, whose weights can lie one after another.
+
+    Of those with block scales, one whose rows end inside a block can only be the last.
+    """
+    alike = [n for n in low.readers[operand(node, "x")] if _by_column(low, n)]
+    biased = node.inputs["bias"] is not None
+    alike = [n for n in alike if (n.inputs["bias"] is not None) is biased]
+    w, scale = operand(node, "w"), low.scales.get(operand(node, "w").name)
+    alike = [n for n in alike if low.alike(w, operand(n, "w"))]
+    if scale is None:
+        return alike
+    ends = [n for n in alike if n.output.cols % scale.block[0]]
+    if node in ends[1:]:
+        return [node]
+    return [n for n in alike if n not in ends] + ends[:1]
+
+
 def _lower_add(low: Lowering, node: Node) -> None:
-    residual, product = _input(node, "x"), _input(node, "y")
+    residual, product = operand(node, "x"), operand(node, "y")
     maker = low.maker[product]
-    assert maker.op == "linear" and low.uses[product] == 1, (
+    assert maker.op in ("linear", "experts") and low.uses[product] == 1, (
         f"{node}: the sum does not follow a product"
     )
-    last = [n for n in low.graph.nodes if residual in n.inputs.values()][-1]
-    assert last is node, f"{node}: {residual} is still read after the sum"
     low.home[node.output] = low.home[residual]  # in place: the old residual is dead
-    _emit_linear(low, [maker], low.home[residual], ADD)
+    if maker.op == "experts":
+        _emit_down(low, maker, low.home[residual])
+    else:
+        _emit_linear(low, [maker], low.home[residual], ADD)
+
+
+def _check_sums(low: Lowering) -> None:
+    """A sum takes the place of its residual, so nothing may read that afterwards, not even through a
+    norm that is folded into its readers."""
+    last = {v: i for i, n in enumerate(low.graph.nodes) for v in n.inputs.values() if v is not None}
+    for i, node in enumerate(low.graph.nodes):
+        if node.op == "add":
+            residual = operand(node, "x")
+            norms = [
+                v for v, m in low.maker.items() if m.inputs.get("x") is residual and low.folded(v)
+            ]
+            late = [v for v in (residual, *norms) if last.get(v, 0) > i]
+            assert not late, f"{node}: {late[0]} is still read after the sum"
 
 
 def _lower_silu_mul(low: Lowering, node: Node) -> None:
-    gate, up = low.maker[_input(node, "gate")], low.maker[_input(node, "up")]
+    gate, up = low.maker[operand(node, "gate")], low.maker[operand(node, "up")]
     assert gate.op == up.op == "linear" and gate.inputs["x"] is up.inputs["x"], (
         f"{node}: not a gated pair"
     )
     _emit_linear(low, [gate], low.work(node.output, dtype=_stored(low, node.output)), GATE, up)
 
 
-def _consumer(low: Lowering, value: Value) -> Node:
-    return next(n for n in low.graph.nodes if value in n.inputs.values())
+def _lower_route(low: Lowering, node: Node) -> None:
+    logits, bias, rows = operand(node, "logits"), node.inputs["bias"], low.rows(node.output)
+    top_k, n_group, topk_group, sigmoid, renormalise = (
+        int(node.attrs[name])
+        for name in ("top_k", "n_group", "topk_group", "sigmoid", "norm_topk_prob")
+    )
+    chosen = low.buffer(f"{node.output.name}.chosen", Kind.WORK, DType.I32, rows, top_k)
+    low.chosen[node.output] = chosen
+    low.ops.append(
+        Route(low.home[logits], low.weight(bias), chosen, low.work(node.output), low.state("counts"),
+              rows, logits.cols, top_k, n_group, topk_group, SIGMOID if sigmoid else SOFTMAX,
+              renormalise, node.attrs["routed_scaling_factor"])
+    )  # fmt: skip
+
+
+def _lower_experts(low: Lowering, node: Node) -> None:
+    """Gate and up; down follows with the sum that takes it, so that products that need no choice can
+    stand between them."""
+    x, route, gate, up, down = (operand(node, n) for n in ("x", "route", "gate", "up", "down"))
+    norm, eps, source, rows = NONE, 0.0, x, low.rows(x)
+    if low.folded(x):
+        maker = low.maker[x]
+        source, norm = operand(maker, "x"), low.weight(maker.inputs["weight"])
+        eps = maker.attrs["eps"]
+    n, k, row = down.cols, gate.cols, gate.parts[0]
+    dtype, down_type = (low.dtypes.get(v.parts[0].name, DType.F32) for v in (gate, down))
+    narrow = low.limits.tokens > 1 and _x_type(low, down.parts[0], down_type) is DType.BF16
+    y = low.buffer(f"{node.output.name}.h", Kind.WORK, DType.BF16 if narrow else DType.F32, rows,
+                   route.cols * n)  # fmt: skip
+    low.home[node.output] = y
+    low.ops.append(
+        ExpertGate(low.home[source], low.bank(gate), low.bank(up), norm, low.chosen[route], y,
+                   low.state("counts"), rows, k, n, len(gate.parts), route.cols,
+                   tile_rows(low.machine, rows, k * dtype.bytes, 2), int(low.few), eps,
+                   _x_type(low, row, dtype))
+    )  # fmt: skip
+
+
+def _emit_down(low: Lowering, node: Node, y: Buf) -> None:
+    route, down = operand(node, "route"), operand(node, "down")
+    rows, row = low.rows(node.output), down.parts[0]
+    dtype = low.dtypes.get(row.name, DType.F32)
+    low.ops.append(
+        ExpertDown(low.home[node.output], low.bank(down), low.chosen[route], low.home[route], y,
+                   low.state("counts"), rows, down.cols, node.output.cols, len(down.parts), route.cols,
+                   tile_rows(low.machine, rows, down.cols * dtype.bytes), _x_type(low, row, dtype))
+    )  # fmt: skip
 
 
 def _emit_linear(
     low: Lowering, nodes: list[Node], y: Buf, epilogue: int, up: Node | None = None
 ) -> None:
     """The product of one node, or of several with the same input whose outputs are side by side."""
-    x, w = _input(nodes[0], "x"), [_input(node, "w") for node in nodes]
+    x, w = operand(nodes[0], "x"), [operand(node, "w") for node in nodes]
     biases = [b for node in nodes if (b := node.inputs["bias"]) is not None]
     norm, gather, eps, source = NONE, NONE, 0.0, x
     if low.folded(x):
         maker = low.maker[x]
-        source, norm = _input(maker, "x"), low.weight(maker.inputs["weight"])
+        source, norm = operand(maker, "x"), low.weight(maker.inputs["weight"])
         eps = maker.attrs["eps"]
         gather = low.state("output_rows") if x.rows == OUTPUTS else NONE
     n, k = sum(v.rows for v in w if isinstance(v.rows, int)), w[0].cols
     rows, attend = low.rows(x), low.attends.get(x)
     shares = (attend.splits, attend.group, attend.head_dim) if attend else (1, 1, 1)
     dtype, matrices = low.dtypes.get(w[0].name, DType.F32), 2 if up else 1
+    tile = tile_rows(low.machine, rows, k * dtype.bytes, matrices)
+    blocks = int(nodes[0].attrs.get("groups", 1)), int(nodes[0].attrs.get("stride", 0))
     low.ops.append(
         Linear(low.home[source], low.joined(w), low.weight(up.inputs["w"]) if up else NONE,
                low.joined(biases) if biases else NONE, low.weight(up.inputs["bias"]) if up else NONE,
-               norm, NONE, y, low.state("counts"), 1 if x.rows == OUTPUTS else 0, rows, k, n,
-               1, 0, tile_rows(low.machine, rows, k * dtype.bytes, matrices), epilogue, eps,
+               norm, y, low.state("counts"), 1 if x.rows == OUTPUTS else 0, rows, k, n,
+               0, min(tile, n // blocks[0]) if blocks[0] > 1 else tile, epilogue, eps,
                gather, low.rows(source) if gather != NONE else 1, *shares,
-               _x_type(low, w[0], dtype))
+               # What rounding moves across a border would send a token to another expert.
+               DType.F32 if nodes[0].output in low.routing else _x_type(low, w[0], dtype),
+               low.column.get(source, 0), *blocks)
     )  # fmt: skip
 
 
@@ -306,10 +285,10 @@ def _x_type(low: Lowering, w: Value, dtype: DType) -> DType:
 def _stored(low: Lowering, value: Value) -> DType:
     """BF16 for what one product alone takes, as bf16: with several tokens, to load it takes longer than
     what a tag saves. Else F32."""
-    consumer = _consumer(low, value)
+    consumer = low.readers[value][0]
     if low.limits.tokens == 1 or consumer.op != "linear" or low.uses[value] > 1:
         return DType.F32
-    w = _input(consumer, "w")
+    w = operand(consumer, "w")
     x_type = _x_type(low, w, low.dtypes.get(w.name, DType.F32))
     return x_type if x_type is DType.BF16 else DType.F32
 
@@ -340,7 +319,7 @@ def tile_rows(machine: Machine, tokens: int, row_bytes: int, matrices: int = 1) 
 def _lower_rope(low: Lowering, node: Node) -> None:
     if low.fused:
         return  # part of the attention that reads it
-    q, k, v, table = (_input(node, name) for name in ("q", "k", "v", "table"))
+    q, k, v, table = (operand(node, name) for name in ("q", "k", "v", "table"))
     layer, d, kv_heads = (int(node.attrs[name]) for name in ("layer", "head_dim", "kv_heads"))
     lim = low.limits
     low.home[node.output] = low.home[q]
@@ -367,9 +346,9 @@ def _splits(low: Lowering, kv_heads: int) -> int:
 
 
 def _lower_attend(low: Lowering, node: Node) -> None:
-    rope, lim = low.maker[_input(node, "q")], low.limits
+    rope, lim = low.maker[operand(node, "q")], low.limits
     assert rope.op == "rope", f"{node}: its queries are not rotated"
-    q, k, v, table = (_input(rope, name) for name in ("q", "k", "v", "table"))
+    q, k, v, table = (operand(rope, name) for name in ("q", "k", "v", "table"))
     layer, d, kv_heads = (int(node.attrs[name]) for name in ("layer", "head_dim", "kv_heads"))
     heads, splits = q.cols // d, _splits(low, kv_heads)
     window, width = int(node.attrs["window"]), heads * splits * (d + 2)
@@ -399,7 +378,7 @@ def _lower_attend(low: Lowering, node: Node) -> None:
 def _lower_attention(low: Lowering, node: Node) -> None:
     if low.fused:
         return _lower_attend(low, node)
-    q, lim = _input(node, "q"), low.limits
+    q, lim = operand(node, "q"), low.limits
     layer, d, kv_heads = (int(node.attrs[name]) for name in ("layer", "head_dim", "kv_heads"))
     heads, splits = q.cols // d, _splits(low, kv_heads)
     y = low.work(node.output)
@@ -472,4 +451,7 @@ _LOWER = {
     "silu_mul": _lower_silu_mul,
     "rope": _lower_rope,
     "attention": _lower_attention,
+    "route": _lower_route,
+    "experts": _lower_experts,
+    **LOWER_LATENT,
 }

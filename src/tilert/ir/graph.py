@@ -7,6 +7,7 @@ that follows it, a sum into the one before) is the compiler's choice, not the mo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 TOKENS, OUTPUTS = "tokens", "outputs"
@@ -17,7 +18,8 @@ class Value:
     """A 2-D array in the graph. `weight` values are bound by name to tensors of the checkpoint.
 
     rows is TOKENS, OUTPUTS or, for a weight, a number. `shard` names the axis that is cut over
-    devices (0 rows, 1 columns), None when every device holds the whole.
+    devices (0 rows, 1 columns), None when every device holds the whole. `parts` are the matrices of a
+    bank (one per expert), each a weight of its own, stacked in its rows.
     """
 
     name: str
@@ -25,6 +27,7 @@ class Value:
     cols: int
     weight: bool = False
     shard: int | None = None
+    parts: tuple[Value, ...] = ()
 
     def __str__(self) -> str:
         cut = "" if self.shard is None else f" shard={self.shard}"
@@ -66,6 +69,13 @@ class Graph:
         """A one-dimensional weight, held as one row."""
         return self.weight(name, 1, cols)
 
+    def bank(
+        self, name: str, names: Sequence[str], rows: int, cols: int, shard: int | None = None
+    ) -> Value:
+        """Weights [rows, cols] of those names as one value, of which an op picks some at run time."""
+        parts = tuple(self.weight(part, rows, cols, shard) for part in names)
+        return Value(name, len(parts) * rows, cols, True, shard, parts)
+
     def _add(
         self,
         op: str,
@@ -96,6 +106,14 @@ class Graph:
         assert x.cols == w.cols and isinstance(w.rows, int), f"linear {name}: {x} with {w}"
         assert bias is None or bias.cols == w.rows, f"linear {name}: bias {bias} for {w}"
         return self._add("linear", name, x.rows, w.rows, {"x": x, "w": w, "bias": bias})
+
+    def block_linear(self, name: str, x: Value, w: Value, groups: int, *, stride: int) -> Value:
+        """Block-diagonal product: rows of `w` [n, k] are `groups` blocks, and block g is multiplied by
+        columns [g * stride, + k) of x."""
+        assert isinstance(w.rows, int) and w.rows % groups == 0, f"block_linear {name}: {w}"
+        assert (groups - 1) * stride + w.cols <= x.cols, f"block_linear {name}: {x} with {w}"
+        inputs: dict[str, Value | None] = {"x": x, "w": w, "bias": None}
+        return self._add("linear", name, x.rows, w.rows, inputs, groups=groups, stride=stride)
 
     def silu_mul(self, name: str, gate: Value, up: Value) -> Value:
         """silu(gate) * up."""
@@ -137,6 +155,92 @@ class Graph:
             "window": window,
         }
         return self._add("attention", name, q.rows, q.cols, {"q": q}, **attrs)
+
+    def latent_rope(
+        self, name: str, q: Value, kv: Value, norm: Value, table: Value, *, layer: int, heads: int,
+        nope: int, eps: float, interleave: bool,
+    ) -> Value:  # fmt: skip
+        """q with the last columns of each head rotated; normed latents and rotated keys of `kv` go into
+        the latent cache of `layer`."""
+        assert kv.cols == norm.cols + table.cols, f"latent_rope {name}: {kv} with {norm}, {table}"
+        assert q.cols == heads * (nope + table.cols), f"latent_rope {name}: {q} of {heads} heads"
+        inputs: dict[str, Value | None] = {"q": q, "kv": kv, "norm": norm, "table": table}
+        attrs = {"layer": layer, "heads": heads, "nope": nope, "eps": eps, "interleave": interleave}
+        return self._add("latent_rope", name, q.rows, q.cols, inputs, **attrs)
+
+    def latent_attention(
+        self, name: str, q: Value, rotated: Value, selected: Value | None, *, layer: int, heads: int,
+        lora: int, nope: int, scale: float,
+    ) -> Value:  # fmt: skip
+        """Weighted sums of the latents of `layer`, one per head; of the selected positions, or of all."""
+        assert q.cols == heads * lora and rotated.cols % heads == 0, f"latent_attention {name}: {q}"
+        inputs = {"q": q, "rotated": rotated, "selected": selected}
+        attrs = {"layer": layer, "heads": heads, "lora": lora, "nope": nope, "scale": scale}
+        return self._add("latent_attention", name, q.rows, q.cols, inputs, **attrs)
+
+    def index_rope(
+        self, name: str, q: Value, k: Value, norm: Value, bias: Value, table: Value, *, layer: int,
+        eps: float, interleave: bool,
+    ) -> Value:  # fmt: skip
+        """q as the indexer wants it; keys of this step, normed with `norm` and `bias`, go into its cache."""
+        assert k.cols == norm.cols == bias.cols and q.cols % k.cols == 0, f"index_rope {name}: {k}"
+        inputs: dict[str, Value | None] = {
+            "q": q,
+            "k": k,
+            "norm": norm,
+            "bias": bias,
+            "table": table,
+        }
+        attrs = {"layer": layer, "eps": eps, "interleave": interleave}
+        return self._add("index_rope", name, q.rows, q.cols, inputs, **attrs)
+
+    def index_score(
+        self, name: str, q: Value, weights: Value, *, layer: int, head_dim: int, topk: int,
+        scale: float,
+    ) -> Value:  # fmt: skip
+        """Scores of all positions; the compiler knows how many columns that takes."""
+        assert q.cols == weights.cols * head_dim, f"index_score {name}: {q} with {weights}"
+        attrs = {"layer": layer, "head_dim": head_dim, "topk": topk, "scale": scale}
+        return self._add("index_score", name, q.rows, 1, {"q": q, "weights": weights}, **attrs)
+
+    def select(self, name: str, scores: Value, topk: int) -> Value:
+        """The topk positions with the largest scores, as integers."""
+        return self._add("select", name, scores.rows, topk, {"scores": scores}, topk=topk)
+
+    def route(
+        self, name: str, logits: Value, bias: Value | None, *, top_k: int, n_group: int = 1,
+        topk_group: int = 1, sigmoid: bool = False, norm_topk_prob: bool = False,
+        routed_scaling_factor: float = 1.0,
+    ) -> Value:  # fmt: skip
+        """Weights [tokens, top_k] of the experts that the logits choose; see ops/experts.py: Route."""
+        assert bias is None or bias.cols == logits.cols, f"route {name}: {bias} with {logits}"
+        assert logits.cols % n_group == 0 and top_k <= topk_group * (logits.cols // n_group), (
+            f"route {name}: {top_k} of {topk_group} of {n_group} groups of {logits}"
+        )
+        attrs = {"top_k": top_k, "n_group": n_group, "topk_group": topk_group, "sigmoid": sigmoid,
+                 "norm_topk_prob": norm_topk_prob,
+                 "routed_scaling_factor": routed_scaling_factor}  # fmt: skip
+        inputs = {"logits": logits, "bias": bias}
+        return self._add("route", name, logits.rows, top_k, inputs, **attrs)
+
+    def experts(
+        self, name: str, x: Value, route: Value, gate: Value, up: Value, down: Value
+    ) -> Value:
+        """Sum over what `route` has chosen of weight * down @ (silu(gate @ x) * (up @ x)).
+
+        gate, up and down are banks with a matrix for each expert; what is made is added to a residual.
+        """
+        assert x.cols == gate.cols == up.cols and gate.rows == up.rows, (
+            f"experts {name}: {gate}, {up}"
+        )
+        assert len(gate.parts) == len(up.parts) == len(down.parts), f"experts {name}: three banks"
+        assert gate.rows == len(gate.parts) * down.cols, f"experts {name}: {gate} into {down}"
+        width = down.parts[0].rows
+        assert isinstance(width, int)
+        inputs: dict[str, Value | None] = {
+            "x": x, "route": route, "gate": gate, "up": up, "down": down,
+        }  # fmt: skip
+        return self._add("experts", name, x.rows, width, inputs)
 
     def __str__(self) -> str:
         return f"graph {self.name}\n" + "".join(f"  {node}\n" for node in self.nodes)

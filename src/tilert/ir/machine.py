@@ -40,6 +40,7 @@ class Machine:
     link_bandwidth: float = 0.0  # between two devices, one direction
     arena_bytes: int = 1 << 40  # activations of one device
     cache_dtype: DType = DType.F32  # of keys and values
+    index_dtype: DType = DType.F32  # of the keys of an indexer of sparse attention
 
     @property
     def workers(self) -> int:
@@ -56,6 +57,7 @@ H100 = Machine(
     "h100", 132, slots=12, slot_bytes=16384, window=2, read_bandwidth=3.15e12,
     worker_bandwidth=40e9, worker_flops=500e9, run_overhead=0.3e-6, handoff=0.61e-6,
     link_bandwidth=363e9, arena_bytes=8 << 30, cache_dtype=DType.BF16,
+    index_dtype=DType.F8E4M3,
 )  # fmt: skip
 H200 = replace(H100, name="h200", read_bandwidth=4.65e12, handoff=0.49e-6, window=3)
 # B200 has not been measured: SM count from its data sheet, bandwidth as 93 % of it.

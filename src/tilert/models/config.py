@@ -1,4 +1,4 @@
-"""Strict reading of config.json: the dense decoder families' settings, checked and normalised.
+"""Strict reading of config.json: the decoder families' settings, checked and normalised.
 
 A key is read, or refused unless it has the one value that tilert computes, or ignored for a reason
 that IGNORED states; any other key is a UserError, because a setting that is not understood gives
@@ -13,8 +13,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from tilert.errors import UserError
+from tilert.models import latent as latents
+from tilert.models.experts import ExpertsConfig, ExpertsRules
+from tilert.models.experts import parse as parse_experts
+from tilert.models.latent import LatentConfig, LatentRules
 from tilert.models.quantization import Quantization
 from tilert.models.quantization import parse as parse_quantization
+from tilert.models.section import Section, show
 
 LayerType = Literal["full_attention", "sliding_attention"]
 _LAYER_TYPES = ("full_attention", "sliding_attention")
@@ -67,11 +72,22 @@ class DecoderConfig:
     eos_token_ids: tuple[int, ...]  # of config.json, then those that generation_config.json adds
     dtype: str | None  # as config.json states it; the tensors decide
     quantization: Quantization | None = None
+    experts: ExpertsConfig | None = None
+    latent: LatentConfig | None = None  # head_dim is then what is rotated: qk_rope_head_dim
+
+    @property
+    def cache_elements(self) -> int:
+        """Elements that all caches together hold per position."""
+        if self.latent is None:
+            return self.num_hidden_layers * 2 * self.num_key_value_heads * self.head_dim
+        index = self.latent.index
+        keys = sum(index.full) * index.index_head_dim if index else 0
+        return self.num_hidden_layers * self.latent.cache_width + keys
 
 
 @dataclass(frozen=True, slots=True)
 class FamilyRules:
-    """What differs between the families: their keys, defaults, biases and norms."""
+    """What differs between the families: their keys, defaults, biases, norms and experts."""
 
     model_type: str
     architectures: tuple[str, ...]
@@ -81,6 +97,9 @@ class FamilyRules:
     o_bias: bool | None
     qk_norm: bool
     sliding: Literal["never", "every layer", "by layer"]  # layers that sliding_window applies to
+    rope_theta: float = 10000.0  # where config.json is silent
+    experts: ExpertsRules | None = None
+    latent: LatentRules | None = None
 
 
 _ORIGINAL = "original_max_position_embeddings"
@@ -90,7 +109,7 @@ _SHARED_DEFAULTS: Mapping[str, Any] = {
     "tie_word_embeddings": False,
     "head_dim": None,
     "layer_types": None,
-    "rope_theta": None,  # transformers: 10000, unless the rope's own object states it
+    "rope_theta": None,  # the family's, unless the rope's own object states it
     "rope_scaling": None,
     "rope_parameters": None,
     _ORIGINAL: None,
@@ -101,7 +120,6 @@ _SHARED_DEFAULTS: Mapping[str, Any] = {
     "torch_dtype": None,
     "quantization_config": None,
 }
-_DEFAULT_THETA = 10000.0
 
 # Settings that ask for another computation than tilert's, except at these values.
 _SHARED_FIXED: Mapping[str, tuple[Any, ...]] = {
@@ -152,9 +170,14 @@ IGNORED: Mapping[str, str] = {
     "max_sequence_length": "an old note on training data; max_position_embeddings is the limit",
     "initializer_range": _TRAINING,
     "attention_dropout": _TRAINING,
+    "aux_loss_alpha": _TRAINING,
+    "seq_aux": _TRAINING,
     "neftune_noise_alpha": _TRAINING,
+    "router_aux_loss_coef": _TRAINING,
+    "router_jitter_noise": _TRAINING,
     "gradient_checkpointing": _TRAINING,
     "use_cache": _ENGINE,
+    "ep_size": _ENGINE,
     "chunk_size_feed_forward": _ENGINE,
     "torchscript": _ENGINE,
     "use_bfloat16": _ENGINE,
@@ -167,6 +190,7 @@ IGNORED: Mapping[str, str] = {
     "_experts_implementation_internal": _ENGINE,
     "_flash_attn_2_enabled": _ENGINE,
     "output_attentions": _OUTPUT,
+    "output_router_logits": _OUTPUT,
     "output_hidden_states": _OUTPUT,
     "return_dict": _OUTPUT,
     "use_return_dict": _OUTPUT,
@@ -222,64 +246,10 @@ class _Outer:
     """What a rope object may leave to the settings around it."""
 
     theta: float | None
+    default_theta: float
     original: int | None
     head_dim: int
     max_positions: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Section:
-    """A JSON object read key by key; `name` is what error texts call it."""
-
-    name: str
-    values: Mapping[str, Any]
-
-    def error(self, key: str, accepted: str) -> UserError:
-        return UserError(f"{self.name} has {key} {_show(self.values.get(key))}; {accepted}")
-
-    def integer(self, key: str, low: int, high: int) -> int:
-        value = self.values[key]
-        if type(value) is not int or not low <= value <= high:  # bool is not a number here
-            raise self.error(key, f"accepted are whole numbers from {low} to {high}")
-        return value
-
-    def number(self, key: str, low: float, high: float) -> float:
-        value = self.values[key]
-        if type(value) not in (int, float) or not low <= value <= high:  # NaN fails the comparison
-            raise self.error(key, f"accepted are numbers from {low:g} to {high:g}")
-        return float(value)
-
-    def maybe_number(self, key: str, low: float, high: float) -> float | None:
-        return None if self.values.get(key) is None else self.number(key, low, high)
-
-    def boolean(self, key: str) -> bool:
-        value = self.values[key]
-        if type(value) is not bool:
-            raise self.error(key, "accepted are true and false")
-        return value
-
-    def one_of(self, key: str, accepted: tuple[Any, ...]) -> Any:
-        value = self.values.get(key)
-        for candidate in accepted:
-            if value == candidate and isinstance(value, bool) == isinstance(candidate, bool):
-                return value
-        verb = "accepted is" if len(accepted) == 1 else "accepted are"
-        raise self.error(key, f"{verb} {', '.join(map(_show, accepted))}")
-
-    def agree(self, key: str, stated: Any, other: str, also: Any) -> None:
-        """Two places may state the same setting, but not differently."""
-        if stated is not None and also is not None and stated != also:
-            raise UserError(
-                f"{self.name} has {key} {_show(stated)} and {other} {_show(also)};"
-                " accepted is one of them, or both with the same value"
-            )
-
-
-def _show(value: Any) -> str:
-    """A value as JSON writes it, cut to fit a sentence."""
-    words = {None: "null", True: "true", False: "false"}
-    text = words[value] if value is None or isinstance(value, bool) else repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def parse(
@@ -298,9 +268,10 @@ def parse(
         for key, limit in _LIMITS.items()
         if key not in ("head_dim", "num_key_value_heads")
     }
-    kv_heads, head_dim = _head_sizes(section)
+    latent = latents.parse(section, family.latent) if family.latent else None
+    kv_heads, head_dim = _head_sizes(section, latent)
     max_positions = sizes["max_position_embeddings"]
-    theta, scaling = _rope(section, head_dim, max_positions)
+    theta, scaling = _rope(section, family, head_dim, max_positions)
     window, layer_types = _layers(section, family, sizes["num_hidden_layers"])
     bos, eos = _token_ids(section, generation_config or {})
     section.one_of("hidden_act", ("silu", "swish"))  # two names of one function
@@ -325,25 +296,30 @@ def parse(
         eos_token_ids=eos,
         dtype=_dtype(section),
         quantization=_quantization(section),
+        experts=parse_experts(section, family.experts, sizes["num_hidden_layers"])
+        if family.experts
+        else None,
+        latent=latent,
     )
 
 
-def _section(config: Mapping[str, Any], family: FamilyRules) -> _Section:
+def _section(config: Mapping[str, Any], family: FamilyRules) -> Section:
     """The config with its defaults, after the keys and the fixed values have been checked."""
     name = f"config.json of model_type '{family.model_type}'"
-    defaults = {**_SHARED_DEFAULTS, **family.defaults}
+    latent = latents.defaults(family.latent) if family.latent else {}
+    defaults = {**_SHARED_DEFAULTS, **latent, **family.defaults}
     fixed = {**_SHARED_FIXED, **family.fixed}
-    stated = _Section(name, config)
+    stated = Section(name, config)
     for key in config:
         if key in defaults or key in IGNORED:
             continue
         if key not in fixed:
             raise UserError(
-                f"{name} has the key {_show(key)} that tilert does not know; known are"
+                f"{name} has the key {show(key)} that tilert does not know; known are"
                 f" {', '.join(sorted({*defaults, *fixed}))}"
             )
         stated.one_of(key, fixed[key])
-    section = _Section(name, {**defaults, **config})
+    section = Section(name, {**defaults, **config})
     architectures = section.values["architectures"]
     if architectures is not None and not (
         isinstance(architectures, list)
@@ -355,8 +331,10 @@ def _section(config: Mapping[str, Any], family: FamilyRules) -> _Section:
     return section
 
 
-def _head_sizes(section: _Section) -> tuple[int, int]:
+def _head_sizes(section: Section, latent: LatentConfig | None) -> tuple[int, int]:
     """(num_key_value_heads, head_dim)."""
+    if latent is not None:
+        return section.values["num_attention_heads"], latent.qk_rope_head_dim
     heads, hidden = section.values["num_attention_heads"], section.values["hidden_size"]
     kv_heads = heads
     if section.values["num_key_value_heads"] is not None:
@@ -375,7 +353,7 @@ def _head_sizes(section: _Section) -> tuple[int, int]:
 
 
 def _layers(
-    section: _Section, family: FamilyRules, layers: int
+    section: Section, family: FamilyRules, layers: int
 ) -> tuple[int | None, tuple[LayerType, ...]]:
     """(sliding_window, layer_types)."""
     window = None
@@ -391,7 +369,7 @@ def _layers(
         "sliding_attention" if layer >= first else "full_attention" for layer in range(layers)
     )
     stated = section.values["layer_types"]
-    if stated is None:
+    if stated is None or (family.latent and stated == [latents.layer_type(family.latent)] * layers):
         return window, derived
     if not isinstance(stated, list) or any(entry not in _LAYER_TYPES for entry in stated):
         raise section.error("layer_types", f"accepted are lists of {', '.join(_LAYER_TYPES)}")
@@ -410,7 +388,7 @@ def _layers(
 
 
 def _token_ids(
-    section: _Section, generation_config: Mapping[str, Any]
+    section: Section, generation_config: Mapping[str, Any]
 ) -> tuple[int | None, tuple[int, ...]]:
     """(bos_token_id, eos_token_ids): the latter of both files, without repetition."""
     last = section.values["vocab_size"] - 1
@@ -418,7 +396,7 @@ def _token_ids(
     if section.values["bos_token_id"] is not None:
         bos = section.integer("bos_token_id", 0, last)
     eos: dict[int, None] = {}
-    generation = _Section("generation_config.json", generation_config)
+    generation = Section("generation_config.json", generation_config)
     for source in (section, generation):
         stated = source.values.get("eos_token_id")
         ids = stated if isinstance(stated, list) else [] if stated is None else [stated]
@@ -428,7 +406,7 @@ def _token_ids(
     return bos, tuple(eos)
 
 
-def _dtype(section: _Section) -> str | None:
+def _dtype(section: Section) -> str | None:
     key = "torch_dtype" if section.values["dtype"] is None else "dtype"
     value = section.values[key]
     if value is not None and not isinstance(value, str):
@@ -436,19 +414,22 @@ def _dtype(section: _Section) -> str | None:
     return value.removeprefix("torch.") if value else None
 
 
-def _quantization(section: _Section) -> Quantization | None:
+def _quantization(section: Section) -> Quantization | None:
     try:
         return parse_quantization(section.values["quantization_config"])
     except UserError as error:
         raise UserError(f"{section.name}: {error}") from error
 
 
-def _rope(section: _Section, head_dim: int, max_positions: int) -> tuple[float, RopeScaling]:
+def _rope(
+    section: Section, family: FamilyRules, head_dim: int, max_positions: int
+) -> tuple[float, RopeScaling]:
     """(rope_theta, rope_scaling), from rope_parameters or from the older pair of keys."""
     original = None
     if section.values[_ORIGINAL] is not None:
         original = section.integer(_ORIGINAL, 1, _LIMITS["max_position_embeddings"])
-    outer = _Outer(section.maybe_number("rope_theta", *_THETA), original, head_dim, max_positions)
+    theta = section.maybe_number("rope_theta", *_THETA)
+    outer = _Outer(theta, family.rope_theta, original, head_dim, max_positions)
     read: list[tuple[float, RopeScaling]] = []
     for key in ("rope_parameters", "rope_scaling"):
         value = section.values[key]
@@ -462,9 +443,9 @@ def _rope(section: _Section, head_dim: int, max_positions: int) -> tuple[float, 
         for name, part in parts.items():
             if name != key and (name.split(".")[-1] not in _LAYER_TYPES or not _is_object(part)):
                 raise section.error(key, f"accepted: one object, or one for each of {_LAYER_TYPES}")
-            read.append(_rope_object(_Section(f"{name} of {section.name}", part), outer))
+            read.append(_rope_object(Section(f"{name} of {section.name}", part), outer))
     if not read:
-        return outer.theta or _DEFAULT_THETA, RopeScaling()
+        return theta or family.rope_theta, RopeScaling()
     if any(other != read[0] for other in read):
         raise UserError(
             f"{section.name} states several ropes that differ, in rope_parameters or rope_scaling;"
@@ -477,7 +458,7 @@ def _is_object(value: Any) -> bool:
     return isinstance(value, Mapping)
 
 
-def _rope_object(rope: _Section, outer: _Outer) -> tuple[float, RopeScaling]:
+def _rope_object(rope: Section, outer: _Outer) -> tuple[float, RopeScaling]:
     values = rope.values
     kind = values.get("rope_type", values.get("type", "default"))
     if not isinstance(kind, str) or kind not in _ROPE_KEYS:
@@ -489,7 +470,7 @@ def _rope_object(rope: _Section, outer: _Outer) -> tuple[float, RopeScaling]:
     for key in values:
         if key not in known:
             raise UserError(
-                f"{rope.name} has the key {_show(key)} that tilert does not know for rope_type"
+                f"{rope.name} has the key {show(key)} that tilert does not know for rope_type"
                 f" '{kind}'; known are {', '.join(known)}"
             )
     for key in required:
@@ -498,10 +479,10 @@ def _rope_object(rope: _Section, outer: _Outer) -> tuple[float, RopeScaling]:
     rope.one_of("partial_rotary_factor", (1, None))
     theta = rope.maybe_number("rope_theta", *_THETA)
     rope.agree("rope_theta", theta, "rope_theta of config.json", outer.theta)
-    return theta or outer.theta or _DEFAULT_THETA, _scaling(rope, kind, outer)
+    return theta or outer.theta or outer.default_theta, _scaling(rope, kind, outer)
 
 
-def _scaling(rope: _Section, kind: str, outer: _Outer) -> RopeScaling:
+def _scaling(rope: Section, kind: str, outer: _Outer) -> RopeScaling:
     """The fields that the rope_type `kind` reads, from an object whose keys have been checked."""
     if kind == "default":
         return RopeScaling()
@@ -544,10 +525,10 @@ def _scaling(rope: _Section, kind: str, outer: _Outer) -> RopeScaling:
     )  # fmt: skip
 
 
-def _factors(rope: _Section, key: str, outer: _Outer) -> tuple[float, ...]:
+def _factors(rope: Section, key: str, outer: _Outer) -> tuple[float, ...]:
     """A list of head_dim / 2 divisors of frequencies."""
     values, wanted = rope.values[key], outer.head_dim // 2
     if not isinstance(values, list) or len(values) != wanted:
         raise rope.error(key, f"accepted are lists of head_dim / 2 = {wanted} numbers")
-    entries = _Section(f"{key} of {rope.name}", {f"entry {i}": v for i, v in enumerate(values)})
+    entries = Section(f"{key} of {rope.name}", {f"entry {i}": v for i, v in enumerate(values)})
     return tuple(entries.number(name, *_POSITIVE) for name in entries.values)

@@ -1,4 +1,4 @@
-"""The op graph shared by the dense decoder families: llama, qwen2, qwen3, mistral.
+"""The op graph shared by the decoder families.
 
 Their files hold what differs (which config keys, defaults, biases, norms of q and k); the graph
 reads it from DecoderConfig. Formulas follow transformers' modeling_llama.py and its siblings.
@@ -7,9 +7,11 @@ reads it from DecoderConfig. Formulas follow transformers' modeling_llama.py and
 from __future__ import annotations
 
 from tilert.ir.graph import Graph, Value
+from tilert.models import experts
+from tilert.models.blocks import project
 from tilert.models.config import DecoderConfig
-
-ROPE_TABLE = "tilert.rope_table"  # [context, head_dim]: cosines, then sines; made by rotary.py
+from tilert.models.derived import ROPE_TABLE
+from tilert.models.mla import latent_block
 
 
 def build(config: DecoderConfig, context: int) -> Graph:
@@ -18,21 +20,18 @@ def build(config: DecoderConfig, context: int) -> Graph:
     hidden, vocab = config.hidden_size, config.vocab_size
     table = graph.weight("model.embed_tokens.weight", vocab, hidden)
     x = graph.embed("embed", table)
+    selected: Value | None = None
     for layer in range(config.num_hidden_layers):
-        x = _attention_block(graph, config, layer, x, context)
+        if config.latent:
+            x, selected = latent_block(graph, config, layer, x, context, selected)
+        else:
+            x = _attention_block(graph, config, layer, x, context)
         x = _mlp_block(graph, config, layer, x)
     norm = graph.vector("model.norm.weight", hidden)
     last = graph.rms_norm("final", x, norm, config.rms_norm_eps, gather=True)
     head = table if config.tie_word_embeddings else graph.weight("lm_head.weight", vocab, hidden, 0)
     graph.linear("logits", last, head)
     return graph
-
-
-def _project(
-    graph: Graph, prefix: str, x: Value, rows: int, *, bias: bool, shard: int, name: str
-) -> Value:
-    weight = graph.weight(f"{prefix}.weight", rows, x.cols, shard)
-    return graph.linear(name, x, weight, graph.vector(f"{prefix}.bias", rows) if bias else None)
 
 
 def _attention_block(
@@ -43,13 +42,13 @@ def _attention_block(
     weight = graph.vector(f"model.layers.{layer}.input_layernorm.weight", config.hidden_size)
     normed = graph.rms_norm(f"l{layer}.attn_in", x, weight, config.rms_norm_eps)
     bias = config.qkv_bias
-    q = _project(
+    q = project(
         graph, f"{prefix}.q_proj", normed, heads * d, bias=bias, shard=0, name=f"l{layer}.q"
     )
-    k = _project(
+    k = project(
         graph, f"{prefix}.k_proj", normed, kv_heads * d, bias=bias, shard=0, name=f"l{layer}.k"
     )
-    v = _project(
+    v = project(
         graph, f"{prefix}.v_proj", normed, kv_heads * d, bias=bias, shard=0, name=f"l{layer}.v"
     )
     q_norm = graph.vector(f"{prefix}.q_norm.weight", d) if config.qk_norm else None
@@ -69,7 +68,7 @@ def _attention_block(
         scale=d**-0.5,
         window=window,
     )
-    out = _project(
+    out = project(
         graph,
         f"{prefix}.o_proj",
         mixed,
@@ -87,14 +86,14 @@ def _mlp_block(graph: Graph, config: DecoderConfig, layer: int, x: Value) -> Val
         f"model.layers.{layer}.post_attention_layernorm.weight", config.hidden_size
     )
     normed = graph.rms_norm(f"l{layer}.mlp_in", x, weight, config.rms_norm_eps)
-    gate = _project(
+    if config.experts and config.experts.sparse[layer]:
+        return experts.block(graph, config.experts, layer, x, normed)
+    gate = project(
         graph, f"{prefix}.gate_proj", normed, width, bias=bias, shard=0, name=f"l{layer}.gate"
     )
-    up = _project(
-        graph, f"{prefix}.up_proj", normed, width, bias=bias, shard=0, name=f"l{layer}.up"
-    )
+    up = project(graph, f"{prefix}.up_proj", normed, width, bias=bias, shard=0, name=f"l{layer}.up")
     mixed = graph.silu_mul(f"l{layer}.mlp", gate, up)
-    down = _project(
+    down = project(
         graph,
         f"{prefix}.down_proj",
         mixed,

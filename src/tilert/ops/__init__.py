@@ -12,7 +12,10 @@ from tilert.ops.attend import Attend
 from tilert.ops.attention import Attention, Combine
 from tilert.ops.draw import Adjust, Bins, Draw, Sift, Totals
 from tilert.ops.embed import Embed
+from tilert.ops.experts import ExpertDown, ExpertGate, Route
+from tilert.ops.index import IndexRope, IndexScore, Select
 from tilert.ops.linear import Linear
+from tilert.ops.mla import LatentAttention, LatentRope
 from tilert.ops.norm import Norm
 from tilert.ops.rope import Rope
 from tilert.ops.sample import Argmax, NextToken
@@ -32,6 +35,14 @@ OPS: tuple[type[Op], ...] = (
     Totals,
     Sift,
     Draw,
+    Route,
+    ExpertGate,
+    ExpertDown,
+    LatentRope,
+    LatentAttention,
+    IndexRope,
+    IndexScore,
+    Select,
 )
 
 __all__ = [
@@ -44,10 +55,18 @@ __all__ = [
     "Combine",
     "Draw",
     "Embed",
+    "ExpertDown",
+    "ExpertGate",
+    "IndexRope",
+    "IndexScore",
+    "LatentAttention",
+    "LatentRope",
     "Linear",
     "NextToken",
     "Norm",
     "Rope",
+    "Route",
+    "Select",
     "Sift",
     "Totals",
 ]

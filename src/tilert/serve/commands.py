@@ -19,15 +19,15 @@ from tilert.engine.core import RequestOutput, SamplingParams
 from tilert.errors import UserError
 from tilert.files import atomic
 from tilert.ir import encode, machine
-from tilert.ir.dtype import DType
 from tilert.ir.program import Program
 from tilert.models import load_config
 from tilert.models.decoder import build as build_graph
-from tilert.models.load import check
+from tilert.models.load import check, dtypes
 from tilert.serve import report
 from tilert.serve.llm import LLM, Delta, context_length
 from tilert.text import write_gguf_tokenizer
 from tilert.weights import open_checkpoint, resolve_model
+from tilert.weights.manifest import verify
 
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty",
              "frequency_penalty", "seed")  # fmt: skip
@@ -48,6 +48,11 @@ class Bars:
                 total=total, desc=label, unit="B", unit_scale=True, disable=None, leave=False
             )
         self.bar.update(done - self.bar.n)
+
+    def say(self, text: str) -> None:
+        """A line on stderr, above the bar."""
+        self.close()
+        _say(text)
 
     def close(self) -> None:
         """Remove the bar."""
@@ -149,7 +154,7 @@ def chat(args: argparse.Namespace) -> None:
         sys.stdin.reconfigure(errors="replace")
     if sys.stdin is not None and sys.stdin.isatty():
         print("/reset starts over, /exit leaves.", file=sys.stderr)
-    while (line := _ask()) is not None:
+    while (line := ask()) is not None:
         if line in ("/exit", "/quit"):
             return
         if line == "/reset":
@@ -164,7 +169,8 @@ def chat(args: argparse.Namespace) -> None:
                 _print_stats(llm, request)
 
 
-def _ask() -> str | None:
+def ask() -> str | None:
+    """The next line from stdin that is not empty, asked for on a terminal; None at its end."""
     while sys.stdin is not None:
         if sys.stdin.isatty():
             sys.stderr.write("> ")
@@ -191,6 +197,23 @@ def download(args: argparse.Namespace) -> None:
     print(path)
 
 
+def convert(args: argparse.Namespace) -> None:
+    """`tilert convert`."""
+    from tilert.serve import convert as converting
+
+    bars = Bars()
+    try:
+        if args.verify:
+            manifest = verify(Path(args.model), bars)
+        else:
+            manifest = converting.run(
+                args.model, Path(args.out), args.tensor_parallel, bars, bars.say
+            )
+    finally:
+        bars.close()
+    print(converting.summary(manifest))
+
+
 def inspect(args: argparse.Namespace) -> None:
     """`tilert inspect`."""
     folder = resolve_model(args.model, write_gguf_tokenizer, dtype=args.dtype, progress=None)
@@ -213,11 +236,11 @@ def compile_(args: argparse.Namespace) -> None:
     scales = check(graph, config, checkpoint.tensors)
     if args.graph:
         print(graph)
-    dtypes = {name: DType.of(array) for name, array in checkpoint.tensors.items()}
-    target = with_units(graph, target, dtypes, scales)
+    types = dtypes(graph, config, checkpoint.tensors)
+    target = with_units(graph, target, types, scales)
     outputs = args.tokens if args.tokens <= 8 else 1
     limits = Limits(args.tokens, outputs, 8, context)
-    program = build(graph, target, limits, dtypes, scales)
+    program = build(graph, target, limits, types, scales)
     if args.show:
         print(encode.to_text(program), end="")
     if args.out:
@@ -304,6 +327,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "generate": generate,
     "chat": chat,
     "download": download,
+    "convert": convert,
     "inspect": inspect,
     "compile": compile_,
     "trace": trace,

@@ -36,7 +36,7 @@ from tilert.models.config import DecoderConfig
 from tilert.models.decoder import build as build_graph
 from tilert.models.load import bind, scales
 from tilert.serve import tune
-from tilert.text import Detokenizer, Tokenizer, write_gguf_tokenizer
+from tilert.text import Detokenizer, Tokenizer, deepseek, write_gguf_tokenizer
 from tilert.weights import Checkpoint, open_checkpoint, resolve_model
 
 Prompt = str | Mapping[str, Any]
@@ -150,9 +150,7 @@ class LLM:
 
     def _num_pages(self, context: int, sequences: int, memory: int, itemsize: int) -> int:
         """Pages for all sequences at full length, or as many as `memory` bytes hold."""
-        config = self.config
-        kv_width = config.num_key_value_heads * config.head_dim
-        page_bytes = config.num_hidden_layers * 2 * kv_width * PAGE * itemsize
+        page_bytes = self.config.cache_elements * PAGE * itemsize
         one = -(-context // PAGE)
         fits = memory // page_bytes
         if fits < one:
@@ -210,11 +208,21 @@ class LLM:
             raise UserError(
                 "chat needs the tokenizer, but the model was loaded with skip_tokenizer_init"
             )
+        if not self.tokenizer.chat_templates and (own := self.chat_template) is not None:
+            template = {"chat_template": own, **template}
         ids = self.tokenizer.encode_chat(messages, **template)
         return {
             "prompt_token_ids": ids,
             "prompt": self.tokenizer.decode(ids, skip_special_tokens=False),
         }
+
+    @property
+    def chat_template(self) -> str | None:
+        """The model's first chat template, in Jinja; None when it has none."""
+        templates = self.tokenizer.chat_templates if self.tokenizer else {}
+        if not templates and self.config.model_type in deepseek.MODEL_TYPES:
+            return deepseek.CHAT_TEMPLATE
+        return templates.get("default") or next(iter(templates.values()), None)
 
     def stream(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None

@@ -59,14 +59,17 @@ def inspect(folder: Path, config: DecoderConfig, checkpoint: Checkpoint) -> str:
     stored = sum(array.nbytes for array in tensors.values())
     embedding = tensors["model.embed_tokens.weight"]
     per_token = stored - (0 if config.tie_word_embeddings else embedding.nbytes)
-    kv = config.num_hidden_layers * 2 * config.num_key_value_heads * config.head_dim  # per position
+    kv = config.cache_elements
+    heads = f"{config.num_key_value_heads} kv heads of {config.head_dim}"
+    if config.latent:
+        heads = f"latents of {config.latent.kv_lora_rank} and keys of {config.head_dim} for all"
     dtypes = ", ".join(sorted({str(array.dtype) for array in tensors.values()}))
     lines = [
         f"{folder}",
         f"model_type {config.model_type}: {config.num_hidden_layers} layers,"
         f" hidden_size {config.hidden_size}, intermediate_size {config.intermediate_size},"
         f" {config.num_attention_heads} heads,"
-        f" {config.num_key_value_heads} kv heads of {config.head_dim}, vocab_size {config.vocab_size}",
+        f" {heads}, vocab_size {config.vocab_size}",
         f"context {config.max_position_embeddings}, tied head {config.tie_word_embeddings},"
         f" sliding_window {config.sliding_window}, rope {config.rope_scaling.rope_type}",
         f"parameters {parameters:,} ({dtypes}), {stored / GIB:.3f} GiB",

@@ -37,7 +37,7 @@ from tilert.ir.dtype import DType
 from tilert.ir.graph import Graph
 from tilert.ir.machine import Machine
 from tilert.ir.program import PAGE, Program
-from tilert.models.decoder import ROPE_TABLE
+from tilert.models.derived import ROPE_TABLE
 from tilert.ops import Attend
 from tilert.serve.shipped import shipped
 

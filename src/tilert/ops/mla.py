@@ -1,0 +1,264 @@
+"""Multi-head latent attention with absorbed weights (DeepSeek-V2, arXiv 2405.04434, section 2.1).
+
+The cache holds one row per position for all heads: the normed latent, then the rotated key that the heads
+share. Queries come as latents too (q W_uk, a block-diagonal product), and the result is a weighted sum of
+latents per head, which the next product (W_uv) makes values of. So attention is that of many query heads
+over one kv head whose values are the first part of its keys.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from tilert.ir.program import NONE, PAST, Buf, Cost, Op, Region
+from tilert.ops.attend import page_share
+from tilert.ops.attention import empty_share, share, weigh
+from tilert.ops.memory import Memory, count
+from tilert.ops.norm import rms_norm
+from tilert.ops.rope import halves, rotate
+
+CACHE_BYTES = 2  # of an element, where costs are weighed: caches of GPUs are bf16
+
+
+@dataclass(frozen=True, slots=True)
+class LatentRope(Op):
+    """Tile i < heads: the last `rope` columns of q head i are rotated in place.
+
+    Tile heads: the latent is normed, the shared key rotated, and both appended to the cache. q [rows, >=
+    q_col + heads * (nope + rope)], kv [rows, >= kv_col + lora + rope] f32; weight [1, lora] of the norm;
+    table [context, rope] f32; latent_cache [context, lora + rope]. interleave: pairs are neighbours (2i,
+    2i + 1); either way the first elements of all pairs are stored before the second ones.
+    """
+
+    opcode: ClassVar[int] = 23
+    q: Buf
+    kv: Buf
+    weight: Buf
+    table: Buf
+    latent_cache: Buf
+    positions: Buf
+    sequences: Buf
+    pages: Buf
+    counts: Buf
+    rows: int
+    heads: int
+    nope: int
+    rope: int
+    lora: int
+    q_col: int
+    kv_col: int
+    interleave: int
+    context: int
+    page_rows: int
+    page_cols: int
+    eps: float
+
+    @property
+    def tiles(self) -> int:
+        return self.heads + 1
+
+    def _heads(self, lo: int, hi: int) -> list[Region]:
+        """The rotated columns of the q heads among tiles [lo, hi)."""
+        first = [
+            self.q_col + h * (self.nope + self.rope) + self.nope
+            for h in range(lo, min(hi, self.heads))
+        ]
+        return [Region(self.q, 0, self.rows, col, col + self.rope) for col in first]
+
+    def reads(self, lo: int, hi: int) -> list[Region]:
+        out = [Region(self.counts, 0, 1, 0, 2), Region(self.positions, 0, 1, 0, self.rows),
+               Region(self.table, 0, self.context, 0, self.rope), *self._heads(lo, hi)]  # fmt: skip
+        if hi > self.heads:
+            col = self.kv_col
+            out += [Region(self.kv, 0, self.rows, col, col + self.lora + self.rope),
+                    Region(self.weight, 0, 1, 0, self.lora),
+                    Region(self.sequences, 0, 1, 0, self.rows),
+                    Region(self.pages, 0, self.page_rows, 0, self.page_cols)]  # fmt: skip
+        return out
+
+    def writes(self, lo: int, hi: int) -> list[Region]:
+        out = self._heads(lo, hi)
+        if hi > self.heads:
+            out.append(Region(self.latent_cache, 0, self.rows, 0, self.lora + self.rope))
+        return out
+
+    def cost(self, lo: int, hi: int, dtype_bytes: int, context: int) -> Cost:
+        elements = (min(hi, self.heads) - lo) * self.rope
+        if hi > self.heads:
+            elements += self.lora + self.rope
+        return Cost(0, 0, 6 * self.rows * elements)
+
+    def reference(self, mem: Memory, lo: int, hi: int) -> None:
+        """The definition, one token of one head at a time."""
+        for t in range(count(mem, self.counts, 0)):
+            position = int(mem.read(self.positions, 0, 1, t, t + 1)[0, 0])
+            assert 0 <= position < self.context, f"position {position} outside [0, {self.context})"
+            angles = mem.read(self.table, position, position + 1, 0, self.rope)[0]
+            for region in self._heads(lo, hi):
+                q = mem.read(self.q, t, t + 1, region.col_lo, region.col_hi)
+                mem.write(self.q, t, region.col_lo, self._turned(q, angles))
+            if hi > self.heads:
+                first, key = self.kv_col, self.kv_col + self.lora
+                latent = mem.read(self.kv, t, t + 1, first, key)
+                latent = rms_norm(latent, mem.read(self.weight, 0, 1, 0, self.lora), self.eps)
+                turned = self._turned(mem.read(self.kv, t, t + 1, key, key + self.rope), angles)
+                row = np.concatenate([latent, turned], axis=1)
+                mem.write_cache(self.latent_cache, t, 0, row[0])
+
+    def _turned(self, x: np.ndarray, angles: np.ndarray) -> np.ndarray:
+        return rotate(halves(x) if self.interleave else x, angles)
+
+
+@dataclass(frozen=True, slots=True)
+class LatentAttention(Op):
+    """Tile (b * heads / tile_heads + g) * splits + s: tokens of block b, heads [g * tile_heads, (g + 1) *
+    tile_heads), share s of the positions.
+
+    score = scale * (q . latent + q_rope . key), softmax over positions, y = sum of weights * latents.
+    q [rows, heads * lora] f32: queries as latents; q_rope [rows, >= q_col + heads * (nope + rope)] f32:
+    the buffer that LatentRope has rotated; both are rounded to the cache's type. selected [rows, topk]
+    i32, when given: a token at position p attends to the first min(topk, p + 1) positions of its row,
+    and a share is an even part of those. Else it attends to all of [0, p], and a share has the pages
+    that page_share deals to it. y as of Attention with a kv head for each head and head_dim = lora, which
+    Combine, or a block-diagonal Linear, merges where splits > 1.
+    """
+
+    opcode: ClassVar[int] = 24
+    q: Buf
+    q_rope: Buf
+    latent_cache: Buf
+    selected: Buf
+    y: Buf
+    positions: Buf
+    sequences: Buf
+    pages: Buf
+    counts: Buf
+    rows: int
+    heads: int
+    tile_heads: int
+    nope: int
+    rope: int
+    lora: int
+    q_col: int
+    topk: int  # 0 without `selected`
+    splits: int
+    block: int
+    page_rows: int
+    page_cols: int
+    scale: float
+
+    @property
+    def tiles(self) -> int:
+        return -(-self.rows // self.block) * (self.heads // self.tile_heads) * self.splits
+
+    @property
+    def group(self) -> int:
+        """Heads that lie side by side within a share of y."""
+        return 1
+
+    @property
+    def head_dim(self) -> int:
+        """Columns of a head of y."""
+        return self.lora
+
+    def place(self, tile: int) -> tuple[int, int, int, int]:
+        """(first token, end token, group of heads, split) of a tile."""
+        rest, split = divmod(tile, self.splits)
+        block, g = divmod(rest, self.heads // self.tile_heads)
+        return block * self.block, min((block + 1) * self.block, self.rows), g, split
+
+    def heads_of(self, g: int) -> range:
+        """The heads of group g."""
+        return range(g * self.tile_heads, (g + 1) * self.tile_heads)
+
+    def columns(self, head: int, split: int) -> tuple[int, int]:
+        """Columns of y that a head and a split have."""
+        width = self.lora if self.splits == 1 else self.lora + 2
+        first = (head * self.splits + split) * width
+        return first, first + width
+
+    def reads(self, lo: int, hi: int) -> list[Region]:
+        out = [Region(self.counts, 0, 1, 0, 2), Region(self.positions, 0, 1, 0, self.rows),
+               Region(self.sequences, 0, 1, 0, self.rows),
+               Region(self.pages, 0, self.page_rows, 0, self.page_cols)]  # fmt: skip
+        head = self.nope + self.rope
+        for tile in range(lo, hi):
+            begin, end, g, _ = self.place(tile)
+            first, last = g * self.tile_heads, (g + 1) * self.tile_heads
+            rotated = self.q_col + first * head + self.nope, self.q_col + last * head
+            out += [Region(self.q, begin, end, first * self.lora, last * self.lora),
+                    Region(self.q_rope, begin, end, *rotated),
+                    # Tokens of the step see each other only backwards, so later ones are not read.
+                    Region(self.latent_cache, -PAST, end, 0, self.lora + self.rope)]  # fmt: skip
+            if self.selected != NONE:
+                out.append(Region(self.selected, begin, end, 0, self.topk))
+        return out
+
+    def writes(self, lo: int, hi: int) -> list[Region]:
+        places = [self.place(tile) for tile in range(lo, hi)]
+        return [
+            Region(self.y, b, e, *self.columns(head, split))
+            for b, e, g, split in places
+            for head in self.heads_of(g)
+        ]
+
+    def cost(self, lo: int, hi: int, dtype_bytes: int, context: int) -> Cost:
+        cache_bytes = flops = 0
+        for tile in range(lo, hi):
+            begin, end, _, _ = self.place(tile)
+            seen = min(context + end, self.topk or context + end)
+            seen = -(-seen // self.splits)
+            cache_bytes += seen * (self.lora + self.rope) * CACHE_BYTES
+            flops += 2 * (end - begin) * self.tile_heads * seen * (2 * self.lora + self.rope)
+        return Cost(0, cache_bytes, flops)
+
+    def reference(self, mem: Memory, lo: int, hi: int) -> None:
+        """The definition, one token at a time."""
+        tokens = count(mem, self.counts, 0)
+        for tile in range(lo, hi):
+            begin, end, g, split = self.place(tile)
+            for t in range(begin, min(end, tokens)):
+                for head, y in zip(self.heads_of(g), self._token(mem, t, g, split), strict=True):
+                    mem.write(self.y, t, self.columns(head, split)[0], y[None])
+
+    def _token(self, mem: Memory, t: int, g: int, split: int) -> np.ndarray:
+        """What the heads of group g get from a share: a row for each."""
+        cuts = self._positions(mem, t, split)
+        if not cuts:
+            return empty_share(self.tile_heads, self.lora).reshape(self.tile_heads, -1)
+        width = self.lora + self.rope
+        k_SC = np.concatenate(
+            [mem.read_cache(self.latent_cache, t, lo, hi, 0, width) for lo, hi in cuts]
+        ).astype(np.float32)
+        q_JC = self._queries(mem, t, g).astype(mem.buffer(self.latent_cache).dtype.numpy)
+        out_JC, m_J1, sum_J1 = weigh(
+            q_JC.astype(np.float32), k_SC, k_SC[:, : self.lora], self.scale
+        )
+        if self.splits == 1:
+            return out_JC / sum_J1
+        return np.concatenate([out_JC, m_J1, sum_J1], axis=1)
+
+    def _positions(self, mem: Memory, t: int, split: int) -> list[tuple[int, int]]:
+        """Positions that a share of token t covers, as [begin, end) in rising order."""
+        visible = int(mem.read(self.positions, 0, 1, t, t + 1)[0, 0]) + 1
+        if self.selected == NONE:
+            return page_share(0, visible, split, self.splits)
+        begin, end = share(0, min(self.topk, visible), split, self.splits)
+        if begin == end:
+            return []
+        chosen = mem.read(self.selected, t, t + 1, begin, end)[0]
+        cuts = np.split(chosen, np.flatnonzero(np.diff(chosen) != 1) + 1)
+        return [(int(cut[0]), int(cut[-1]) + 1) for cut in cuts]
+
+    def _queries(self, mem: Memory, t: int, g: int) -> np.ndarray:
+        """[tile_heads, lora + rope]: what meets the rows of the cache."""
+        head, heads = self.nope + self.rope, self.heads_of(g)
+        q = mem.read(self.q, t, t + 1, heads.start * self.lora, heads.stop * self.lora)
+        rotated = [
+            mem.read(self.q_rope, t, t + 1, col + self.nope, col + head)[0]
+            for col in (self.q_col + h * head for h in heads)
+        ]
+        return np.concatenate([q.reshape(-1, self.lora), np.stack(rotated)], axis=1)
