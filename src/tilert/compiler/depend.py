@@ -116,10 +116,10 @@ class _Walk:
                     earlier[need] = self._earlier(*need)
             found = [earlier[need] for need in needs if earlier[need].size]
             numbers = found[0] if len(found) == 1 else _union(found)
-            choice = op.choice if place.run.ring >= 0 else NONE
-            choosing = (
-                [] if choice == NONE else [earlier[r, w] for r, w in needs if r.buffer == choice]
-            )
+            choosing = set[int]()
+            if op.choice != NONE and place.run.ring >= 0:
+                made = [earlier[r, w] for r, w in needs if r.buffer == op.choice]
+                choosing = set(self._kind(_union(made)).tolist())
             self._visit(step, place, numbers, choosing, joined)
         for place in places:
             self._note(step * len(self.places) + place.number, place)
@@ -130,21 +130,26 @@ class _Walk:
         found = [self.last_write[cells], self.last_read[cells]][: 1 + written]
         return _union([table[table >= 0] for table in found])
 
+    def _kind(self, numbers: Ints) -> Ints:
+        """Step and op of runs as one number, which rises with theirs."""
+        return numbers // len(self.places) * len(self.op) + self.op[numbers]
+
     def _visit(
-        self, step: int, place: _Place, numbers: Ints, choosing: list[Ints],
+        self, step: int, place: _Place, numbers: Ints, choosing: set[int],
         joined: dict[bytes, Ints],
     ) -> None:  # fmt: skip
+        """Wait for `numbers`; for those whose kind is in `choosing` whatever the worker knows."""
         me = step * len(self.places) + place.number
         clock = self.clock[me]
         previous = self.newest[place.worker]
         if previous >= 0:
             clock[:] = self.clock[previous]
         # Latest first: what an op waited for itself need not be waited for again.
-        kind = numbers // len(self.places) * len(self.op) + self.op[numbers]  # step and op, rising
+        kind = self._kind(numbers)
         cuts = np.flatnonzero(kind[1:] != kind[:-1])
         for group in np.split(numbers, cuts + 1)[::-1]:
             known = (self.at[group] <= clock[self.worker[group]]).all()
-            if known and not any(np.isin(group, made).any() for made in choosing):
+            if known and not (choosing and choosing & {*self._kind(group[:1]).tolist()}):
                 continue
             name = group.tobytes()
             if name not in joined:

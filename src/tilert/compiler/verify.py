@@ -370,6 +370,7 @@ def choice(facts: Facts) -> Iterator[str]:
     """Who streams weights that a choice names has waits of its own for all that make the choice: its
     loader runs ahead of the queue and holds only those."""
     ops = facts.program.ops
+    proven: dict[Wait, set[int]] = {}
     for index, op in enumerate(ops) if facts.program.machine.slots else ():
         if op.choice == NONE:
             continue
@@ -378,15 +379,23 @@ def choice(facts: Facts) -> Iterator[str]:
             if any(r.buffer == op.choice for r in ops[i].writes(0, ops[i].tiles))
         )  # fmt: skip
         for number in facts.of_op[index]:
-            place, sure = facts.places[number], set[int]()
-            for wait in (w for w in place.run.waits if not w.lag):
-                for last in facts.proves(wait):
-                    runs = facts.producers[wait.counter][facts.places[last].worker]
-                    sure.update(runs[: runs.index(last) + 1])
-            missing = next((n for n in makers if n not in sure), None)
-            if missing is not None:
-                yield (f"{facts.name(place)} streams what {facts.name(facts.places[missing])} chooses,"
-                       " but has no wait for it")  # fmt: skip
+            place, missing = facts.places[number], set(makers)
+            for wait in place.run.waits:
+                if wait not in proven:
+                    proven[wait] = _signallers(facts, wait)
+                missing -= proven[wait]
+            if missing:
+                yield (f"{facts.name(place)} streams what {facts.name(facts.places[min(missing)])}"
+                       " chooses, but has no wait for it")  # fmt: skip
+
+
+def _signallers(facts: Facts, wait: Wait) -> set[int]:
+    """Runs of the same step that have signalled when the wait holds."""
+    sure = set[int]()
+    for last in facts.proves(wait) if not wait.lag else ():
+        runs = facts.producers[wait.counter][facts.places[last].worker]
+        sure.update(runs[: runs.index(last) + 1])
+    return sure
 
 
 def memory(facts: Facts) -> Iterator[str]:
