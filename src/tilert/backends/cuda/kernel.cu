@@ -3,6 +3,7 @@
 // variants.
 #include "attend.cuh"
 #include "draw.cuh"
+#include "experts.cuh"
 #include "variants.h"
 
 __device__ __forceinline__ void load_weights(Block& b) {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from tilert.errors import UserError
 from tilert.ir.dtype import DType
 from tilert.ir.program import NONE, Program
-from tilert.ops import Attend, Draw, Linear
+from tilert.ops import Attend, Draw, Linear, Route
 
 SLOT_PAD = 128  # bytes behind a slot: rows that are not aligned arrive with their neighbours' bytes
 DRAW_BYTES = 13 << 10  # struct DrawScratch
@@ -14,6 +14,7 @@ MIN_SLOTS = 2
 THREADS, WARPS = 256, 8  # that compute
 HELD_WORDS = 128  # of x' in the registers of a thread: half of them; the rest is in shared memory
 ENOUGH_SLOTS = 4  # of the ring that a step of several tokens must leave
+MAX_CHOSEN = MAX_GROUPS = 32  # experts of a token, groups of experts: one for each lane of a warp
 MAX_ROWS = 32  # of query heads, of all tokens of a step: two blocks of 16 for the matrix units
 
 
@@ -21,10 +22,12 @@ def step_rows(program: Program, available: int) -> int:
     """Most tokens of a step (1, 2, 4 or 8), from the program of one, where a block has so many bytes of
     shared memory: each block holds x' of all tokens, in its registers and what they leave over there.
 
-    One where a product does not go through the matrix units.
+    One where a product does not go through the matrix units, or where each token has experts of its own.
     """
     linears = [op for op in program.ops if isinstance(op, Linear)]
     if any(op.x_type == DType.F32 for op in linears):
+        return 1
+    if any(isinstance(op, Route) for op in program.ops):
         return 1
     group = max((op.group for op in program.ops if isinstance(op, Attend)), default=1)
     ring = ENOUGH_SLOTS * (program.machine.slot_bytes + SLOT_PAD)
@@ -62,8 +65,8 @@ def shared_struct_bytes(tokens: int) -> int:
 
 
 def scratch_bytes(program: Program) -> int:
-    """Bytes that one op has for itself: Attend's Scratch, DrawScratch, x' beyond the registers, or a
-    little for the others."""
+    """Bytes that one op has for itself: Attend's Scratch, DrawScratch, x' beyond the registers, Route's
+    scores where it sorts out groups, or a little for the others."""
     sizes = [
         _attend_bytes(op.group, op.head_dim, program.tokens)
         for op in program.ops
@@ -72,6 +75,7 @@ def scratch_bytes(program: Program) -> int:
     sizes += [DRAW_BYTES for op in program.ops if isinstance(op, Draw)]
     linears = (op for op in program.ops if isinstance(op, Linear))
     sizes += [kept_bytes(program, op, program.tokens) for op in linears]
+    sizes += [4 * op.experts for op in program.ops if isinstance(op, Route) and op.n_group > 1]
     return -(-max([256, *sizes]) // 16) * 16
 
 
