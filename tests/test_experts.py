@@ -190,13 +190,13 @@ def block_graph() -> Graph:
 
 
 def block_weights(graph: Graph, dtype: DType = DType.F32) -> dict[str, np.ndarray]:
-    random = np.random.default_rng(5)
-    return {
-        name: (random.standard_normal((v.rows, v.cols)) * (0.3 if v.rows != 1 else 1)).astype(
-            np.float32 if "norm" in name or "bias" in name else dtype.numpy
-        )
-        for name, v in graph.weights.items()
-    }
+    random, made = np.random.default_rng(5), dict[str, np.ndarray]()
+    for name, v in graph.weights.items():
+        assert isinstance(v.rows, int)
+        values = random.standard_normal((v.rows, v.cols)) * (0.3 if v.rows > 1 else 1)
+        vector = "norm" in name or "bias" in name
+        made[name] = values.astype(np.float32 if vector else dtype.numpy)
+    return made
 
 
 def block_program(
@@ -365,7 +365,8 @@ def test_a_step_reads_what_its_tokens_choose(tokens: int, read: int) -> None:
 
 
 def test_no_more_experts_are_read_than_there_are() -> None:
-    op = ExpertGate(*(Buf(i) for i in range(7)), 64, 32, 16, 8, 4, 4, 0, 1e-5)
+    x, w, w_up, norm, chosen, y, counts = (Buf(i) for i in range(7))
+    op = ExpertGate(x, w, w_up, norm, chosen, y, counts, 64, 32, 16, 8, 4, 4, 0, 1e-5)
     assert op.cost(0, op.tiles, 2, 0).bytes == 8 * 2 * 16 * 32 * 2
 
 
