@@ -115,9 +115,11 @@ def test_everything_is_selected_by_a_large_enough_indexer(tmp_path: Path) -> Non
 def test_sizes_of_real_models(isa: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Heads, latents and keys as wide as DeepSeek's, over several pages, few and many tokens."""
     monkeypatch.setenv("TILERT_CPU_ISA", isa)
-    wide: dict[str, Any] = {"q_lora_rank": 96, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64,
-            "v_head_dim": 128, "index_head_dim": 128, "index_topk": 96, "num_attention_heads": 3,
-            "num_key_value_heads": 3, "num_hidden_layers": 1, "first_k_dense_replace": 1}  # fmt: skip
+    wide: dict[str, Any] = {
+        "q_lora_rank": 96, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64,
+        "v_head_dim": 128, "index_head_dim": 128, "index_topk": 96, "num_attention_heads": 3,
+        "num_key_value_heads": 3, "num_hidden_layers": 1, "first_k_dense_replace": 1,
+    }  # fmt: skip
     model = families.make("deepseek_v32", tmp_path, **wide)
     try:
         llm = opened(tmp_path, max_model_len=256)
