@@ -29,6 +29,7 @@ from tilert.errors import UserError
 from tilert.serve import cli
 from tilert.serve.convert import run
 from tilert.weights import convert
+from tilert.weights.safetensors import locate_folder
 
 EVEN = {"vocab_size": 208, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4,
         "head_dim": 16}  # fmt: skip
@@ -114,11 +115,12 @@ def test_biases_are_cut_as_the_rows_of_their_matrices(tmp_path: Path) -> None:
 
 
 def test_experts_latents_and_the_guessing_layer(tmp_path: Path) -> None:
-    tiny_deepseek.make(tmp_path / "model")
+    tiny_deepseek.make(tmp_path / "model", tiny_deepseek.CONFIG | {"vocab_size": 512})
+    (tmp_path / "model" / "tokenizer.json").unlink()  # whose vocabulary is larger
     make(tmp_path / "model", tmp_path / "out", 2)
     check(tmp_path / "model", tmp_path / "out", 2)
     copied = {path.name for path in (tmp_path / "out").iterdir() if path.is_file()}
-    assert copied == {"config.json", "tokenizer.json", "tokenizer_config.json", "manifest.json"}
+    assert copied == {"config.json", "tokenizer_config.json", "manifest.json"}
     message = "4 devices would cut tensor '.*' into parts of 64 .*, within a block of 128"
     with pytest.raises(UserError, match=message):
         make(tmp_path / "model", tmp_path / "four", 4)
@@ -194,6 +196,7 @@ def test_an_interrupted_conversion_goes_on(checkpoint: Path, tmp_path: Path) -> 
     with (out / convert.JOURNAL).open("ab") as journal:
         journal.write(b'["rank-0-of-2/model-0')  # it was killed here
 
+    interrupted(checkpoint, out, 2, 0)
     said = make(checkpoint, out, 2)
     kept = len(before) - 2  # the spoiled file is made again, with that of the other device
     assert said == [f"going on with the conversion in {out}: {kept} files are complete"]
@@ -286,6 +289,12 @@ def test_too_little_space_is_known_before(
 def test_memory_holds_a_piece_of_a_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(convert, "PIECE_BYTES", 1 << 16)
     families.make("llama", tmp_path / "model", torch.float32, **(EVEN | {"vocab_size": 1 << 15}))
+    file = tmp_path / "model" / "model.safetensors"
+    content = file.read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])  # one byte more: no tensor is aligned any longer
+    file.write_bytes(
+        struct.pack("<Q", length + 1) + content[8 : 8 + length] + b" " + content[8 + length :]
+    )
     tracemalloc.start()
     try:
         make(tmp_path / "model", tmp_path / "out", 2)
@@ -461,7 +470,8 @@ def test_empty_and_scalar_tensors_are_carried(tmp_path: Path) -> None:
     (tmp_path / "in" / "config.json").write_text("{}")
     file = tmp_path / "in" / "model.safetensors"
     file.write_bytes(struct.pack("<Q", len(text)) + text + np.float32(2.5).tobytes())
-    job = convert.Job(tmp_path / "in", tmp_path / "out", {}, 2, None, print)
+    places = locate_folder(tmp_path / "in")
+    job = convert.Job(tmp_path / "in", places, tmp_path / "out", {}, 2, None, print)
     convert.convert(job)
     for rank in range(2):
         own = stored(tmp_path / "out" / f"rank-{rank}-of-2")

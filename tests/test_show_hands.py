@@ -67,6 +67,16 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     return Tiny(folder, Tokenizer.from_folder(folder), model)
 
 
+@pytest.fixture(scope="module")
+def sparse(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    """DeepSeek-V3.2 with all that it has, converted."""
+    source, folder = (tmp_path_factory.mktemp(name) for name in ("source", "converted"))
+    model = tiny_deepseek.make(source)
+    convert(str(source), folder, 1, None, print)
+    shutil.rmtree(source)
+    return Tiny(folder, Tokenizer.from_folder(folder), model)
+
+
 @pytest.fixture(autouse=True)
 def nowhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """No settings of the user, and no GPU."""
@@ -95,6 +105,25 @@ def test_the_script_word_for_word(dense: Tiny, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"Prompt: {prompt}\nCompletion:\n{dense.text(expected)}\n"
     assert "tok/s" in done.stderr
+
+
+def test_deepseek_v32_from_its_checkpoint_to_text(
+    sparse: Tiny, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Converter, chat format, FP8 experts, sparse attention beyond what it selects, all on the CPU."""
+    turn = f"<｜begin▁of▁sentence｜><｜User｜>{PROMPT}<｜Assistant｜></think>"
+    ids = sparse.tokenizer.encode(turn, add_special_tokens=False)
+    assert len(ids) > tiny_deepseek.CONFIG["index_topk"]
+    expected = sparse.text(sparse.greedy(ids, 12))
+    for with_mtp in (False, True):
+        made = generator(sparse.folder, with_mtp=with_mtp)
+        assert made.generate(PROMPT) == expected
+        shown = capsys.readouterr()
+        assert shown.out == expected + "\n"
+        assert "interpreter" not in shown.err
+    made.enable_thinking = True
+    assert made.llm is not None
+    assert made._prompt(made.llm, PROMPT)["prompt"] == turn.replace("</think>", "<think>")
 
 
 @pytest.mark.parametrize("with_mtp", [False, True])

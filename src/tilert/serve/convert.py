@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+
 from tilert.errors import UserError
 from tilert.models import load_config
 from tilert.models.config import DecoderConfig
 from tilert.models.decoder import build
 from tilert.models.shards import cut_axes
 from tilert.text import Tokenizer, write_gguf_tokenizer
-from tilert.weights import open_checkpoint, resolve_model
+from tilert.weights import read_config, resolve_model
 from tilert.weights.convert import Job
 from tilert.weights.convert import convert as cut
 from tilert.weights.hub import Progress
 from tilert.weights.manifest import Manifest
+from tilert.weights.safetensors import locate_folder
 
 
 def run(
@@ -23,15 +26,17 @@ def run(
 ) -> Manifest:
     """Convert the checkpoint that `model` names into the folder `out`, for `devices` devices.
 
-    Raises UserError like `open_checkpoint`, `load_config`, `cut_axes` and `convert`, and for a tokenizer that
+    Raises UserError like `locate_folder`, `load_config`, `cut_axes` and `convert`, and for a tokenizer that
     is not of this model.
     """
     folder = resolve_model(model, write_gguf_tokenizer, progress=progress)
-    checkpoint = open_checkpoint(folder)
-    config = load_config(checkpoint.config, checkpoint.generation_config)
+    config = load_config(*read_config(folder))
     _check_tokenizer(folder, config)
-    axes = cut_axes(build(config, 1), config, checkpoint.tensors, devices)
-    return cut(Job(folder, out, axes, devices, progress, notify))
+    places = locate_folder(folder)
+    # Types and shapes are all that the table of weights is compared with: arrays that take no memory.
+    shapes = {n: np.broadcast_to(np.zeros((), p.dtype), p.shape) for n, p in places.items()}
+    axes = cut_axes(build(config, 1), config, shapes, devices)
+    return cut(Job(folder, places, out, axes, devices, progress, notify))
 
 
 def _check_tokenizer(folder: Path, config: DecoderConfig) -> None:

@@ -22,8 +22,7 @@ from tilert.serve import report
 from tilert.serve.commands import Bars, show
 from tilert.serve.llm import DEFAULT_CONTEXT, LLM
 from tilert.text import write_gguf_tokenizer
-from tilert.weights import resolve_model, settings
-from tilert.weights.safetensors import read_json
+from tilert.weights import read_config, resolve_model, settings
 
 NAME = "deepseek_v3_2"  # what the user's settings call the model when no folder is given
 DRAFTS = 3  # tokens guessed in a step with with_mtp, as in the public package
@@ -124,7 +123,7 @@ class ShowHandsGenerator:
 
 
 def _load(folder: Path, max_new_tokens: int, drafts: int, bars: Bars) -> LLM:
-    config = load_config(read_json(folder / "config.json"))
+    config = load_config(*read_config(folder))
     context = min(config.max_position_embeddings, DEFAULT_CONTEXT + max_new_tokens)
 
     def loaded(backend: Any) -> LLM:

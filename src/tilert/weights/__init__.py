@@ -25,7 +25,7 @@ from tilert.weights.safetensors import read_folder, read_json
 if TYPE_CHECKING:
     from tilert.weights.gguf import WriteTokenizer
 
-__all__ = ["Checkpoint", "Progress", "open_checkpoint", "resolve_model"]
+__all__ = ["Checkpoint", "Progress", "open_checkpoint", "read_config", "resolve_model"]
 
 DTYPES = ("auto", "bfloat16", "float32")
 
@@ -44,6 +44,23 @@ class Checkpoint:
 
 def open_checkpoint(folder: Path) -> Checkpoint:
     """Open a Hugging Face folder. Raises UserError when it is missing, damaged or not a model."""
+    config, generation_config = read_config(folder)
+    tensors, maps = read_folder(folder)
+    return Checkpoint(
+        path=folder,
+        config=config,
+        generation_config=generation_config,
+        tensors=tensors,
+        file_bytes=sum(map(len, maps)),
+        maps=maps,
+    )
+
+
+def read_config(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """config.json and generation_config.json of a folder, the second empty when there is none.
+
+    Raises UserError when the folder is missing or not a model.
+    """
     if not os.path.isdir(folder):
         raise UserError(f"there is no model folder {folder}")
     config, generation = folder / "config.json", folder / "generation_config.json"
@@ -54,16 +71,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             hint = "; `tilert convert` was interrupted and must be run again"
         raise UserError(f"{folder} is not a model: it holds no config.json{hint}")
     _check_whole(folder)
-    parsed = read_json(config)
-    tensors, maps = read_folder(folder)
-    return Checkpoint(
-        path=folder,
-        config=parsed,
-        generation_config=read_json(generation) if os.path.exists(generation) else {},
-        tensors=tensors,
-        file_bytes=sum(map(len, maps)),
-        maps=maps,
-    )
+    return read_json(config), read_json(generation) if os.path.exists(generation) else {}
 
 
 def _check_whole(folder: Path) -> None:

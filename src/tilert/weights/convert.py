@@ -29,7 +29,7 @@ from tilert.errors import UserError
 from tilert.files import atomic, check_space
 from tilert.weights.hub import Progress, make_folder
 from tilert.weights.manifest import FORMAT, MANIFEST, Manifest, Record, read_manifest, verify
-from tilert.weights.safetensors import Place, Source, file_header, locate_folder
+from tilert.weights.safetensors import Place, Source, file_header
 
 JOURNAL = ".convert.journal"
 SHARD_BYTES = 5_000_000_000  # most bytes of tensors in a file, unless a single one has more
@@ -59,9 +59,10 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A conversion: `axes` has the axis of each tensor of the folder `source` that is cut."""
+    """A conversion: `places` has all tensors of the folder `source`, `axes` the axis of each that is cut."""
 
     source: Path
+    places: Mapping[str, Place]
     out: Path
     axes: Mapping[str, int | None]
     devices: int
@@ -76,13 +77,12 @@ def convert(job: Job) -> Manifest:
     damaged checkpoint, a folder `out` that is not free for it, a full disk, and bytes that come back
     from the disk otherwise than they were written.
     """
-    places = locate_folder(job.source)
-    made = _head(job, places)
+    made = _head(job)
     if _is_finished(job, made):
         job.notify(f"{job.out} is complete already; checking it")
         return verify(job.out, job.progress)
     with _journal(job, made) as (journal, recorded):
-        groups = _groups(job, places)
+        groups = _groups(job)
         files = [_file_names(job.devices, g, len(groups)) for g in range(len(groups))]
         records = _kept(job, files, recorded)
         _write_groups(job, made, groups, files, records, journal)
@@ -95,12 +95,12 @@ def convert(job: Job) -> Manifest:
     return verify(job.out, job.progress)
 
 
-def _head(job: Job, places: Mapping[str, Place]) -> Manifest:
+def _head(job: Job) -> Manifest:
     """The manifest without files: what the conversion is of."""
     config = (job.source / "config.json").read_bytes()
-    cuts = json.dumps({name: job.axes.get(name) for name in sorted(places)}).encode()
+    cuts = json.dumps({name: job.axes.get(name) for name in sorted(job.places)}).encode()
     return Manifest(
-        FORMAT, job.devices, _fingerprint(config, places), hashlib.sha256(config).hexdigest(),
+        FORMAT, job.devices, _fingerprint(config, job.places), hashlib.sha256(config).hexdigest(),
         hashlib.sha256(cuts).hexdigest(), {},
     )  # fmt: skip
 
@@ -165,12 +165,14 @@ def _journal(job: Job, made: Manifest) -> Iterator[tuple[BinaryIO, dict[str, Rec
 def _resume(job: Job, made: Manifest, journal: BinaryIO) -> dict[str, Record]:
     """What of an interrupted run may be used; everything else that it left is removed."""
     journal.seek(0)
-    head, *lines = journal.read().split(b"\n")
+    content = journal.read()
+    head, *lines = content.split(b"\n")
     begin = json.dumps(made.head() | {"times": _times(job.source)}).encode()
     for partial in (*job.out.glob(".*.partial"), *job.out.glob("rank-*/.*.partial")):
         partial.unlink()
     if head == begin:
-        return dict(Record.from_line(line) for line in lines[:-1])  # the last may be cut off
+        journal.truncate(content.rindex(b"\n") + 1)  # the last line may be cut off
+        return dict(Record.from_line(line) for line in lines[:-1])
     with suppress(ValueError, KeyError, TypeError):  # no head that can be read
         if json.loads(head)["config"] != made.config:
             raise UserError(
@@ -196,9 +198,9 @@ def _times(source: Path) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in sorted(source.glob("*.safetensors"))}
 
 
-def _groups(job: Job, places: Mapping[str, Place]) -> list[list[Piece]]:
+def _groups(job: Job) -> list[list[Piece]]:
     """The tensors of each file, in the order of the checkpoint, wide elements first."""
-    order = sorted(places.items(), key=lambda item: (item[1].path, item[1].offset))
+    order = sorted(job.places.items(), key=lambda item: (item[1].path, item[1].offset))
     groups: list[list[Piece]] = [[]]
     size = 0
     for name, place in order:
