@@ -492,12 +492,3 @@ def test_damaged_checkpoints_are_refused(change: str, message: str, tmp_path: Pa
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match=message):
         LLM(tmp_path, skip_tokenizer_init=True)
-
-
-def test_a_gpu_says_that_it_cannot_yet() -> None:
-    from tilert.backends.cuda.source import generate
-
-    with pytest.raises(
-        UserError, match=r"^the model has experts; the back end 'cuda' does not run"
-    ):
-        generate(big(1), 8)
