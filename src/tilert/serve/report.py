@@ -59,6 +59,17 @@ def inspect(folder: Path, config: DecoderConfig, checkpoint: Checkpoint) -> str:
     stored = sum(array.nbytes for array in tensors.values())
     embedding = tensors["model.embed_tokens.weight"]
     per_token = stored - (0 if config.tie_word_embeddings else embedding.nbytes)
+    mixture = ""
+    if (experts := config.experts) is not None:
+        each = sum(array.nbytes for name, array in tensors.items() if ".experts." in name)
+        per_token -= (
+            each * (experts.num_experts - experts.num_experts_per_tok) // experts.num_experts
+        )
+        mixture = (
+            f"experts {experts.num_experts}, {experts.num_experts_per_tok} per token,"
+            f" moe_intermediate_size {experts.moe_intermediate_size}, in {sum(experts.sparse)} layers,"
+            f" {each / stored:.0%} of all bytes"
+        )
     kv = config.num_hidden_layers * 2 * config.num_key_value_heads * config.head_dim  # per position
     dtypes = ", ".join(sorted({str(array.dtype) for array in tensors.values()}))
     lines = [
@@ -69,6 +80,7 @@ def inspect(folder: Path, config: DecoderConfig, checkpoint: Checkpoint) -> str:
         f" {config.num_key_value_heads} kv heads of {config.head_dim}, vocab_size {config.vocab_size}",
         f"context {config.max_position_embeddings}, tied head {config.tie_word_embeddings},"
         f" sliding_window {config.sliding_window}, rope {config.rope_scaling.rope_type}",
+        *([mixture] if mixture else []),
         f"parameters {parameters:,} ({dtypes}), {stored / GIB:.3f} GiB",
         f"a token reads {per_token / 1e6:.1f} MB of weights and {kv * 4 / 1e3:.1f} KB per position of"
         f" context on a CPU (f32), {kv * 2 / 1e3:.1f} KB on a GPU (bf16)",
