@@ -82,18 +82,6 @@ MODELS: dict[str, tuple[dict[str, Any], DType, int, dict[str, int]]] = {
     "dealt-evenly": ({"intermediate_size": 176}, DType.BF16, 5, {"even": True, "splits": 3}),
     "mistral-window": ({"model_type": "mistral", "sliding_window": 40}, DType.BF16, 3, {}),
     "qwen3-moe": ({"model_type": "qwen3_moe", **EXPERTS}, DType.BF16, 4, {}),
-    # Experts whose rows end within a tile, whose tiles are two to a unit, and more than a slot each.
-    "moe-odd-f16": ({"model_type": "qwen3_moe", **EXPERTS, "moe_intermediate_size": 40,
-                     "num_experts": 37, "num_experts_per_tok": 5}, DType.F16, 5, {}),
-    "moe-side-by-side": ({"model_type": "qwen3_moe", **EXPERTS, "num_experts_per_tok": 3}, DType.BF16, 3,
-                         {"slot_bytes": 2048}),
-    "moe-in-pieces": ({"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2,
-                       "hidden_size": 512, "intermediate_size": 1088}, DType.BF16, 3, {}),
-    "qwen2-moe": ({"model_type": "qwen2_moe", **EXPERTS, "head_dim": None, "hidden_size": 64,
-                   "shared_expert_intermediate_size": 96}, DType.BF16, 3, {}),
-    "fp8-moe-blocks": ({"model_type": "qwen3_moe", **EXPERTS, "hidden_size": 128}, DType.F8E4M3, 3, {}),
-    "fp8-moe-wide-blocks": ({"model_type": "qwen3_moe", **EXPERTS, "hidden_size": 512,
-                             "moe_intermediate_size": 192}, DType.F8E4M3, 3, {"slot_bytes": 8192}),
 }  # fmt: skip
 
 
@@ -139,13 +127,11 @@ def compiled(
         random = rng.standard_normal((value.rows, value.cols))
         scaled = 1 + 0.1 * random if "norm" in weight else random * value.cols**-0.5
         stored = dtype
-        if dtype is DType.F8E4M3 and (
-            value.rows == 1 or "embed" in weight or "mlp.gate" in weight
-        ):
+        if dtype is DType.F8E4M3 and (value.rows == 1 or "embed" in weight):
             stored = DType.BF16
         elif dtype is DType.F8E4M3:
             blocks = {"blocks": (32, 32), "wide-blocks": (32, 64), "rows": (1, value.cols)}
-            block = blocks.get(name[4:].removeprefix("moe-"), (value.rows, value.cols))
+            block = blocks.get(name[4:], (value.rows, value.cols))
             scales[weight] = Scale(f"{weight}_scale", block)
             shape = -(-value.rows // block[0]), -(-value.cols // block[1])
             weights[f"{weight}_scale"] = rng.uniform(0.01, 0.03, shape).astype(np.float32)
