@@ -10,6 +10,7 @@ from tilert.engine.core import RequestMetrics, RequestOutput
 from tilert.ir import machine
 from tilert.ir.program import Program
 from tilert.models.config import DecoderConfig
+from tilert.models.load import guessing_layers
 from tilert.weights import Checkpoint
 
 GIB = 1 << 30
@@ -52,14 +53,15 @@ def speculation(m: RequestMetrics) -> str:
 
 def inspect(folder: Path, config: DecoderConfig, checkpoint: Checkpoint) -> str:
     """What the model is, how many bytes a token reads, and how long that takes on known machines."""
-    tensors = checkpoint.tensors
-    if config.tie_word_embeddings:  # a copy of the embedding is not used
-        tensors = {name: array for name, array in tensors.items() if name != "lm_head.weight"}
+    unused = guessing_layers(config)
+    if config.tie_word_embeddings:  # a copy of the embedding
+        unused = (*unused, "lm_head.weight")
+    tensors = {n: array for n, array in checkpoint.tensors.items() if not n.startswith(unused)}
     parameters = sum(array.size for array in tensors.values())
     stored = sum(array.nbytes for array in tensors.values())
     embedding = tensors["model.embed_tokens.weight"]
     per_token = stored - (0 if config.tie_word_embeddings else embedding.nbytes)
-    mixture = ""
+    mixture, heads = "", f"{config.num_key_value_heads} kv heads of {config.head_dim}"
     if (experts := config.experts) is not None:
         each = sum(array.nbytes for name, array in tensors.items() if ".experts." in name)
         per_token -= (
@@ -70,10 +72,9 @@ def inspect(folder: Path, config: DecoderConfig, checkpoint: Checkpoint) -> str:
             f" moe_intermediate_size {experts.moe_intermediate_size}, in {sum(experts.sparse)} layers,"
             f" {each / stored:.0%} of all bytes"
         )
-    kv = config.cache_elements
-    heads = f"{config.num_key_value_heads} kv heads of {config.head_dim}"
-    if config.latent:
+    if config.latent is not None:
         heads = f"latents of {config.latent.kv_lora_rank} and keys of {config.head_dim} for all"
+    kv = config.cache_elements  # per position
     dtypes = ", ".join(sorted({str(array.dtype) for array in tensors.values()}))
     lines = [
         f"{folder}",

@@ -121,7 +121,11 @@ def _type(program: Program, op: Op, tags: Tags) -> str:
         return _gate(program, op, tags)
     if isinstance(op, ExpertDown):
         return _down(program, op, tags)
-    assert isinstance(op, NextToken), f"{type(op).__name__} has no CUDA form"
+    if not isinstance(op, NextToken):
+        raise UserError(
+            f"the model needs the op {type(op).__name__}, which the back end 'cuda' does not have; 'cpu'"
+            " and 'interpreter' run it"
+        )
     return f"NextToken<{op.chunks}>"
 
 
