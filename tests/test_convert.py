@@ -26,6 +26,10 @@ from transformers import AutoModelForCausalLM
 
 from tilert import LLM, SamplingParams
 from tilert.errors import UserError
+from tilert.models import load_config
+from tilert.models.decoder import build
+from tilert.models.derived import ROPE_TABLE, head_parts
+from tilert.models.shards import cut_axes
 from tilert.serve import cli
 from tilert.serve.convert import run
 from tilert.weights import convert
@@ -126,6 +130,33 @@ def test_experts_latents_and_the_guessing_layer(tmp_path: Path) -> None:
         make(tmp_path / "model", tmp_path / "four", 4)
     with pytest.raises(UserError, match="the model has 8 heads, which 3 devices do not divide"):
         make(tmp_path / "model", tmp_path / "three", 3)
+
+
+def test_eight_devices_share_the_published_model() -> None:
+    """All 61 layers by shape alone: every cut falls between blocks of scales, and nothing large is whole."""
+    config = load_config(tiny_deepseek.PUBLISHED)
+    graph, parts = build(config, 1), head_parts(config)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, value in graph.weights.items():
+        assert isinstance(value.rows, int)
+        if name in parts:
+            shapes[parts[name].source] = parts[name].stored
+        elif name != ROPE_TABLE:
+            shapes[name] = (value.cols,) if value.rows == 1 else (value.rows, value.cols)
+    types = {name: "bfloat16" for name in shapes}
+    for name, shape in list(shapes.items()):
+        if len(shape) == 2 and not name.endswith(tiny_deepseek.WIDE):
+            types |= {name: "float8_e4m3fn", f"{name}_scale_inv": "float32"}
+            shapes[f"{name}_scale_inv"] = (-(-shape[0] // 128), -(-shape[1] // 128))
+    tensors = {n: np.broadcast_to(np.zeros((), types[n]), shape) for n, shape in shapes.items()}
+    axes = cut_axes(graph, config, tensors, 8)
+    size = {
+        n: t.size * t.dtype.itemsize // (1 if axes[n] is None else 8) for n, t in tensors.items()
+    }
+    whole = sum(size[n] for n in tensors if axes[n] is None)
+    assert 670e9 < sum(t.size * t.dtype.itemsize for t in tensors.values()) < 680e9
+    assert 86e9 < sum(size.values()) < 90e9
+    assert whole < 5e9, "latents, routers, the indexer and the embedding"
 
 
 def test_files_say_what_they_are(checkpoint: Path, tmp_path: Path) -> None:

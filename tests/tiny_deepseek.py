@@ -48,6 +48,15 @@ DENSE: dict[str, Any] = {
     "rms_norm_eps": 1e-06, "rope_theta": 10000, "tie_word_embeddings": False,
     "torch_dtype": "bfloat16", "vocab_size": 129280,
 }  # fmt: skip
+# What is tiny above, as it is in the published model.
+PUBLISHED = CONFIG | {
+    "first_k_dense_replace": 3, "hidden_size": 7168, "index_head_dim": 128, "index_n_heads": 64,
+    "index_topk": 2048, "intermediate_size": 18432, "kv_lora_rank": 512,
+    "moe_intermediate_size": 2048, "n_group": 8, "n_routed_experts": 256,
+    "num_attention_heads": 128, "num_experts_per_tok": 8, "num_hidden_layers": 61,
+    "num_key_value_heads": 128, "q_lora_rank": 1536, "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64, "topk_group": 4, "v_head_dim": 128,
+}  # fmt: skip
 WIDE = (
     "mlp.gate.weight",
     "weights_proj.weight",

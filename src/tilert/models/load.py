@@ -100,11 +100,12 @@ def check(
     products = {v.name for n in graph.nodes if n.op == "linear" for v in (n.inputs["w"],) if v}
     products |= {part.name for bank in _banks(graph) for part in bank.parts}
     gathered = {v.name for n in graph.nodes if n.op == "embed" for v in (n.inputs["table"],) if v}
+    products -= gathered
     parts = head_parts(config)
     for name, value in graph.weights.items():
         if name == ROPE_TABLE:
             continue
-        shape, fp8_fits = (value.rows, value.cols), name in products - gathered
+        shape, fp8_fits = (value.rows, value.cols), name in products
         if name in parts:
             name, shape = parts[name].source, parts[name].stored
         array = tensors[name]
