@@ -17,7 +17,7 @@ import numpy as np
 from tilert.backends.cuda.limits import RUN_BYTES, fitting_slots, shared_bytes
 from tilert.backends.cuda.source import KERNEL, Source, generate
 from tilert.backends.hang import Hang, save
-from tilert.ir.program import NONE, PAGE, Buf, Kind, Op, Program, Run, Wait
+from tilert.ir.program import NONE, PAGE, Buf, Kind, Op, Program, Run
 from tilert.ir.tags import TAGS, Tags, derive
 from tilert.ops import (
     Adjust,
@@ -417,9 +417,7 @@ def _makers(program: Program) -> dict[int, set[int]]:
     return found
 
 
-def _resolve_choice(
-    record: Any, program: Program, op: ExpertGate | ExpertDown, arena: int
-) -> None:
+def _resolve_choice(record: Any, program: Program, op: ExpertGate | ExpertDown, arena: int) -> None:
     record["bias_up"] = arena + program.buffers[op.chosen].offset
     if isinstance(op, ExpertDown):
         record["bias"] = arena + program.buffers[op.weights].offset

@@ -1,6 +1,6 @@
-// Mixtures of experts: which experts a token goes to, and where the rows of the chosen ones lie. The
-// products with them are Linear's, whose Source tells the loader, once a choice is there, from which
-// matrices of a bank the rows of a run come.
+// Mixtures of experts: which experts a token goes to, and where the rows of the chosen ones lie.
+// The products with them are Linear's, whose Source tells the loader, once a choice is there, from
+// which matrices of a bank the rows of a run come.
 #pragma once
 #include "linear.cuh"
 
@@ -16,8 +16,9 @@ struct Chosen {
   __device__ __forceinline__ u32 expert(int slot) const { return __shfl_sync(~0u, own, slot); }
 };
 
-// Rows of the chosen matrices of kRows rows, one matrix after another: the outputs of all follow one
-// another. Each matrix begins a tile, so where kRows is not whole tiles, rows of a run are skipped.
+// Rows of the chosen matrices of kRows rows, one matrix after another: the outputs of all follow
+// one another. Each matrix begins a tile, so where kRows is not whole tiles, rows of a run are
+// skipped.
 template <int kRows, int kTileRows, int kCount>
 struct InTurn {
   static constexpr bool kChosen = true;
@@ -96,7 +97,8 @@ template <int kExperts, int kTopK, int kNGroup, int kTopkGroup, int kScoring, bo
           u32 kFactorBits, bool kTagged, class Bias>
 struct Route {
   static constexpr int kEach = (kExperts + 31) / 32, kGroupSize = kExperts / kNGroup;
-  static_assert(kTopK <= kMaxChosen && kNGroup <= 32, "a lane has one of the chosen, and one group");
+  static_assert(kTopK <= kMaxChosen && kNGroup <= 32,
+                "a lane has one of the chosen, and one group");
   static_assert(kNGroup == 1 || kExperts * 4 <= kScratchBytes, "scratch is too small");
 
   static __device__ __forceinline__ bool stream(Loader&, const Run&) { return true; }
@@ -105,8 +107,8 @@ struct Route {
 #pragma unroll
     for (int i = 0; i < kEach; ++i)
       bias[i] = Bias::kGiven && inside(i)
-                    ? Bias::widen(__ldg(
-                          reinterpret_cast<const typename Bias::Bits*>(run.norm) + expert(i)))
+                    ? Bias::widen(
+                          __ldg(reinterpret_cast<const typename Bias::Bits*>(run.norm) + expert(i)))
                     : 0;
     if (!wait_for_inputs<kTagged>(b, run)) return false;
     if (warp() == 0) {

@@ -109,8 +109,9 @@ struct Inputs {
   static __device__ __forceinline__ void make(Block& b, const Run& run,
                                               Held<Weighted<kTagged, kEach, kCount>>&,
                                               Operand& out) {
-    static_assert(kTokens == 1 && kEach % kWide == 0 && kCount * kEach == Layout::kK && kCount <= 32,
-                  "a lane has one weight, and a piece has one");
+    static_assert(
+        kTokens == 1 && kEach % kWide == 0 && kCount * kEach == Layout::kK && kCount <= 32,
+        "a lane has one weight, and a piece has one");
     const float weight =
         load_float(reinterpret_cast<const float*>(run.bias) + min(lane(), kCount - 1));
     fill<kTagged>(b, run, [&](int round, float (&v)[kWide]) {

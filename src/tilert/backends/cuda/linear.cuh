@@ -25,7 +25,7 @@ struct Linear {
   using In = Inputs<Product>;
   static constexpr bool kRowScaled = Scales::kGiven && !Product::kScaled;  // sums are multiplied
   static constexpr bool kByChoice = Source::kChosen && Scales::kGiven;  // of scales, by the warps
-  static constexpr int kFinishers = kChunkRows * kTokens / 32;  // warps that finish a chunk
+  static constexpr int kFinishers = kChunkRows * kTokens / 32;          // warps that finish a chunk
 
   static __device__ __forceinline__ bool stream(Loader& l, const Run& run) {
     return T::stream(l, run);
@@ -141,7 +141,7 @@ struct Linear {
     In::prefetch(run, held);
     Operand x(b);
     if constexpr (Product::kScaled && !kByChoice) Product::load_scales(run, 0, {}, x);
-    if (!wait_for_inputs<Input::kTagged && !kByChoice>(b, run)) return false;
+    if (!wait_for_inputs < Input::kTagged && !kByChoice > (b, run)) return false;
     typename Source::Choice choice;
     if constexpr (kByChoice) choice = Source::choice(run);
     In::make(b, run, held, x);

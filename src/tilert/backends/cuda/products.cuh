@@ -427,8 +427,7 @@ struct Scalar {
   }
   static __device__ __forceinline__ int chunk_of(int round) {
     const int piece = round / kPieceRounds;
-    return piece / T::kCycle * kCycleChunks + piece % T::kCycle * kPieceChunks +
-           in_piece(round);
+    return piece / T::kCycle * kCycleChunks + piece % T::kCycle * kPieceChunks + in_piece(round);
   }
   static __device__ __forceinline__ int in_piece(int round) {
     return round % kPieceRounds * kRound + group_thread();

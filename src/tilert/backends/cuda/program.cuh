@@ -27,7 +27,7 @@ struct Run {
   const u8* w;       // first byte of the first row; attend: the cache of keys
   const u8* w_up;    // attend: the cache of values
   const u8* norm;
-  const u8* norm2;  // attend: norm of keys
+  const u8* norm2;     // attend: norm of keys
   const u8* bias;      // experts: weights of the choice
   const u8* bias_up;   // attend: the rope table; experts: the choice
   const float* scale;  // of all of w, one for each block
@@ -345,8 +345,9 @@ struct Loader {
       if (!land()) return;
   }
   // Until there is the choice of the weights of a run, `count` numbers, which are left in
-  // shared.chosen. False: the launch has ended. What is under way is watched as ever; when all of it
-  // is in, the warps can come to this run, and it is they who give up and say for what they waited.
+  // shared.chosen. False: the launch has ended. What is under way is watched as ever; when all of
+  // it is in, the warps can come to this run, and it is they who give up and say for what they
+  // waited.
   __device__ __forceinline__ bool choose(const Run& run, int count) {
     for (u32 at = run.wait_begin; at < run.wait_begin + run.x3; ++at) {
       const Wait w = b.waits[at];

@@ -42,9 +42,9 @@ struct None {  // of an operand that an op does not have
   static __device__ __forceinline__ float widen(u16) { return 0; }
 };
 
-// What rows of weights a product takes, and where its results go: those of one matrix in turn. A run
-// has rows; a row of weights has `kParts` parts along k, each of another matrix. For others than
-// this one see experts.cuh.
+// What rows of weights a product takes, and where its results go: those of one matrix in turn. A
+// run has rows; a row of weights has `kParts` parts along k, each of another matrix. For others
+// than this one see experts.cuh.
 struct Straight {
   static constexpr bool kChosen = false;  // by what an earlier op has left
   static constexpr int kParts = 1;
@@ -101,7 +101,9 @@ struct Tile {
   static constexpr int kPartPieces = kFits ? 1 : (kRowBytes + kShare - 1) / kShare;
   static constexpr int kFitting = kSlotBytes / kPartBytes;
   static constexpr int kTogetherParts =  // in a unit
-      !kFits ? 1 : kFitting < Source::kParts ? kFitting : Source::kParts;
+      !kFits                      ? 1
+      : kFitting < Source::kParts ? kFitting
+                                  : Source::kParts;
   static constexpr int kPieces =
       (Source::kParts + kTogetherParts - 1) / kTogetherParts * kPartPieces;
   static constexpr bool kWhole = kPieces == 1;
