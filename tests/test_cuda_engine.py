@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import families
 import numpy as np
 import pytest
 import torch
@@ -64,6 +65,15 @@ def test_tokens_equal_the_cpu(glassllm: Path, device: EmulatedDevice) -> None:
         SamplingParams(temperature=0.8, seed=3, max_tokens=6, ignore_eos=True),
     ):
         assert answers(gpu, params) == answers(cpu, params)
+
+
+def test_tokens_of_a_mixture_equal_the_cpu(tmp_path: Path, device: EmulatedDevice) -> None:
+    """Its steps have one row each, also where a prompt or several requests would have more."""
+    families.make("qwen3_moe", tmp_path, vocab_size=300)
+    params = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
+    cpu = LLM(tmp_path, skip_tokenizer_init=True, max_model_len=64)
+    gpu = LLM(tmp_path, skip_tokenizer_init=True, max_model_len=64, backend="cuda")
+    assert answers(gpu, params) == answers(cpu, params)
 
 
 def test_loading_is_timed_by_phase(glassllm: Path, device: EmulatedDevice) -> None:

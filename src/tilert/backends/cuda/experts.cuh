@@ -34,7 +34,7 @@ struct InTurn {
   }
 
   static __device__ __forceinline__ bool ready(Loader& l, const Run& run) {
-    return l.choose(run, kCount);
+    return l.template choose<kCount>(run);
   }
   static __device__ __forceinline__ u32 stored(const Block& b, const Run& run, u32 row, int) {
     return load_shared(&b.shared.chosen[slot(run, row)]) * kRows + in_matrix(run, row);
@@ -78,7 +78,7 @@ struct SideBySide : Straight {
   static __device__ __forceinline__ Choice choice(const Run& run) { return Choice::of(run); }
 
   static __device__ __forceinline__ bool ready(Loader& l, const Run& run) {
-    return l.choose(run, kCount);
+    return l.template choose<kCount>(run);
   }
   static __device__ __forceinline__ u32 stored(const Block& b, const Run& run, u32 row, int part) {
     return load_shared(&b.shared.chosen[part]) * kRows + run.first + row;
