@@ -103,6 +103,7 @@ def test_logits_equal_the_dequantised_model(folders: tuple[Path, np.ndarray], ba
         ("qwen2_moe", "blocks"),
         ("qwen2_moe", "tensor"),
         ("deepseek_v32", "blocks"),
+        ("deepseek_v32", "channel"),
     ],
 )
 def test_logits_of_experts_equal_the_dequantised_model(
