@@ -302,6 +302,8 @@ FOLLOWING = [(2, 60 + i) for i in range(11)]
         (SCATTERED, {"dtype": DType.F8E4M3, "tokens": 4, "biases": True, "scaled": (3, 32)}),
         (FOLLOWING, {"dtype": DType.F8E4M3, "tokens": 11, "feed": False}),
         (FOLLOWING, {"dtype": DType.F8E4M3, "tokens": 11, "feed": False, "scaled": (1, 100)}),
+        (FOLLOWING, {"dtype": DType.F8E4M3, "tokens": 11, "feed": False, "scaled": (4, 7)}),
+        (SCATTERED, {"dtype": DType.F8E4M3, "tokens": 4, "scaled": (5, 1)}),
     ],
 )
 def test_equals_the_definition(
@@ -605,17 +607,9 @@ def test_programs_of_other_machines_are_refused(pools: dict[int, Pool]) -> None:
         with pytest.raises(UserError, match=message):
             CpuBackend(changed, weights_of(program), {}, pools[3])
 
-    def first_buffer(**changes: object) -> Program:
-        index = program.buffer_ids["wq"]
-        buffers = list(program.buffers)
-        buffers[index] = dataclasses.replace(buffers[index], **changes)  # type: ignore[arg-type]
-        return dataclasses.replace(program, buffers=tuple(buffers))
-
     refused(dataclasses.replace(program, machine=machine.NULL), "streams through rings")
     two = dataclasses.replace(program.machine, devices=2)
     refused(dataclasses.replace(program, machine=two), "for 2 devices")
-    scale = Buf(program.buffer_ids["norm_1"])
-    refused(first_buffer(scale=scale, block=(8, 8)), "'wq' has a scale for every 8 columns")
     with pytest.raises(UserError, match="has 3 workers, but the pool has 2 threads"):
         CpuBackend(program, weights_of(program), {}, pools[2])
 

@@ -163,9 +163,12 @@ def test_sampling(dense: Tiny) -> None:
 def test_what_the_cpu_lacks_the_interpreter_does(
     dense: Tiny, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cpu, "SCALE_COLUMNS", 256)
+    def refuse(*_: Any) -> None:
+        raise UserError("the CPU back end does not run it")
+
+    monkeypatch.setattr(cpu, "_check_runnable", refuse)
     made = generator(dense.folder, max_new_tokens=3)
-    assert "the CPU back end accepts multiples of 256; the interpreter" in capsys.readouterr().err
+    assert "does not run it; the interpreter takes its place" in capsys.readouterr().err
     assert made.generate(PROMPT, False) == dense.text(dense.greedy(dense.ids(PROMPT), 3))
     made.cleanup()
     with pytest.raises(UserError, match="the model is not loaded"):

@@ -18,14 +18,13 @@ from tilert.backends.cpu import _core
 from tilert.errors import UserError
 from tilert.ir.dtype import DType
 from tilert.ir.encode import to_bytes
-from tilert.ir.program import NONE, PAGE, Buf, Buffer, Kind, Program
+from tilert.ir.program import PAGE, Buf, Buffer, Kind, Program
 from tilert.ops import Attention, IndexRope, IndexScore, LatentAttention, LatentRope, Rope
 
 __all__ = ["CpuBackend", "Pool", "allocate_caches", "make_pool"]
 
 ALIGN = 64  # bytes; a cache line
 MAX_THREADS = 1024
-SCALE_COLUMNS = 16  # kScaleColumns of kernels.h
 ISAS = ("portable", "avx2", "avx512")
 LOOK = 0.1  # seconds between looks for KeyboardInterrupt while waiting
 TRACE_COLUMNS = ("worker", "run", "step", "wait_begin", "start", "end")
@@ -205,16 +204,6 @@ def _check_runnable(program: Program, pool: Pool) -> None:
         raise UserError(
             f"the program has {len(program.queues)} workers, but the pool has {pool.size} threads"
         )
-    for buffer in program.buffers:
-        if (
-            buffer.scale != NONE
-            and buffer.block[1] % SCALE_COLUMNS
-            and buffer.block[1] < buffer.cols
-        ):
-            raise UserError(
-                f"weight '{buffer.label}' has a scale for every {buffer.block[1]} columns; the CPU back end"
-                f" accepts multiples of {SCALE_COLUMNS}"
-            )
 
 
 def _weight(buffer: Buffer, bank: int, weights: Mapping[str, np.ndarray]) -> list[np.ndarray]:

@@ -14,15 +14,13 @@ namespace tilert {
 
 constexpr int kFewTokens = 8;  // up to here a product streams weights past the activations
 
-// A stored matrix or vector. e4m3 has scales: [ceil(n / block_rows), ceil(k / block_cols)], where
-// block_cols is a multiple of kScaleColumns or all of k.
+// A stored matrix or vector. e4m3 has scales: [ceil(n / block_rows), ceil(k / block_cols)].
 struct Weight {
   const void* data;
   DType dtype;
   const float* scales = nullptr;
   int block_rows = 1, block_cols = 1;
 };
-constexpr int kScaleColumns = 16;  // so that no vector needs two scales
 
 // y[t, r] = epilogue(sum_i x[t, i] * w[r, i] + bias[r]); see ops/linear.py for the epilogues.
 struct LinearArgs {

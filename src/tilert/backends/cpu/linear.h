@@ -58,6 +58,14 @@ inline float scale_at(const Weight& w, int k, int row, int col) {
   return w.scales[static_cast<int64_t>(row / w.block_rows) * across + col / w.block_cols];
 }
 
+// The scales of `width` columns from `col` on, which may be in several blocks.
+inline Vec scales_at(const Weight& w, int k, int row, int col, int width) {
+  if (col % w.block_cols + width <= w.block_cols) return splat(scale_at(w, k, row, col));
+  Vec v{};
+  for (int i = 0; i < width; i++) v[i] = scale_at(w, k, row, col + i);
+  return v;
+}
+
 // sums[r][t] += x[t][begin..end) * w[r][begin..end) for kR rows of w and kT tokens of arranged x.
 template <int kR, int kT, typename T>
 inline void accumulate(Vec (&sums)[kR][kT], const T* w, const float* x, int64_t ldx, int k,
@@ -175,7 +183,7 @@ inline void pack(float* panel, const Weight& w, int k, int row, int end, int fro
       for (int r = 0; r < live; r++) {
         const T* q = p + static_cast<int64_t>(r) * k + i;
         v[r] = width == kLanes ? load(q) : load_tail(q, width);
-        if constexpr (std::is_same_v<T, F8>) v[r] *= scale_at(w, k, row + r0 + r, from + i);
+        if constexpr (std::is_same_v<T, F8>) v[r] *= scales_at(w, k, row + r0 + r, from + i, width);
       }
       transpose(v);
       for (int j = 0; j < width; j++) store(panel + (i + j) * kPanel + r0, v[j]);

@@ -44,10 +44,7 @@ Bank Operands::bank(int buffer, int bank, int64_t rows, int64_t cols) const {
   if (b.cols != cols) reject(name + " has longer rows");
   std::vector<char*> scales(bank, nullptr);
   if (b.scale >= 0) {
-    if (b.block_rows < 1 || b.block_cols < 1 ||
-        (b.block_cols < cols && b.block_cols % kScaleColumns)) {
-      reject(name + " has blocks of scales that the CPU does not read");
-    }
+    if (b.block_rows < 1 || b.block_cols < 1) reject(name + " has empty blocks of scales");
     one.block_rows = b.block_rows, one.block_cols = b.block_cols;
     const int64_t down = (rows + b.block_rows - 1) / b.block_rows;
     const int64_t across = (cols + b.block_cols - 1) / b.block_cols;
