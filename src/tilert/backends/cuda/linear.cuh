@@ -24,8 +24,9 @@ struct Linear {
   using Operand = typename Product::Operand;
   using In = Inputs<Product>;
   static constexpr bool kRowScaled = Scales::kGiven && !Product::kScaled;  // sums are multiplied
-  static constexpr bool kByChoice = Source::kChosen && Scales::kGiven;  // of scales, by the warps
-  static constexpr int kFinishers = kChunkRows * kTokens / 32;          // warps that finish a chunk
+  // All inputs say themselves whether they are there; a choice does not.
+  static constexpr bool kSelfTold = Input::kTagged && !Source::kChosen;
+  static constexpr int kFinishers = kChunkRows * kTokens / 32;  // warps that finish a chunk
 
   static __device__ __forceinline__ bool stream(Loader& l, const Run& run) {
     return T::stream(l, run);
@@ -136,14 +137,22 @@ struct Linear {
     if (finisher == 0 && lane() == 0) signal<kTagged>(b, run);
   }
 
+  // Those of the first tile; others follow as they are needed.
+  static __device__ __forceinline__ void fetch_scales(const Run& run,
+                                                      typename Source::Choice& choice, Operand& x) {
+    if constexpr (Scales::kGiven) choice = Source::choice(run);
+    if constexpr (Product::kScaled) Product::load_scales(run, 0, choice, x);
+  }
+
   static __device__ __forceinline__ bool consume(Block& b, const Run& run) {
     typename In::template Held<Input> held;
     In::prefetch(run, held);
     Operand x(b);
-    if constexpr (Product::kScaled && !kByChoice) Product::load_scales(run, 0, {}, x);
-    if (!wait_for_inputs < Input::kTagged && !kByChoice > (b, run)) return false;
     typename Source::Choice choice;
-    if constexpr (kByChoice) choice = Source::choice(run);
+    const bool known = Source::known(run);
+    if (known) fetch_scales(run, choice, x);
+    if (!wait_for_inputs<kSelfTold>(b, run)) return false;
+    if (!known) fetch_scales(run, choice, x);
     In::make(b, run, held, x);
     for (u32 begin = 0; begin < run.count; begin += kChunkRows) {
       const int finisher = (warp() - begin / kChunkRows * kFinishers) % kWarps;

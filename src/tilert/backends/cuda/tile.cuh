@@ -50,6 +50,7 @@ struct Straight {
   static constexpr int kParts = 1;
   struct Choice {};  // what the warps know of it
   static __device__ __forceinline__ Choice choice(const Run&) { return {}; }
+  static __device__ __forceinline__ bool known(const Run&) { return true; }  // before its waits
 
   // The loader's side. False: the launch has ended.
   static __device__ __forceinline__ bool ready(Loader&, const Run&) { return true; }
