@@ -289,8 +289,11 @@ def test_what_was_measured_before_counts_until_a_model_is_tuned(
 ) -> None:
     size = sum(array.nbytes for array in tunable(glassllm).runner.weights.values())
     entries = (
-        Shipped("another GPU", 10 * size, {"window": 4}), Shipped("emulated", size - 1, {"window": 4}),
-        Shipped("emulated", size, {"window": 1, "slots": 3}), Shipped("emulated", 10 * size, {"window": 3}),
+        Shipped("another GPU", 0, 10 * size, {"window": 4}),
+        Shipped("emulated", 0, size - 1, {"window": 4}),
+        Shipped("emulated", size + 1, 10 * size, {"window": 4}),
+        Shipped("emulated", size, size, {"window": 1, "slots": 3}),
+        Shipped("emulated", 0, 10 * size, {"window": 3}),
     )  # fmt: skip
     tuning.setattr(shipping, "SHIPPED", entries)
     model = tunable(glassllm)
@@ -304,7 +307,7 @@ def test_what_comes_with_tilert_fits_its_cards(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every entry, and one of another field; other cards and larger models get nothing."""
-    entries = (*SHIPPED, Shipped("H200", 1_300_000_000, {"window": 2}))
+    entries = (*SHIPPED, Shipped("H200", 0, 1_300_000_000, {"window": 2}))
     monkeypatch.setattr(shipping, "SHIPPED", entries)
     for entry in entries:
         own = by_name(entry.card)
