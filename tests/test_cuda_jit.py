@@ -93,7 +93,8 @@ def test_kernels_compile_for_every_target(name: str, arch: str, tmp_path: Path) 
     )
     used = cubin.resources[KERNEL]
     assert used.registers <= 168
-    assert max(used.stack, used.spill_stores) <= 512, used
+    mixture = "num_experts" in SHAPES[name] or "num_local_experts" in SHAPES[name]
+    assert max(used.stack, used.spill_stores) <= (512 if mixture else 256), used
 
 
 @pytest.mark.parametrize("name", SHAPES)
