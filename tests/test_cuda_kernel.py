@@ -43,6 +43,12 @@ BASE: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 16, "tie_word_embeddings": True,
 }  # fmt: skip
+# Latent attention with dense layers.
+LATENT: dict[str, Any] = {
+    "model_type": "deepseek_v3", "head_dim": None, "num_key_value_heads": 4, "q_lora_rank": 32,
+    "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16,
+    "first_k_dense_replace": 2, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
 # name: (changes of the config, type of the weights, workers, changes of the machine)
 MODELS: dict[str, tuple[dict[str, Any], DType, int, dict[str, int]]] = {
     "llama": ({}, DType.BF16, 3, {}),
@@ -77,6 +83,12 @@ MODELS: dict[str, tuple[dict[str, Any], DType, int, dict[str, int]]] = {
     "many-splits": ({"model_type": "mistral", "sliding_window": 40}, DType.BF16, 9, {"splits": 16}),
     "dealt-evenly": ({"intermediate_size": 176}, DType.BF16, 5, {"even": True, "splits": 3}),
     "mistral-window": ({"model_type": "mistral", "sliding_window": 40}, DType.BF16, 3, {}),
+    "latent": (LATENT, DType.BF16, 3, {}),
+    "latent-deep-ring": ({**LATENT, "q_lora_rank": None, "rope_interleave": False}, DType.BF16, 9,
+                         {"slots": 9}),
+    "latent-512": ({**LATENT, "num_hidden_layers": 1, "num_attention_heads": 32,
+                    "num_key_value_heads": 32, "kv_lora_rank": 512, "qk_rope_head_dim": 64},
+                   DType.BF16, 5, {"slots": 9, "slot_bytes": 20480, "window": 3}),
 }  # fmt: skip
 
 
@@ -171,8 +183,10 @@ def begin(backend: CudaBackend | Interpreter, token: int, position: int) -> None
 @pytest.mark.parametrize("position", [0, 62, 200])
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_equal_the_interpreter(name: str, position: int, devices: Devices) -> None:
-    """Three tokens from each position, page borders among them; queries and weights of attention are
-    rounded to bf16 on the device."""
+    """Three tokens from each position, page borders among them; weights of attention are rounded to bf16
+    on the device. Queries of latents have been rounded once more on their way there, so that sums which
+    differ in their last bits may differ by a whole bf16 more often."""
+    most = 0.02 if "latent" in name else 0.01
     device = devices(position)
     made, interpreter = loaded(*compiled(name), device)
     for each in (made, interpreter):
@@ -181,7 +195,7 @@ def test_logits_equal_the_interpreter(name: str, position: int, devices: Devices
         (expected,) = interpreter.steps(1)
         (token,) = made.steps(1)
         logits, wanted = made.read("logits")[0], interpreter.read("logits")[0]
-        assert np.abs(logits - wanted).max() < 0.01 * np.abs(wanted).max()
+        assert np.abs(logits - wanted).max() < most * np.abs(wanted).max()
         assert token[0] == logits.argmax()
         made.state["tokens"][0, 0] = expected[0]
 

@@ -26,6 +26,8 @@ from tilert.ops import (
     Combine,
     Draw,
     Embed,
+    LatentAttention,
+    LatentRope,
     Linear,
     NextToken,
     Sift,
@@ -127,12 +129,15 @@ class _Params(ctypes.Structure):
 
 
 def cache_shapes(program: Program, pages: int) -> dict[str, tuple[int, int, int, int]]:
-    """Shape [pages, kv_heads, 64, head_dim] of each cache by buffer name."""
+    """Shape [pages, kv_heads, 64, head_dim] of each cache by buffer name; of latents there is one head."""
     shapes: dict[str, tuple[int, int, int, int]] = {}
     for op in program.ops:
         if isinstance(op, Attend):
             for buf in (op.k_cache, op.v_cache):
                 shapes[program.buffers[buf].name] = (pages, op.kv_heads, PAGE, op.head_dim)
+        elif isinstance(op, LatentRope):
+            b = program.buffers[op.latent_cache]
+            shapes[b.name] = (pages, 1, PAGE, b.cols)
     return shapes
 
 
@@ -400,10 +405,16 @@ def _add_ranks(record: Any, program: Program, index: int, tags: Tags) -> None:
             record["x"] += writer(op.x)
         if op.epilogue == ADD and op.y in tags.writers:
             record["x2"] = writer(op.y)
-    elif isinstance(op, Attend):
-        for name, buf in (("x", op.q), ("x2", op.k), ("x3", op.v)):
-            if buf in tags.writers:
-                record[name] += writer(buf)
+    operands: tuple[tuple[str, Buf], ...] = ()
+    if isinstance(op, Attend):
+        operands = ("x", op.q), ("x2", op.k), ("x3", op.v)
+    elif isinstance(op, LatentRope):
+        operands = (("x2", op.kv),)
+    elif isinstance(op, LatentAttention):
+        operands = (("x", op.q),)
+    for name, buf in operands:
+        if buf in tags.writers:
+            record[name] += writer(buf)
     if tags.silent(index):
         record["y"] += tags.rank[index] % TAGS << RANK_SHIFT
 
@@ -422,7 +433,7 @@ def _resolve(record: Any, program: Program, run: Run, at: list[int]) -> None:
         record["bias"], record["bias_up"] = home(op.bias, begin, 1), home(op.bias_up, begin, 1)
         scales = (program.buffers[w].scale if w != NONE else NONE for w in (op.w, op.w_up))
         record["scale"], record["scale_up"] = (home(scale) for scale in scales)
-        record["norm"], record["x"], record["y"] = home(op.norm), at[op.x], at[op.y] + op.y_col
+        record["norm"], record["x"], record["y"] = home(op.norm), at[op.x] + op.x_col, at[op.y] + op.y_col
         return
     record["first"], record["count"] = run.lo, run.hi - run.lo
     if isinstance(op, Attend):
@@ -430,6 +441,13 @@ def _resolve(record: Any, program: Program, run: Run, at: list[int]) -> None:
         record["norm"], record["norm2"] = home(op.q_norm), home(op.k_norm)
         record["bias_up"] = at[op.table]
         record["x"], record["x2"], record["x3"] = at[op.q], at[op.k] + op.k_col, at[op.v] + op.v_col
+    elif isinstance(op, LatentRope):
+        record["w"], record["norm"], record["bias_up"] = at[op.latent_cache], at[op.weight], at[op.table]
+        record["x"], record["x2"] = at[op.q] + op.q_col, at[op.kv] + op.kv_col
+    elif isinstance(op, LatentAttention):
+        record["w"], record["y"] = at[op.latent_cache], at[op.y]
+        record["x"], record["x2"] = at[op.q], at[op.q_rope] + op.q_col
+        record["x3"] = 0 if op.selected == NONE else at[op.selected]
     elif isinstance(op, Embed):
         record["w"], record["y"] = at[op.table], at[op.y]
     elif isinstance(op, Argmax):

@@ -5,21 +5,25 @@ from __future__ import annotations
 from tilert.errors import UserError
 from tilert.ir.dtype import DType
 from tilert.ir.program import Program
-from tilert.ops import Attend, Draw, Linear
+from tilert.ops import Attend, Draw, LatentAttention, LatentRope, Linear
 
 SLOT_PAD = 128  # bytes behind a slot: rows that are not aligned arrive with their neighbours' bytes
 DRAW_BYTES = 13 << 10  # struct DrawScratch
 RUN_BYTES, WAIT_BYTES = 96, 4  # struct Run, struct Wait
 MIN_SLOTS = 2
 X_BYTES = 256 * 128 * 4  # half of the registers of the threads that compute
+UNIT_ROWS = 16  # of a latent cache, in a slot
+TAKEN_ROWS = 64  # of a latent cache, at once
 MAX_ROWS = 32  # of query heads, of all tokens of a step: two blocks of 16 for the matrix units
 
 
 def step_rows(program: Program) -> int:
     """Most tokens of a step (1, 2, 4 or 8), from the program of one: each block holds x' of all of them.
 
-    One where a product does not go through the matrix units.
+    One where a product does not go through the matrix units, and with latent attention.
     """
+    if any(isinstance(op, LatentAttention) for op in program.ops):
+        return 1
     linears = [op for op in program.ops if isinstance(op, Linear)]
     if any(op.x_type == DType.F32 for op in linears):
         return 1
@@ -42,6 +46,8 @@ def scratch_bytes(program: Program) -> int:
         if isinstance(op, Attend)
     ]
     sizes += [DRAW_BYTES for op in program.ops if isinstance(op, Draw)]
+    sizes += [_latent_bytes(op) for op in program.ops if isinstance(op, LatentAttention)]
+    sizes += [4 * (op.lora + op.rope) for op in program.ops if isinstance(op, LatentRope)]
     return -(-max([256, *sizes]) // 16) * 16
 
 
@@ -50,6 +56,12 @@ def _attend_bytes(group: int, head_dim: int, tokens: int) -> int:
     halves = (-(-rows // 16) * 16 + 2 * tokens) * head_dim
     raw, merged = tokens * (group + 2) * head_dim, 4 * min(rows, 16) * (head_dim + 2)
     return 2 * halves + 4 * (tokens * head_dim + max(raw, merged) + rows)
+
+
+def _latent_bytes(op: LatentAttention) -> int:
+    listed = -(-(-(-op.topk // op.splits)) // UNIT_ROWS) * UNIT_ROWS + 4
+    scores = 2 * 16 * (TAKEN_ROWS + 8)
+    return 2 * 17 * (op.lora + op.rope) + 4 * (scores + listed)
 
 
 def queue_bytes(program: Program) -> int:

@@ -15,14 +15,19 @@ struct Either<false, A, B> {
   using Type = B;
 };
 
+// kBlockRows: rows of a block of a block-diagonal product, whose x is kBlockStride behind that of the
+// block before; 0 where all rows have the same x.
 template <int kK, class Type, int kTileRows, int kEpilogue, bool kTagged, bool kNarrow,
-          bool kOnMatrixUnits, int kPitch, class Input, class Bias, class Scales>
+          bool kOnMatrixUnits, int kPitch, class Input, class Bias, class Scales, int kBlockRows,
+          int kBlockStride>
 struct Linear {
   using T = Tile<kK, Type, kTileRows, kEpilogue == kGate ? 2 : 1>;
   using Product = typename Either<kOnMatrixUnits, Matrix<T, Scales>, Scalar<T, Scales>>::Type;
   using Operand = typename Product::Operand;
   using In = Inputs<Product>;
   static constexpr bool kRowScaled = Scales::kGiven && Scales::kCols >= kK;  // sums are multiplied
+  static_assert(kBlockRows % kTileRows == 0 && (kBlockRows == 0 || !Input::kNormed),
+                "a tile lies in one block");
   static constexpr int kFinishers = kChunkRows * kTokens / 32;  // warps that finish a chunk
 
   static __device__ __forceinline__ bool stream(Loader& l, const Run& run) {
@@ -83,7 +88,6 @@ struct Linear {
   static __device__ __forceinline__ Rest fetch_rest(const Block& b, const Run& run,
                                                     const Place& at) {
     Rest rest;
-    if (at.row >= run.count) return rest;
     if constexpr (kEpilogue == kAdd) {
       const float* const old[1] = {b.at(run.y) + at.y};
       const u32 tag[1] = {b.tag(run.x2)};
@@ -110,7 +114,6 @@ struct Linear {
 
   static __device__ __forceinline__ void finish(Block& b, const Run& run, const Place& at,
                                                 const Rest& rest) {
-    if (at.row >= run.count) return;
     const float factor = In::template Factor<Input>::of(b, at.token);
     float y = finished(b, run, at, 0, factor * rest.scale);
     if constexpr (kEpilogue == kGate)
@@ -134,14 +137,32 @@ struct Linear {
     Operand x;
     if constexpr (Product::kScaled) Product::load_scales(run, 0, x);
     if (!wait_for_inputs<Input::kTagged>(b, run)) return false;
-    In::make(b, run, held, x);
-    for (u32 begin = 0; begin < run.count; begin += kChunkRows) {
+    for (u32 first = 0; first < run.count;) {
+      const u32 end = block_end(run, first);
+      In::make(b, run, kBlockRows ? (run.first + first) / kBlockRows * kBlockStride : 0, held, x);
+      multiply_rows(b, run, x, first, end);
+      first = end;
+    }
+    return true;
+  }
+
+ private:
+  // The end of the rows of the run that have the same x as row `first`.
+  static __device__ __forceinline__ u32 block_end(const Run& run, u32 first) {
+    if constexpr (kBlockRows == 0) return run.count;
+    return min(first + kBlockRows - (run.first + first) % max(kBlockRows, 1), run.count);
+  }
+
+  // Rows [first, last) of the run.
+  static __device__ __forceinline__ void multiply_rows(Block& b, const Run& run, Operand& x,
+                                                       u32 first, u32 last) {
+    for (u32 begin = first; begin < last; begin += kChunkRows) {
       const int finisher = (warp() - begin / kChunkRows * kFinishers) % kWarps;
       const bool mine = finisher < kFinishers;
       const Place at(run, begin, finisher * 32 + lane());
-      const u32 end = min(begin + kChunkRows, run.count);
+      const u32 end = min(begin + kChunkRows, last);
       Rest rest;
-      if (mine) rest = fetch_rest(b, run, at);
+      if (mine && at.row < last) rest = fetch_rest(b, run, at);
       for (u32 r = begin; r < end;) {
         if constexpr (Product::kScaled) Product::load_scales(run, r, x);
         if constexpr (Product::kTogether > 1) {
@@ -156,11 +177,10 @@ struct Linear {
       }
       sync_consumers();
       if (mine) {
-        finish(b, run, at, rest);
+        if (at.row < last) finish(b, run, at, rest);
         if (end == run.count) tell(b, run, finisher);
       }
       ++b.chunk;
     }
-    return true;
   }
 };

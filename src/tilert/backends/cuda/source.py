@@ -10,7 +10,7 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
-from tilert.backends.cuda.limits import SLOT_PAD, scratch_bytes, shared_struct_bytes
+from tilert.backends.cuda.limits import SLOT_PAD, UNIT_ROWS, scratch_bytes, shared_struct_bytes
 from tilert.errors import UserError
 from tilert.ir.dtype import DType
 from tilert.ir.program import NONE, PAGE, Buf, Op, Program
@@ -23,6 +23,8 @@ from tilert.ops import (
     Combine,
     Draw,
     Embed,
+    LatentAttention,
+    LatentRope,
     Linear,
     NextToken,
     Sift,
@@ -32,7 +34,7 @@ from tilert.ops import (
 FOLDER = Path(__file__).parent
 HEADERS = (
     "ptx.cuh", "program.cuh", "tile.cuh", "inputs.cuh", "products.cuh", "linear.cuh", "attend.cuh",
-    "sample.cuh", "draw.cuh",
+    "sample.cuh", "draw.cuh", "mla.cuh",
 )  # fmt: skip
 KERNEL = "tilert_program"
 
@@ -86,6 +88,8 @@ def _type(program: Program, op: Op, tags: Tags) -> str:
             f" {_bits(op.eps)}, {_bits(op.scale)},"
             f" {', '.join(str(program.buffers[b].cols) for b in (op.q, op.k, op.v))}>"
         )
+    if isinstance(op, LatentRope | LatentAttention):
+        return _latent(program, op, tags)
     if isinstance(op, Combine):
         return (
             f"Combine<{op.kv_heads}, {op.group}, {op.head_dim}, {op.splits}, {op.window},"
@@ -112,6 +116,25 @@ def _check_heads(program: Program, op: Attend) -> None:
         )
 
 
+def _latent(program: Program, op: LatentRope | LatentAttention, tags: Tags) -> str:
+    width, slot = op.lora + op.rope, program.machine.slot_bytes
+    if op.lora % 16 or op.rope % 16 or op.nope % 4 or 2 * UNIT_ROWS * width > slot:
+        raise UserError(
+            f"the model has latents of {op.lora} and rotated keys of {op.rope} elements; the back end 'cuda'"
+            f" accepts multiples of 16, together up to {slot // (2 * UNIT_ROWS)}; 'cpu' runs it"
+        )
+    assert op.q_col % 4 == 0, "a piece of a head is loaded as four words"
+    if isinstance(op, LatentRope):
+        return (
+            f"LatentRope<{op.heads}, {op.nope}, {op.rope}, {op.lora}, {_flag(bool(op.interleave))},"
+            f" {_flag(op.kv in tags.writers)}, {_weight(program, op.weight)}, {_bits(op.eps)}>"
+        )
+    return (
+        f"LatentAttention<{op.tile_heads}, {op.nope}, {op.rope}, {op.lora}, {op.splits}, {op.topk},"
+        f" {_flag(op.q in tags.writers)}, {_bits(op.scale)}>"
+    )
+
+
 def _flag(value: bool) -> str:
     return "true" if value else "false"
 
@@ -127,14 +150,27 @@ def _linear(program: Program, op: Linear, tags: Tags) -> str:
     if op.norm != NONE:
         source = f"Normed<{checked}, {_weight(program, op.norm)}, {_bits(op.eps)}>"
     elif op.splits > 1:
-        window = next(o.window for o in program.ops if isinstance(o, Attend) and o.y == op.x)
-        source = f"Merged<{op.splits}, {op.group}, {op.head_dim}, {window}>"
+        source = f"Merged<{op.splits}, {op.group}, {op.head_dim}, {_active(program, op)}>"
+    block_rows, stride = op.n // op.groups if op.groups > 1 else 0, op.x_stride
+    if op.splits > 1:
+        stride = op.splits * (op.head_dim + 2)
     epilogue = ("kStore", "kAdd", "kGate")[op.epilogue]
     return (
         f"Linear<{op.k}, {_weight(program, op.w)}, {op.tile_rows}, {epilogue},"
         f" {_flag(op.y in tags.writers)}, {_narrow(program, op.y)}, {_flag(op.x_type != DType.F32)},"
-        f" {program.buffers[op.y].cols}, {source}, {_weight(program, op.bias)}, {_scales(program, op)}>"
+        f" {program.buffers[op.y].cols}, {source}, {_weight(program, op.bias)}, {_scales(program, op)},"
+        f" {block_rows}, {stride if block_rows else 0}>"
     )
+
+
+def _active(program: Program, op: Linear) -> str:
+    """Which of the shares that a product merges hold something."""
+    made = next(
+        o for o in program.ops if isinstance(o, Attend | LatentAttention) and o.y == op.x
+    )
+    if isinstance(made, Attend):
+        return f"PastPages<{made.window}>"
+    return "EveryShare" if made.topk else "SeenPages"
 
 
 def _scales(program: Program, op: Linear) -> str:
