@@ -602,23 +602,74 @@ def unknown_epilogue() -> Program:
 
 
 @breaks("structure")
-def expert_outside_the_bank() -> Program:
-    return with_op(GOOD["experts"], 1, bank=4)
+def experts_outside_the_bank() -> Program:
+    return with_op(GOOD["experts"], 3, bank=5)
 
 
 @breaks("structure")
-def bank_without_a_choice() -> Program:
-    return with_op(GOOD["experts"], 1, expert=NONE)
+def matrices_of_a_bank_with_other_rows() -> Program:
+    return with_op(GOOD["experts"], 3, n=4)
+
+
+@breaks("structure")
+def bank_for_an_op_that_takes_one_matrix() -> Program:
+    return with_op(GOOD["experts"], 1, w=buffer_id(GOOD["experts"], "gate"))
+
+
+@breaks("structure")
+def choice_of_floats() -> Program:
+    return with_op(GOOD["experts"], 3, chosen=buffer_id(GOOD["experts"], "weights"))
+
+
+@breaks("structure")
+def more_experts_chosen_than_there_are() -> Program:
+    return with_op(GOOD["experts"], 2, top_k=5)
+
+
+@breaks("structure")
+def more_experts_chosen_than_the_kept_groups_hold() -> Program:
+    return with_op(GOOD["experts"], 2, n_group=4)
+
+
+@breaks("structure")
+def experts_that_do_not_divide_into_groups() -> Program:
+    return with_op(GOOD["experts"], 2, n_group=3)
+
+
+@breaks("structure")
+def unknown_scoring() -> Program:
+    return with_op(GOOD["experts"], 2, scoring=2)
 
 
 @breaks("structure")
 def rows_that_do_not_divide_into_a_bank() -> Program:
-    return with_buffer(GOOD["experts"], "bank", rows=25)
+    return with_buffer(GOOD["experts"], "gate", rows=33)
 
 
 @breaks("structure")
 def too_few_block_scales() -> Program:
-    return with_buffer(GOOD["experts"], "down.scale", rows=3)
+    return with_buffer(GOOD["experts"], "down.scale", rows=11)  # as if blocks crossed the matrices
+
+
+@breaks("ordering")
+def experts_without_a_wait_for_the_choice() -> Program:
+    return without_wait(GOOD["experts"], 0, 3)
+
+
+@breaks("coverage")
+def experts_before_the_choice() -> Program:
+    d = programs.experts_draft(cpu(2))
+    d.ops[2], d.ops[3] = d.ops[3], d.ops[2]
+    phased(d)
+    return d.program()
+
+
+@breaks("choice")
+def loader_that_trusts_the_waits_of_its_queue() -> Program:
+    """The last wait of ExpertDown is the one for the choice; its worker knows that already."""
+    program = GOOD["streamed_experts"]
+    position = next(i for i, run in enumerate(program.queues[0]) if run.op == 4)
+    return without_wait(program, 0, position, -1)
 
 
 @breaks("structure")

@@ -35,6 +35,8 @@ LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
 LONG = {"rope_type": "longrope", "rope_theta": 10000.0, "factor": 4.0, "short_factor": [1.0] * 4,
         "long_factor": [2.0] * 4, "original_max_position_embeddings": 64}  # fmt: skip
 
+MIXTURE = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 20}
+
 # name -> (config class, options)
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {}),
@@ -61,14 +63,22 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1},
     ),
     "qwen3": ("Qwen3Config", {"head_dim": 16}),
+    "qwen3_moe": ("Qwen3MoeConfig", {**MIXTURE, "head_dim": 16, "norm_topk_prob": True}),
+    "qwen3_moe-some-layers": (
+        "Qwen3MoeConfig",
+        {**MIXTURE, "decoder_sparse_step": 2, "mlp_only_layers": [0]},
+    ),
+    "qwen2_moe": ("Qwen2MoeConfig", {**MIXTURE, "shared_expert_intermediate_size": 36}),
+    "mixtral": ("MixtralConfig", {"num_local_experts": 5, "num_experts_per_tok": 2}),
     "mistral": ("MistralConfig", {"sliding_window": 16}),
     "mistral-full": ("MistralConfig", {"sliding_window": None, "head_dim": 32}),
 }
-# Sizes of latent attention, all layers dense. Many index heads: scores of zero, which tie, are rare.
+# Sizes of latent attention, one dense layer before experts. Many index heads: scores of zero, which tie,
+# are rare.
 LATENT = {
     "num_key_value_heads": 6, "q_lora_rank": 20, "kv_lora_rank": 16, "qk_nope_head_dim": 8,
-    "qk_rope_head_dim": 4, "v_head_dim": 12, "first_k_dense_replace": 3, "n_routed_experts": 8,
-    "num_experts_per_tok": 2, "moe_intermediate_size": 16, "n_group": 2, "topk_group": 1,
+    "qk_rope_head_dim": 4, "v_head_dim": 12, "first_k_dense_replace": 1, "n_routed_experts": 8,
+    "num_experts_per_tok": 3, "moe_intermediate_size": 16, "n_group": 4, "topk_group": 2,
 }  # fmt: skip
 INDEX = {**LATENT, "index_n_heads": 16, "index_head_dim": 16, "index_topk": 8}
 LATENT_YARN = {**YARN, "mscale": 1.0, "mscale_all_dim": 0.8}
@@ -102,6 +112,9 @@ def make(name: str, folder: Path, dtype: torch.dtype = torch.float32, **changes:
                 parameter.copy_(torch.randn_like(parameter) * 0.2 + ("norm" in parameter_name))
             else:
                 parameter.copy_(torch.randn_like(parameter) * 0.15)
+        for buffer_name, buffer in model.named_buffers():
+            if "correction_bias" in buffer_name:  # it starts as zeros
+                buffer.copy_(torch.randn_like(buffer) * 0.2)
     model.save_pretrained(folder)
     return model
 

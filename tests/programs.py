@@ -18,7 +18,20 @@ from tilert.ir.machine import Machine, cpu
 from tilert.ir.program import NONE, Buf, Buffer, Counter, Kind, Op, Program, Run, Wait
 from tilert.models import load_config
 from tilert.models.decoder import build as build_graph
-from tilert.ops import Argmax, Attention, Combine, Embed, Linear, NextToken, Norm, Rope
+from tilert.ops import (
+    Argmax,
+    Attention,
+    Combine,
+    Embed,
+    ExpertDown,
+    ExpertGate,
+    Linear,
+    NextToken,
+    Norm,
+    Rope,
+    Route,
+)
+from tilert.ops.experts import SOFTMAX
 from tilert.ops.linear import ADD, GATE, STORE
 
 VOCAB, HIDDEN, CONTEXT = 12, 16, 128
@@ -106,11 +119,11 @@ def with_tickets(program: Program) -> Program:
 
 def linear(
     x: Buf, w: Buf, y: Buf, counts: Buf, *, k: int, n: int, tile: int, rows: int = 1,
-    epilogue: int = STORE, w_up: Buf = NONE, bias: Buf = NONE, norm: Buf = NONE, expert: Buf = NONE,
-    bank: int = 1, count_index: int = 0, y_col: int = 0,
+    epilogue: int = STORE, w_up: Buf = NONE, bias: Buf = NONE, norm: Buf = NONE,
+    count_index: int = 0, y_col: int = 0,
 ) -> Linear:  # fmt: skip
-    return Linear(x, w, w_up, bias, NONE, norm, expert, y, counts, count_index, rows, k, n, bank,
-                  y_col, tile, epilogue, 1e-5)  # fmt: skip
+    return Linear(x, w, w_up, bias, NONE, norm, y, counts, count_index, rows, k, n, y_col, tile,
+                  epilogue, 1e-5)  # fmt: skip
 
 
 def phased(
@@ -318,19 +331,50 @@ def devices() -> Program:
     return d.program()
 
 
+def experts_draft(machine: Machine, rows: int = 1) -> Draft:
+    """A mixture of two of four experts: banks in f16, the last in FP8 with block scales that no matrix
+    shares with the next."""
+    d = Draft(machine, rows, rows)
+    counts, tokens = d.state("counts", 2), d.state("tokens", rows)
+    x, h = d.work("x", rows, HIDDEN), d.work("h", rows, 2 * 8)
+    logits, weights = d.work("router", rows, 4), d.work("weights", rows, 2)
+    chosen = d.work("chosen", rows, 2)
+    d.buffers[chosen] = replace(d.buffers[chosen], dtype=DType.I32)
+    gate, up = (
+        d.add(Buffer(name, Kind.WEIGHT, DType.F16, 4 * 8, HIDDEN, bank=4))
+        for name in ("gate", "up")
+    )
+    scale, norm = d.weight("down.scale", 4 * 3, 2), d.weight("norm", 1, HIDDEN)
+    down = d.add(Buffer("down", Kind.WEIGHT, DType.F8E4M3, 4 * HIDDEN, 8, scale=scale, block=(6, 6),
+                        bank=4))  # fmt: skip
+    d.op(Embed(tokens, d.weight("table", VOCAB, HIDDEN), x, counts, VOCAB, rows, HIDDEN, 1))
+    d.op(linear(x, d.weight("wr", 4, HIDDEN), logits, counts, k=HIDDEN, n=4, tile=2, rows=rows,
+                norm=norm))  # fmt: skip
+    d.op(Route(logits, NONE, chosen, weights, counts, rows, 4, 2, 1, 1, SOFTMAX, 1, 1.5))
+    d.op(ExpertGate(x, gate, up, norm, chosen, h, counts, rows, HIDDEN, 8, 4, 2, 4, 1, 1e-5))
+    d.op(ExpertDown(h, down, chosen, weights, x, counts, rows, 8, HIDDEN, 4, 2, 4))
+    _choose(d, x, counts, tokens, rows)
+    return d
+
+
 def experts() -> Program:
-    """A bank of three matrices of which the host picks one, and an FP8 weight with block scales."""
-    d = Draft(cpu(2))
-    counts, tokens, expert = d.state("counts", 2), d.state("tokens", 1), d.state("expert", 1)
-    x, h = d.work("x", 1, HIDDEN), d.work("h", 1, 8)
-    scale = d.weight("down.scale", 4, 2)
-    bank = d.add(Buffer("bank", Kind.WEIGHT, DType.F16, 3 * 8, HIDDEN, bank=3))
-    down = d.add(Buffer("down", Kind.WEIGHT, DType.F8E4M3, HIDDEN, 8, scale=scale, block=(4, 6)))
-    d.op(Embed(tokens, d.weight("table", VOCAB, HIDDEN), x, counts, VOCAB, 1, HIDDEN, 1))
-    d.op(linear(x, bank, h, counts, k=HIDDEN, n=8, tile=2, expert=expert, bank=3))
-    d.op(linear(h, down, x, counts, k=8, n=HIDDEN, tile=2, epilogue=ADD))
-    _choose(d, x, counts, tokens, 1)
+    """A mixture of experts on two workers."""
+    d = experts_draft(cpu(2))
     phased(d)
+    return d.program()
+
+
+def streamed_experts() -> Program:
+    """The same through a ring: who streams what is chosen waits itself for the choice."""
+    d = experts_draft(RING, 2)
+    phased(d)
+    queues, route = d.queues, 2
+    counter = next(run.signal for run in queues[0] if run.op == route)
+    for queue in queues:
+        for i, run in enumerate(queue):
+            if d.ops[run.op].choice != NONE and all(w.counter != counter for w in run.waits):
+                waits = (*run.waits, Wait(counter, d.totals[counter]))
+                queue[i] = replace(run, waits=waits)
     return d.program()
 
 
@@ -352,6 +396,7 @@ def loose() -> Program:
 
 GOOD = {make.__name__: make() for make in (
     greedy, barriers, ring, pipeline, stream, loose, attention, wide, devices, experts,
+    streamed_experts,
 )}  # fmt: skip
 
 
@@ -389,8 +434,7 @@ def make_weights(program: Program) -> dict[str, np.ndarray]:
 def set_state(state: dict[str, np.ndarray], program: Program) -> None:
     """Two tokens when there is room (else one), at the end of a page and near the start."""
     used = min(2, program.tokens)
-    first = {"tokens": [3, 7], "positions": [62, 5], "sequences": [1, 0], "output_rows": [0, 1],
-             "expert": [2]}  # fmt: skip
+    first = {"tokens": [3, 7], "positions": [62, 5], "sequences": [1, 0], "output_rows": [0, 1]}
     for name, array in state.items():
         kind = name.split("@")[0]
         if kind == "counts":

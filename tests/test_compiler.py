@@ -30,6 +30,9 @@ TINY: dict[str, Any] = {
     "max_position_embeddings": 128, "rms_norm_eps": 1e-5,
 }  # fmt: skip
 QWEN3 = {**TINY, "model_type": "qwen3", "head_dim": 16, "tie_word_embeddings": True}
+EXPERTS = {**TINY, "model_type": "qwen2_moe", "num_experts": 4, "num_experts_per_tok": 2,
+           "moe_intermediate_size": 24, "shared_expert_intermediate_size": 40,
+           "mlp_only_layers": [0]}  # fmt: skip
 SMOLLM2 = {**TINY, "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536,
            "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
            "max_position_embeddings": 8192, "tie_word_embeddings": True}  # fmt: skip
@@ -60,7 +63,11 @@ def compiled(
 
 @pytest.mark.parametrize(
     ("name", "config", "target", "tokens"),
-    [("llama-cpu2", TINY, machine.cpu(2), 1), ("qwen3-null-4-tokens", QWEN3, machine.NULL, 4)],
+    [
+        ("llama-cpu2", TINY, machine.cpu(2), 1),
+        ("qwen3-null-4-tokens", QWEN3, machine.NULL, 4),
+        ("qwen2_moe-null-2-tokens", EXPERTS, machine.NULL, 2),
+    ],
 )
 def test_golden_program_text(
     name: str, config: dict[str, Any], target: Machine, tokens: int

@@ -121,7 +121,7 @@ def decoder(
         up = t.weight(f"{name}_up", n, k, dtype) if epilogue == GATE else NONE
         bias = t.weight(f"{name}_bias", 1, n, small) if biases else NONE
         bias_up = t.weight(f"{name}_up_bias", 1, n, small) if biases and up != NONE else NONE
-        t.ops.append(Linear(x, w, up, bias, bias_up, norm, NONE, y, s.counts, 0, tokens, k, n, 1, 0,
+        t.ops.append(Linear(x, w, up, bias, bias_up, norm, y, s.counts, 0, tokens, k, n, 0,
                             tile, epilogue, EPS))  # fmt: skip
 
     t.ops.append(Embed(s.tokens, embed, x, s.counts, VOCAB, tokens, WIDTH, 2))
@@ -601,12 +601,6 @@ def test_programs_of_other_machines_are_refused(pools: dict[int, Pool]) -> None:
     two = dataclasses.replace(program.machine, devices=2)
     refused(dataclasses.replace(program, machine=two), "for 2 devices")
     refused(first_buffer(dtype=DType.F8E4M3), "weight 'wq' is FP8")
-    refused(first_buffer(bank=4), "weight 'wq' is a bank of experts")
-    expert = [
-        dataclasses.replace(op, expert=Buf(0)) if isinstance(op, Linear) else op
-        for op in program.ops
-    ]
-    refused(dataclasses.replace(program, ops=tuple(expert)), "chooses experts")
     with pytest.raises(UserError, match="has 3 workers, but the pool has 2 threads"):
         CpuBackend(program, weights_of(program), {}, pools[2])
 
@@ -615,9 +609,9 @@ def test_binary_programs_are_checked(pools: dict[int, Pool]) -> None:
     program = decoder(1)
     data = encode.to_bytes(program)
     made = backend(program, pools[1])
-    addresses = [(a.ctypes.data, a.nbytes) for a in made._arrays]
+    addresses = [[(a.ctypes.data, a.nbytes) for a in parts] for parts in made._parts]
 
-    def bind(changed: bytes, memory: list[tuple[int, int]] = addresses) -> None:
+    def bind(changed: bytes, memory: list[list[tuple[int, int]]] = addresses) -> None:
         _core.Executor(pools[1].core, pools[1].isa, changed, memory, None)
 
     bind(data)
@@ -634,7 +628,9 @@ def test_binary_programs_are_checked(pools: dict[int, Pool]) -> None:
             with pytest.raises(RuntimeError):
                 bind(changed.tobytes() + data[len(words) * 4 :])
     with pytest.raises(RuntimeError, match="too little memory"):
-        bind(data, [(p, max(0, n - 4)) for p, n in addresses])
+        bind(data, [[(p, max(0, n - 4)) for p, n in parts] for parts in addresses])
+    with pytest.raises(RuntimeError, match="one entry per buffer"):
+        bind(data, [[], *addresses[1:]])
     run = dataclasses.replace(program.queues[0][0], hi=99)
     longer = dataclasses.replace(program, queues=((run, *program.queues[0][1:]),))
     with pytest.raises(RuntimeError, match="ends at tile 99 of 1"):

@@ -41,9 +41,9 @@ KINDS: dict[str, tuple[dict[str, Any], tuple[int | None, int | None], str]] = {
 }
 
 
-def quantize(folder: Path, exact: Path, kind: str) -> None:
+def quantize(folder: Path, exact: Path, kind: str, family: str = "qwen3") -> None:
     """A random model in FP8 in `folder`, and the same numbers in f32 in `exact`."""
-    families.make("qwen3", exact)
+    families.make(family, exact)
     tensors, config = (
         load_file(exact / "model.safetensors"),
         json.loads((exact / "config.json").read_text()),
@@ -51,7 +51,7 @@ def quantize(folder: Path, exact: Path, kind: str) -> None:
     quantization, (rows, cols), suffix = KINDS[kind]
     stored = dict(tensors)
     for name, w in tensors.items():
-        if "_proj" not in name:
+        if "_proj.weight" not in name:
             continue
         block = rows or w.shape[0], cols or w.shape[1]
         grid = [-(-n // b) for n, b in zip(w.shape, block, strict=True)]
@@ -68,14 +68,19 @@ def quantize(folder: Path, exact: Path, kind: str) -> None:
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
 
 
-@pytest.fixture(params=KINDS)
-def folders(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, np.ndarray]:
-    """The FP8 model, and logits of the dequantised one by transformers."""
+def quantized(tmp_path: Path, kind: str, family: str) -> tuple[Path, np.ndarray]:
+    """An FP8 model, and logits of the dequantised one by transformers."""
     folder, exact = tmp_path / "fp8", tmp_path / "exact"
     folder.mkdir()
-    quantize(folder, exact, request.param)
+    quantize(folder, exact, kind, family)
     model = AutoModelForCausalLM.from_pretrained(exact, dtype=torch.float32).eval()
     return folder, families.logits(model, tokens_for(24))
+
+
+@pytest.fixture(params=KINDS)
+def folders(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, np.ndarray]:
+    """A dense model."""
+    return quantized(tmp_path, request.param, "qwen3")
 
 
 def test_logits_equal_the_dequantised_model(folders: tuple[Path, np.ndarray]) -> None:
@@ -83,6 +88,33 @@ def test_logits_equal_the_dequantised_model(folders: tuple[Path, np.ndarray]) ->
     llm = LLM(folder, skip_tokenizer_init=True, backend="interpreter", max_model_len=64)
     own = own_logits(llm, tokens_for(24), [8, 8, 8])
     assert np.abs(own - expected).max() < 1e-3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen2_moe"])
+def test_logits_of_experts_equal_the_dequantised_model(
+    family: str, kind: str, tmp_path: Path
+) -> None:
+    """Each expert has blocks of its own: its 20 rows do not fill the second block of 16."""
+    folder, expected = quantized(tmp_path, kind, family)
+    llm = LLM(folder, skip_tokenizer_init=True, backend="interpreter", max_model_len=64)
+    for sizes in ([8, 8, 8], [16, 8]):
+        own = own_logits(llm, tokens_for(24), sizes)
+        known = ~np.isnan(own[:, 0])
+        assert np.abs(own[known] - expected[known]).max() < 1e-3
+
+
+def test_experts_with_different_scales_are_refused(tmp_path: Path) -> None:
+    quantize(tmp_path, tmp_path / "exact", "channel", "qwen3_moe")
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.1.mlp.experts.3.up_proj.weight_scale"
+    tensors[name] = tensors[name].reshape(-1)[:1].clone()
+    save_file(tensors, tmp_path / "model.safetensors")
+    message = (
+        r"experts.3.up_proj.weight' and '.*experts.0.up_proj.weight' have scales for .*one kind"
+    )
+    with pytest.raises(UserError, match=message):
+        LLM(tmp_path, skip_tokenizer_init=True, backend="interpreter")
 
 
 def test_prompts_on_a_gpu_read_them_too(folders: tuple[Path, np.ndarray]) -> None:

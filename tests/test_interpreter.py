@@ -72,15 +72,27 @@ def test_one_launch_of_many_steps_equals_many_launches_of_one(order: str) -> Non
 # --- values against numpy ---------------------------------------------------------------------------
 
 
-def test_expert_and_block_scales_are_what_numpy_says() -> None:
+def test_experts_and_block_scales_are_what_numpy_says() -> None:
     program = GOOD["experts"]
     weights = programs.make_weights(program)
     made = started(program)
     made.run(1)
-    x = weights["table"][3]
-    h = x @ weights["bank"][2 * 8 :].astype(np.float32).T
-    scale = weights["down.scale"].repeat(4, axis=0).repeat(6, axis=1)[:, :8]
-    x = x + h @ (weights["down"].astype(np.float32) * scale).T
+    wide = {name: w.astype(np.float32) for name, w in weights.items()}
+    gate, up = (wide[name].reshape(4, 8, HIDDEN) for name in ("gate", "up"))
+    # Blocks of six rows begin anew in each of the four matrices of sixteen.
+    scale = (
+        wide["down.scale"].reshape(4, 3, 2).repeat(6, axis=1)[:, :16].repeat(6, axis=2)[:, :, :8]
+    )
+    down = wide["down"].reshape(4, HIDDEN, 8) * scale
+    x = wide["table"][3]
+    normed = x / np.sqrt(np.mean(x * x) + 1e-5) * wide["norm"][0]
+    logits = wide["wr"] @ normed
+    chosen = sorted(np.argsort(-logits)[:2].tolist())
+    assert made.read("chosen")[0].tolist() == chosen
+    share = np.exp(logits[chosen]) / np.exp(logits[chosen]).sum() * 1.5
+    for e, weight in zip(chosen, share, strict=True):
+        g = gate[e] @ normed
+        x = x + weight * (down[e] @ (g / (1 + np.exp(-g)) * (up[e] @ normed)))
     x = x / np.sqrt(np.mean(x * x) + 1e-5) * weights["final_norm"][0]
     np.testing.assert_allclose(made.read("logits")[0], weights["head"] @ x, rtol=2e-4, atol=1e-4)
 

@@ -83,7 +83,9 @@ def test_stored_half_precision_is_widened_exactly(dtype: torch.dtype, tmp_path: 
     assert np.abs(own[known] - expected[known]).max() < TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral"])
+@pytest.mark.parametrize(
+    "name", ["llama", "qwen2", "qwen3", "mistral", "qwen3_moe", "qwen2_moe", "mixtral"]
+)
 def test_greedy_tokens_of_all_back_ends_are_equal(name: str, tmp_path: Path) -> None:
     model = families.make(name, tmp_path)
     prompt = {"prompt_token_ids": tokens_for(21)}

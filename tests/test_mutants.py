@@ -40,6 +40,8 @@ JUDGED = (
     "meaning",
 )  # rules whose breach an execution can show
 
+OPERANDS = ("x", "y", "q", "k", "v", "part", "logits", "weights", "chosen")
+
 Mutation = Callable[[random.Random, Program], Program]
 
 
@@ -48,6 +50,9 @@ def scattered(seed: int, base: str = "") -> Program:
     dice = random.Random(seed)
     drafts = {
         "mlp": lambda: programs.greedy_draft(machine.cpu(dice.randint(2, 4))),
+        "experts": lambda: programs.experts_draft(
+            machine.cpu(dice.randint(2, 4)), dice.randint(1, 3)
+        ),
         "attention": lambda: programs.attention_draft(
             machine.cpu(dice.randint(2, 4)), dice.randint(1, 3), dice.randint(1, 3)
         ),
@@ -242,9 +247,7 @@ def alias(dice: random.Random, program: Program) -> Program:
     ops = list(program.ops)
     for i, op in enumerate(ops):
         if everywhere or i == chosen:
-            names = [
-                n for n in ("x", "y", "q", "k", "v", "part", "logits") if getattr(op, n, -1) == one
-            ]
+            names = [n for n in OPERANDS if getattr(op, n, -1) == one]
             ops[i] = replace(op, **dict.fromkeys(names, other))  # type: ignore[type-var]
     return replace(program, ops=tuple(ops))
 

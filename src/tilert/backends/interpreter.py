@@ -173,7 +173,8 @@ class _Memory:
                 cut = [Region(b.scale, r.row_lo // b.block[0], -(-r.row_hi // b.block[0]),
                               r.col_lo // b.block[1], -(-r.col_hi // b.block[1]))
                        for r in self._reads[index]]  # fmt: skip
-                self._reads.setdefault(b.scale, []).extend(cut)
+                whole = [Region(b.scale, 0, b.scale_shape[0], 0, b.scale_shape[1])]
+                self._reads.setdefault(b.scale, []).extend(cut if b.bank == 1 else whole)
         op.reference(self, tile, tile + 1)  # type: ignore[attr-defined]
         return self._pending
 
@@ -287,7 +288,7 @@ def _by_buffer(regions: list[Region]) -> dict[int, list[Region]]:
 
 
 def _region_name(program: Program, r: Region) -> str:
-    name = program.buffers[r.buffer].name
+    name = program.buffers[r.buffer].label
     return f"b{r.buffer} '{name}' [{r.row_lo}:{r.row_hi}, {r.col_lo}:{r.col_hi}]"
 
 

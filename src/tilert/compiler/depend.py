@@ -3,8 +3,9 @@
 The ops are walked in table order through two steps. For each cell of memory the pass knows, per
 worker, the last run that wrote and the last that read it; a run needs the writers of what it reads,
 and the writers and readers of what it writes. Needs that other needs already imply are dropped
-(vector clocks tell). Runs of one op that the same set of runs waits for share a counter. A need in
-the step before becomes a wait with lag 1.
+(vector clocks tell), but not the need for what chooses the weights that a run streams: the loader runs
+ahead of its worker, whose earlier waits tell it nothing. Runs of one op that the same set of runs waits
+for share a counter. A need in the step before becomes a wait with lag 1.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from tilert.ir.program import Buffer, Counter, Kind, Op, Region, Run, Wait
+from tilert.ir.program import NONE, Buffer, Counter, Kind, Op, Region, Run, Wait
 from tilert.ir.regions import Cells
 
 Ints = np.ndarray[Any, np.dtype[np.int64]]
@@ -71,7 +72,7 @@ class _Walk:
         queues: list[list[Run]],
         places: list[_Place],
     ) -> None:
-        self.buffers, self.places = buffers, places
+        self.buffers, self.places, self.ops = buffers, places, ops
         changing = {r.buffer for p in places for r in ops[p.run.op].writes(p.run.lo, p.run.hi)}
         self.reads = [
             self._changing(ops[p.run.op].reads(p.run.lo, p.run.hi), changing) for p in places
@@ -106,6 +107,7 @@ class _Walk:
     def _visit_op(self, step: int, places: list[_Place]) -> None:
         earlier: dict[tuple[Region, bool], Ints] = {}
         joined: dict[bytes, Ints] = {}  # clocks after waiting for a group
+        op = self.ops[places[0].run.op]
         for place in places:
             needs = [(r, False) for r in self.reads[place.number]]
             needs += [(r, True) for r in self.writes[place.number]]
@@ -114,7 +116,11 @@ class _Walk:
                     earlier[need] = self._earlier(*need)
             found = [earlier[need] for need in needs if earlier[need].size]
             numbers = found[0] if len(found) == 1 else _union(found)
-            self._visit(step, place, numbers, joined)
+            choosing = set[int]()
+            if op.choice != NONE and place.run.ring >= 0:
+                made = [earlier[r, w] for r, w in needs if r.buffer == op.choice]
+                choosing = set(self._kind(_union(made)).tolist())
+            self._visit(step, place, numbers, choosing, joined)
         for place in places:
             self._note(step * len(self.places) + place.number, place)
 
@@ -124,17 +130,26 @@ class _Walk:
         found = [self.last_write[cells], self.last_read[cells]][: 1 + written]
         return _union([table[table >= 0] for table in found])
 
-    def _visit(self, step: int, place: _Place, numbers: Ints, joined: dict[bytes, Ints]) -> None:
+    def _kind(self, numbers: Ints) -> Ints:
+        """Step and op of runs as one number, which rises with theirs."""
+        return numbers // len(self.places) * len(self.op) + self.op[numbers]
+
+    def _visit(
+        self, step: int, place: _Place, numbers: Ints, choosing: set[int],
+        joined: dict[bytes, Ints],
+    ) -> None:  # fmt: skip
+        """Wait for `numbers`; for those whose kind is in `choosing` whatever the worker knows."""
         me = step * len(self.places) + place.number
         clock = self.clock[me]
         previous = self.newest[place.worker]
         if previous >= 0:
             clock[:] = self.clock[previous]
         # Latest first: what an op waited for itself need not be waited for again.
-        kind = numbers // len(self.places) * len(self.op) + self.op[numbers]  # step and op, rising
+        kind = self._kind(numbers)
         cuts = np.flatnonzero(kind[1:] != kind[:-1])
         for group in np.split(numbers, cuts + 1)[::-1]:
-            if (self.at[group] <= clock[self.worker[group]]).all():
+            known = (self.at[group] <= clock[self.worker[group]]).all()
+            if known and not (choosing and choosing & {*self._kind(group[:1]).tolist()}):
                 continue
             name = group.tobytes()
             if name not in joined:

@@ -36,14 +36,18 @@ from tilert.ops import (
     Combine,
     Draw,
     Embed,
+    ExpertDown,
+    ExpertGate,
     Linear,
     NextToken,
     Norm,
     Rope,
+    Route,
     Sift,
     Totals,
 )
 from tilert.ops.draw import BINS, CONTROL_WORDS, MAX_VOCAB, row_words
+from tilert.ops.experts import SIGMOID, SOFTMAX
 from tilert.ops.linear import ADD, GATE, STORE, multiplier
 
 
@@ -61,6 +65,8 @@ def lower(
             if value is not None:
                 readers[value].append(node)
     low.readers.update(readers)
+    low.routing.update(node.inputs["logits"] for node in graph.nodes if node.op == "route")
+    _check_sums(low)
     for name in ("counts", "tokens", "positions", "sequences", "output_rows", "pages", "sampled"):
         low.state(name)
     for node in graph.nodes:
@@ -155,12 +161,28 @@ def _columns(low: Lowering, node: Node) -> list[Node]:
 def _lower_add(low: Lowering, node: Node) -> None:
     residual, product = operand(node, "x"), operand(node, "y")
     maker = low.maker[product]
-    assert maker.op == "linear" and low.uses[product] == 1, (
+    assert maker.op in ("linear", "experts") and low.uses[product] == 1, (
         f"{node}: the sum does not follow a product"
     )
-    assert low.readers[residual][-1] is node, f"{node}: {residual} is still read after the sum"
     low.home[node.output] = low.home[residual]  # in place: the old residual is dead
-    _emit_linear(low, [maker], low.home[residual], ADD)
+    if maker.op == "experts":
+        _emit_down(low, maker, low.home[residual])
+    else:
+        _emit_linear(low, [maker], low.home[residual], ADD)
+
+
+def _check_sums(low: Lowering) -> None:
+    """A sum takes the place of its residual, so nothing may read that afterwards, not even through a
+    norm that is folded into its readers."""
+    last = {v: i for i, n in enumerate(low.graph.nodes) for v in n.inputs.values() if v is not None}
+    for i, node in enumerate(low.graph.nodes):
+        if node.op == "add":
+            residual = operand(node, "x")
+            norms = [
+                v for v, m in low.maker.items() if m.inputs.get("x") is residual and low.folded(v)
+            ]
+            late = [v for v in (residual, *norms) if last.get(v, 0) > i]
+            assert not late, f"{node}: {late[0]} is still read after the sum"
 
 
 def _lower_silu_mul(low: Lowering, node: Node) -> None:
@@ -169,6 +191,55 @@ def _lower_silu_mul(low: Lowering, node: Node) -> None:
         f"{node}: not a gated pair"
     )
     _emit_linear(low, [gate], low.work(node.output, dtype=_stored(low, node.output)), GATE, up)
+
+
+def _lower_route(low: Lowering, node: Node) -> None:
+    logits, bias, rows = operand(node, "logits"), node.inputs["bias"], low.rows(node.output)
+    top_k, n_group, topk_group, sigmoid, renormalise = (
+        int(node.attrs[name])
+        for name in ("top_k", "n_group", "topk_group", "sigmoid", "norm_topk_prob")
+    )
+    chosen = low.buffer(f"{node.output.name}.chosen", Kind.WORK, DType.I32, rows, top_k)
+    low.chosen[node.output] = chosen
+    low.ops.append(
+        Route(low.home[logits], low.weight(bias), chosen, low.work(node.output), low.state("counts"),
+              rows, logits.cols, top_k, n_group, topk_group, SIGMOID if sigmoid else SOFTMAX,
+              renormalise, node.attrs["routed_scaling_factor"])
+    )  # fmt: skip
+
+
+def _lower_experts(low: Lowering, node: Node) -> None:
+    """Gate and up; down follows with the sum that takes it, so that products that need no choice can
+    stand between them."""
+    x, route, gate, up, down = (operand(node, n) for n in ("x", "route", "gate", "up", "down"))
+    norm, eps, source, rows = NONE, 0.0, x, low.rows(x)
+    if low.folded(x):
+        maker = low.maker[x]
+        source, norm = operand(maker, "x"), low.weight(maker.inputs["weight"])
+        eps = maker.attrs["eps"]
+    n, k, row = down.cols, gate.cols, gate.parts[0]
+    dtype, down_type = (low.dtypes.get(v.parts[0].name, DType.F32) for v in (gate, down))
+    narrow = low.limits.tokens > 1 and _x_type(low, down.parts[0], down_type) is DType.BF16
+    y = low.buffer(f"{node.output.name}.h", Kind.WORK, DType.BF16 if narrow else DType.F32, rows,
+                   route.cols * n)  # fmt: skip
+    low.home[node.output] = y
+    low.ops.append(
+        ExpertGate(low.home[source], low.bank(gate), low.bank(up), norm, low.chosen[route], y,
+                   low.state("counts"), rows, k, n, len(gate.parts), route.cols,
+                   tile_rows(low.machine, rows, k * dtype.bytes, 2), int(low.few), eps,
+                   _x_type(low, row, dtype))
+    )  # fmt: skip
+
+
+def _emit_down(low: Lowering, node: Node, y: Buf) -> None:
+    route, down = operand(node, "route"), operand(node, "down")
+    rows, row = low.rows(node.output), down.parts[0]
+    dtype = low.dtypes.get(row.name, DType.F32)
+    low.ops.append(
+        ExpertDown(low.home[node.output], low.bank(down), low.chosen[route], low.home[route], y,
+                   low.state("counts"), rows, down.cols, node.output.cols, len(down.parts), route.cols,
+                   tile_rows(low.machine, rows, down.cols * dtype.bytes), _x_type(low, row, dtype))
+    )  # fmt: skip
 
 
 def _emit_linear(
@@ -195,10 +266,12 @@ def _emit_linear(
     low.ops.append(
         Linear(low.home[source], low.joined(w), low.weight(up.inputs["w"]) if up else NONE,
                low.joined(biases) if biases else NONE, low.weight(up.inputs["bias"]) if up else NONE,
-               norm, NONE, y, low.state("counts"), 1 if x.rows == OUTPUTS else 0, rows, k, n,
-               1, 0, tile, epilogue, eps,
+               norm, y, low.state("counts"), 1 if x.rows == OUTPUTS else 0, rows, k, n,
+               0, tile, epilogue, eps,
                gather, low.rows(source) if gather != NONE else 1, *shares,
-               _x_type(low, w[0], dtype), low.column.get(source, 0), *blocks)
+               # What rounding moves across a border would send a token to another expert.
+               DType.F32 if nodes[0].output in low.routing else _x_type(low, w[0], dtype),
+               low.column.get(source, 0), *blocks)
     )  # fmt: skip
 
 
@@ -381,5 +454,7 @@ _LOWER = {
     "silu_mul": _lower_silu_mul,
     "rope": _lower_rope,
     "attention": _lower_attention,
+    "route": _lower_route,
+    "experts": _lower_experts,
     **LOWER_LATENT,
 }

@@ -53,6 +53,10 @@ class Lowering:
     attends: dict[Value, Attend | LatentAttention] = field(
         default_factory=dict[Value, Attend | LatentAttention]
     )
+    chosen: dict[Value, Buf] = field(default_factory=dict[Value, Buf])  # by the output of a route
+    routing: set[Value | None] = field(
+        default_factory=set[Value | None]
+    )  # logits that choose experts
     readers: dict[Value, list[Node]] = field(default_factory=dict[Value, list[Node]])
 
     @property
@@ -108,6 +112,14 @@ class Lowering:
             blocks = sum(-(-r // block[0]) for r in rows), -(-first.cols // block[1])
             of = self.buffer(names, Kind.WEIGHT, DType.F32, *blocks)
             self.buffers[buf] = replace(self.buffers[buf], scale=of, block=block)
+        return buf
+
+    def bank(self, value: Value) -> Buf:
+        """The buffer of the matrices of a bank."""
+        first = value.parts[0]
+        assert all(self.alike(first, v) for v in value.parts), f"matrices of {value} differ in type"
+        buf = self.joined(list(value.parts))
+        self.buffers[buf] = replace(self.buffers[buf], bank=len(value.parts))
         return buf
 
     def alike(self, a: Value, b: Value) -> bool:

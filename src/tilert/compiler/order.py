@@ -201,7 +201,7 @@ class Facts:
 
     def where(self, r: Region) -> str:
         """How messages name a region."""
-        name = self.program.buffers[r.buffer].name
+        name = self.program.buffers[r.buffer].label
         return f"b{r.buffer} '{name}' [{r.row_lo}:{r.row_hi}, {r.col_lo}:{r.col_hi}]"
 
 

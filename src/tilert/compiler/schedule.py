@@ -52,7 +52,7 @@ def schedule(machine: Machine, buffers: tuple[Buffer, ...], ops: tuple[Op, ...])
 
 def _uniform(op: Op) -> bool:
     """True for ops whose tiles all cost the same and mostly read weights."""
-    return type(op).__name__ == "Linear"
+    return op.weight_rows(0, 1) > 0
 
 
 def _evenly(tiles: int, load: np.ndarray) -> list[tuple[int, int]]:

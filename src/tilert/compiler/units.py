@@ -16,7 +16,7 @@ from tilert.ir.dtype import DType
 from tilert.ir.graph import Graph
 from tilert.ir.machine import Machine
 from tilert.ir.program import PAGE, Buffer, Op, Scale
-from tilert.ops import Linear
+from tilert.ops import ExpertDown, ExpertGate, Linear
 from tilert.ops.linear import GATE
 
 WANTED = 4  # rows of all matrices of a tile together
@@ -42,11 +42,11 @@ def with_units(
 
 def bytes_in_tiles(buffers: Sequence[Buffer], ops: Sequence[Op], machine: Machine) -> int:
     """Bytes of weights whose tiles would have as many rows as wanted in the units of a machine."""
-    products = [
-        (op, op.k * buffers[op.w].dtype.bytes, 2 if op.epilogue == GATE else 1)
-        for op in ops if isinstance(op, Linear)
-    ]  # fmt: skip
-    return sum(
-        op.n * row_bytes * matrices for op, row_bytes, matrices in products
-        if tile_rows(machine, 1, row_bytes, matrices) * matrices >= WANTED
-    )  # fmt: skip
+    total = 0
+    for op in ops:
+        if isinstance(op, Linear | ExpertGate | ExpertDown):
+            gated = isinstance(op, ExpertGate) or (isinstance(op, Linear) and op.epilogue == GATE)
+            itemsize, matrices = buffers[op.w].dtype.bytes, 2 if gated else 1
+            if tile_rows(machine, 1, op.k * itemsize, matrices) * matrices >= WANTED:
+                total += op.cost(0, op.tiles, itemsize, 0).bytes
+    return total

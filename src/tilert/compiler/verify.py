@@ -25,20 +25,8 @@ _WEIGHTS = ("w", "w_up", "bias", "bias_up", "norm", "weight", "table", "q_norm",
             "shift")  # fmt: skip
 _STATES = ("counts", "positions", "sequences", "pages", "tokens", "sampled", "gather", "controls",
            "mask", "tally")  # fmt: skip
-_WORKS = (
-    "x",
-    "y",
-    "q",
-    "k",
-    "v",
-    "part",
-    "logits",
-    "scores",
-    "peaks",
-    "kv",
-    "q_rope",
-    "head_weights",
-)
+_WORKS = ("x", "y", "q", "k", "v", "part", "logits", "scores", "peaks", "weights", "kv", "q_rope",
+          "head_weights")  # fmt: skip
 _WORDS = ("bins", "totals", "candidates", "selected", "chosen")
 _CACHES = ("k_cache", "v_cache", "latent_cache", "index_cache", "index_scale")
 _KINDS: dict[str, tuple[Kind, ...]] = {
@@ -47,13 +35,13 @@ _KINDS: dict[str, tuple[Kind, ...]] = {
     **dict.fromkeys((*_WORKS, *_WORDS), (Kind.WORK,)),
     **dict.fromkeys(_CACHES, (Kind.CACHE,)),
     "biases": (Kind.STATE,),
-    "expert": (Kind.STATE, Kind.WORK),
 }
-_INTEGERS = {*_STATES, *_WORDS, "expert"}
-_OPTIONAL = {"w_up", "bias", "bias_up", "norm", "expert", "gather", "q_norm", "k_norm", "selected",
+_INTEGERS = {*_STATES, *_WORDS}
+_OPTIONAL = {"w_up", "bias", "bias_up", "norm", "gather", "q_norm", "k_norm", "selected",
              "index_scale"}  # fmt: skip
 _MAY_BE_ZERO = {"x_col", "y_col", "q_col", "k_col", "v_col", "kv_col", "w_col", "x_stride", "window",
-                "feed", "count_index", "epilogue", "x_type", "interleave", "topk"}  # fmt: skip
+                "feed", "count_index", "epilogue", "x_type", "interleave", "topk", "scoring",
+                "norm_topk_prob", "by_slot"}  # fmt: skip
 
 
 class VerifyError(AssertionError):
@@ -98,7 +86,7 @@ def _sound_buffers(program: Program) -> Iterator[str]:
     if len(program.buffer_ids) != len(program.buffers):
         yield "two buffers have one name"
     for index, b in enumerate(program.buffers):
-        name = f"buffer b{index} '{b.name}'"
+        name = f"buffer b{index} '{b.label}'"
         if b.rows < 1 or b.cols < 1:
             yield f"{name} has shape [{b.rows}, {b.cols}]"
         if not 0 <= b.device < program.machine.devices:
@@ -116,11 +104,8 @@ def _sound_scale(program: Program, b: Buffer) -> bool:
     if not 0 <= b.scale < len(program.buffers) or b.kind is not Kind.WEIGHT or min(b.block) < 1:
         return False
     scale = program.buffers[b.scale]
-    shape = (-(-b.rows // b.block[0]), -(-b.cols // b.block[1]))
-    return (scale.kind, scale.dtype, scale.scale) == (Kind.WEIGHT, DType.F32, NONE) and shape == (
-        scale.rows,
-        scale.cols,
-    )
+    sound = (scale.kind, scale.dtype, scale.scale) == (Kind.WEIGHT, DType.F32, NONE)
+    return sound and b.scale_shape == (scale.rows, scale.cols)
 
 
 def _sound_op(program: Program, op: Op) -> Iterator[str]:
@@ -139,7 +124,7 @@ def _sound_operand(program: Program, name: str, index: int) -> Iterator[str]:
         yield f"b{index}, which does not exist"
     b = program.buffers[index]
     if b.kind not in _KINDS[name]:
-        yield f"b{index} '{b.name}', a {b.kind.name.lower()} buffer"
+        yield f"b{index} '{b.label}', a {b.kind.name.lower()} buffer"
     floats = {DType.F32}
     if b.kind is Kind.WORK and program.machine.slots and program.tokens > 1:
         floats = {DType.F32, DType.BF16}  # what one product alone takes
@@ -151,7 +136,7 @@ def _sound_operand(program: Program, name: str, index: int) -> Iterator[str]:
         if name == "index_scale":
             floats = {DType.F32}
     if b.dtype not in ({DType.I32} if name in _INTEGERS else floats):
-        yield f"b{index} '{b.name}' of type {b.dtype.name.lower()}"
+        yield f"b{index} '{b.label}' of type {b.dtype.name.lower()}"
 
 
 def _sound_fields(has: dict[str, int], program: Program) -> Iterator[str]:
@@ -175,14 +160,30 @@ def _sound_fields(has: dict[str, int], program: Program) -> Iterator[str]:
     if "epilogue" in has:
         if has["epilogue"] > 2 or has["count_index"] > 1:
             yield f"epilogue {has['epilogue']} or count_index {has['count_index']} is unknown"
-        if has["x_type"] > DType.F16:
-            yield f"x_type {has['x_type']} is unknown"
         if (has["epilogue"] == 2) != (has["w_up"] != NONE):
             yield "w_up belongs to the gate epilogue and to no other"
-        for w in (has["w"], has["w_up"]):
-            bank = program.buffers[w].bank if w != NONE else has["bank"]
-            if bank != has["bank"] or (bank > 1 and has["expert"] == NONE):
-                yield f"b{w} is a bank of {bank}; the op has {has['bank']} and expert b{has['expert']}"
+    if has.get("x_type", 0) > DType.F16:
+        yield f"x_type {has['x_type']} is unknown"
+    for w in (has.get(name, NONE) for name in ("w", "w_up", "weight", "table")):
+        b, bank = program.buffers[w], has.get("bank", 1)
+        if w != NONE and b.bank != bank:
+            yield f"b{w} is a bank of {b.bank}, the op's have {bank}"
+        if w != NONE and bank > 1 and b.rows != bank * has["n"]:
+            yield f"b{w} is a bank of matrices of {b.rows // bank} rows, the op's have {has['n']}"
+    if has.get("by_slot", 0) > 1:
+        yield f"by_slot {has['by_slot']} is unknown"
+    if "n_group" in has:
+        yield from _sound_route(has)
+
+
+def _sound_route(has: dict[str, int]) -> Iterator[str]:
+    experts, groups, kept = has["experts"], has["n_group"], has["topk_group"]
+    if experts % groups or kept > groups:
+        yield f"{experts} experts in {groups} groups, of which {kept} are kept"
+    elif has["top_k"] > kept * (experts // groups):
+        yield f"{has['top_k']} experts are chosen of {kept * (experts // groups)}"
+    if has["scoring"] > 1 or has["norm_topk_prob"] > 1:
+        yield f"scoring {has['scoring']} or norm_topk_prob {has['norm_topk_prob']} is unknown"
 
 
 def _sound_run(program: Program, run: Run) -> Iterator[str]:
@@ -385,6 +386,38 @@ def stream(facts: Facts) -> Iterator[str]:
                        " loader waits for can start before that")  # fmt: skip
 
 
+def choice(facts: Facts) -> Iterator[str]:
+    """Who streams weights that a choice names has waits of its own for all that make the choice: its
+    loader runs ahead of the queue and holds only those."""
+    ops = facts.program.ops
+    proven: dict[Wait, set[int]] = {}
+    for index, op in enumerate(ops) if facts.program.machine.slots else ():
+        if op.choice == NONE:
+            continue
+        makers = next(
+            facts.of_op[i] for i in reversed(range(index))
+            if any(r.buffer == op.choice for r in ops[i].writes(0, ops[i].tiles))
+        )  # fmt: skip
+        for number in facts.of_op[index]:
+            place, missing = facts.places[number], set(makers)
+            for wait in place.run.waits:
+                if wait not in proven:
+                    proven[wait] = _signallers(facts, wait)
+                missing -= proven[wait]
+            if missing:
+                yield (f"{facts.name(place)} streams what {facts.name(facts.places[min(missing)])}"
+                       " chooses, but has no wait for it")  # fmt: skip
+
+
+def _signallers(facts: Facts, wait: Wait) -> set[int]:
+    """Runs of the same step that have signalled when the wait holds."""
+    sure = set[int]()
+    for last in facts.proves(wait) if not wait.lag else ():
+        runs = facts.producers[wait.counter][facts.places[last].worker]
+        sure.update(runs[: runs.index(last) + 1])
+    return sure
+
+
 def memory(facts: Facts) -> Iterator[str]:
     """Activations lie in their device's arena, aligned, and no two share a byte."""
     program = facts.program
@@ -414,10 +447,10 @@ def devices(facts: Facts) -> Iterator[str]:
             scales = [program.buffers[buffer.scale]] if buffer.scale != NONE else []
             for b in (buffer, *scales):
                 if b.device != home:
-                    yield f"{facts.name(place)} is on device {home}, '{b.name}' on device {b.device}"
+                    yield f"{facts.name(place)} is on device {home}, '{b.label}' on device {b.device}"
 
 
 RULES: tuple[Callable[[Facts], Iterator[str]], ...] = (
     structure, partition, counters, memory, devices, ring, deadlock, overtaking, ordering, meaning,
-    coverage, stream,
+    coverage, stream, choice,
 )  # fmt: skip

@@ -164,7 +164,7 @@ def to_text(program: Program) -> str:
         extra += f" bank={b.bank}" if b.bank > 1 else ""
         extra += f" device={b.device}" if b.device else ""
         lines.append(
-            f"b{i} {b.kind.name.lower()} {b.dtype.name.lower()}[{b.rows}, {b.cols}] {b.name}{extra}"
+            f"b{i} {b.kind.name.lower()} {b.dtype.name.lower()}[{b.rows}, {b.cols}] {b.label}{extra}"
         )
     for i, op in enumerate(program.ops):
         lines.append(f"o{i} {_op_text(op)} tiles={op.tiles}")

@@ -7,6 +7,7 @@ that follows it, a sum into the one before) is the compiler's choice, not the mo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 TOKENS, OUTPUTS = "tokens", "outputs"
@@ -17,7 +18,8 @@ class Value:
     """A 2-D array in the graph. `weight` values are bound by name to tensors of the checkpoint.
 
     rows is TOKENS, OUTPUTS or, for a weight, a number. `shard` names the axis that is cut over
-    devices (0 rows, 1 columns), None when every device holds the whole.
+    devices (0 rows, 1 columns), None when every device holds the whole. `parts` are the matrices of a
+    bank (one per expert), each a weight of its own, stacked in its rows.
     """
 
     name: str
@@ -25,6 +27,7 @@ class Value:
     cols: int
     weight: bool = False
     shard: int | None = None
+    parts: tuple[Value, ...] = ()
 
     def __str__(self) -> str:
         cut = "" if self.shard is None else f" shard={self.shard}"
@@ -65,6 +68,13 @@ class Graph:
     def vector(self, name: str, cols: int) -> Value:
         """A one-dimensional weight, held as one row."""
         return self.weight(name, 1, cols)
+
+    def bank(
+        self, name: str, names: Sequence[str], rows: int, cols: int, shard: int | None = None
+    ) -> Value:
+        """Weights [rows, cols] of those names as one value, of which an op picks some at run time."""
+        parts = tuple(self.weight(part, rows, cols, shard) for part in names)
+        return Value(name, len(parts) * rows, cols, True, shard, parts)
 
     def _add(
         self,
@@ -196,6 +206,41 @@ class Graph:
     def select(self, name: str, scores: Value, topk: int) -> Value:
         """The topk positions with the largest scores, as integers."""
         return self._add("select", name, scores.rows, topk, {"scores": scores}, topk=topk)
+
+    def route(
+        self, name: str, logits: Value, bias: Value | None, *, top_k: int, n_group: int = 1,
+        topk_group: int = 1, sigmoid: bool = False, norm_topk_prob: bool = False,
+        routed_scaling_factor: float = 1.0,
+    ) -> Value:  # fmt: skip
+        """Weights [tokens, top_k] of the experts that the logits choose; see ops/experts.py: Route."""
+        assert bias is None or bias.cols == logits.cols, f"route {name}: {bias} with {logits}"
+        assert logits.cols % n_group == 0 and top_k <= topk_group * (logits.cols // n_group), (
+            f"route {name}: {top_k} of {topk_group} of {n_group} groups of {logits}"
+        )
+        attrs = {"top_k": top_k, "n_group": n_group, "topk_group": topk_group, "sigmoid": sigmoid,
+                 "norm_topk_prob": norm_topk_prob,
+                 "routed_scaling_factor": routed_scaling_factor}  # fmt: skip
+        inputs = {"logits": logits, "bias": bias}
+        return self._add("route", name, logits.rows, top_k, inputs, **attrs)
+
+    def experts(
+        self, name: str, x: Value, route: Value, gate: Value, up: Value, down: Value
+    ) -> Value:
+        """Sum over what `route` has chosen of weight * down @ (silu(gate @ x) * (up @ x)).
+
+        gate, up and down are banks with a matrix for each expert; what is made is added to a residual.
+        """
+        assert x.cols == gate.cols == up.cols and gate.rows == up.rows, (
+            f"experts {name}: {gate}, {up}"
+        )
+        assert len(gate.parts) == len(up.parts) == len(down.parts), f"experts {name}: three banks"
+        assert gate.rows == len(gate.parts) * down.cols, f"experts {name}: {gate} into {down}"
+        width = down.parts[0].rows
+        assert isinstance(width, int)
+        inputs: dict[str, Value | None] = {
+            "x": x, "route": route, "gate": gate, "up": up, "down": down,
+        }  # fmt: skip
+        return self._add("experts", name, x.rows, width, inputs)
 
     def __str__(self) -> str:
         return f"graph {self.name}\n" + "".join(f"  {node}\n" for node in self.nodes)

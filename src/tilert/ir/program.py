@@ -45,8 +45,9 @@ class Buffer:
     """A 2-D array. A CACHE has `cols` values per position; its rows are capacity in positions.
 
     `scale` names the buffer of block scales of an FP8 weight (one f32 per `block` of rows x cols).
-    `bank` matrices are stacked in the rows of a weight of which an op picks one at run time
-    (experts). A weight may be several tensors that lie one after another; see `parts`.
+    `bank` matrices are stacked in the rows of a weight of which an op picks some at run time
+    (experts); each begins blocks of its own. A weight may be several tensors that lie one after
+    another; see `parts`.
     """
 
     name: str
@@ -69,6 +70,18 @@ class Buffer:
     def parts(self) -> tuple[str, ...]:
         """The tensors of a weight, whose elements follow one another; a name joins theirs by JOIN."""
         return tuple(self.name.split(JOIN))
+
+    @property
+    def label(self) -> str:
+        """The name for people: of many tensors the first, and how many more there are."""
+        more = self.name.count(JOIN)
+        return self.name if more < 4 else f"{self.name.partition(JOIN)[0]}{JOIN}{more}"
+
+    @property
+    def scale_shape(self) -> tuple[int, int]:
+        """Rows and columns of the block scales."""
+        rows, cols = self.block
+        return self.bank * -(-(self.rows // self.bank) // rows), -(-self.cols // cols)
 
 
 class Scale(NamedTuple):
@@ -134,9 +147,25 @@ class Op(ABC):
     def tiles(self) -> int:
         """How many tiles the op is cut into."""
 
+    @property
+    def choice(self) -> Buf:
+        """The buffer whose values choose the rows of weights that the op streams; NONE when their
+        addresses are known beforehand. Every run that streams them waits itself for its writers."""
+        return NONE
+
+    @property
+    def passes(self) -> int:
+        """How often a tile streams its rows in turn, each time of the matrix that a choice names. The
+        same for every choice, so that tickets are known beforehand."""
+        return 1
+
     def weight_rows(self, lo: int, hi: int) -> int:
-        """Rows of weights, of all matrices together, that tiles [lo, hi) stream."""
+        """Rows of weights, of all matrices together, that tiles [lo, hi) stream in one pass."""
         return 0
+
+    def pass_bytes(self, dtype_bytes: int) -> int:
+        """Bytes of the weights that the first tile streams in one pass."""
+        return self.cost(0, 1, dtype_bytes, 0).bytes
 
     @abstractmethod
     def reads(self, lo: int, hi: int) -> list[Region]:
@@ -233,20 +262,22 @@ class Program:
 
     def weight_itemsize(self, op: Op) -> int:
         """Bytes per element of the op's weights; the widest when they differ, 4 when it has none."""
-        sizes = [b.dtype.bytes for b in self.operands(op) if b.kind is Kind.WEIGHT and b.rows > 1]
-        return max(sizes, default=4)
+        weights = [b for b in self.operands(op) if b.kind is Kind.WEIGHT]
+        matrices = [b.dtype.bytes for b in weights if b.rows > 1]
+        return max(matrices or [b.dtype.bytes for b in weights], default=4)
 
     def ring_units(self, op: Op, lo: int, hi: int) -> int:
-        """Ring slots that the weights of tiles [lo, hi) take in turn; each tile starts a new slot.
+        """Ring slots that the weights of tiles [lo, hi) take in turn; each pass of a tile starts a new
+        slot.
 
         Of a tile that is larger than a slot, all rows are streamed in pieces side by side.
         """
         if not op.streamed:
             return 0
-        size, rows = op.cost(0, 1, self.weight_itemsize(op), 0).bytes, max(1, op.weight_rows(0, 1))
+        size, rows = op.pass_bytes(self.weight_itemsize(op)), max(1, op.weight_rows(0, 1))
         slot = self.machine.slot_bytes
         pieces = -(-size // slot) if size <= slot else -(-(size // rows) // (slot // rows))
-        return (hi - lo) * pieces
+        return (hi - lo) * op.passes * pieces
 
     def operands(self, op: Op) -> list[Buffer]:
         """The buffers that an op names, in the order of its fields."""

@@ -9,10 +9,23 @@ from collections.abc import Mapping
 from typing import Any
 
 from tilert.errors import UserError
-from tilert.models import deepseek_v3, deepseek_v32, glm_moe_dsa, llama, mistral, qwen2, qwen3
+from tilert.models import (
+    deepseek_v3,
+    deepseek_v32,
+    glm_moe_dsa,
+    llama,
+    mistral,
+    mixtral,
+    qwen2,
+    qwen2_moe,
+    qwen3,
+    qwen3_moe,
+)
 from tilert.models.config import DecoderConfig, parse
 
-_MODULES = (llama, qwen2, qwen3, mistral, deepseek_v3, deepseek_v32, glm_moe_dsa)
+_MODULES = (
+    llama, qwen2, qwen3, mistral, qwen2_moe, qwen3_moe, mixtral, deepseek_v3, deepseek_v32, glm_moe_dsa,
+)  # fmt: skip
 FAMILIES = {module.RULES.model_type: module.RULES for module in _MODULES}
 
 

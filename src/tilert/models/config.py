@@ -1,4 +1,4 @@
-"""Strict reading of config.json: the dense decoder families' settings, checked and normalised.
+"""Strict reading of config.json: the decoder families' settings, checked and normalised.
 
 A key is read, or refused unless it has the one value that tilert computes, or ignored for a reason
 that IGNORED states; any other key is a UserError, because a setting that is not understood gives
@@ -14,6 +14,8 @@ from typing import Any, Literal
 
 from tilert.errors import UserError
 from tilert.models import latent as latents
+from tilert.models.experts import ExpertsConfig, ExpertsRules
+from tilert.models.experts import parse as parse_experts
 from tilert.models.latent import LatentConfig, LatentRules
 from tilert.models.quantization import Quantization
 from tilert.models.quantization import parse as parse_quantization
@@ -70,6 +72,7 @@ class DecoderConfig:
     eos_token_ids: tuple[int, ...]  # of config.json, then those that generation_config.json adds
     dtype: str | None  # as config.json states it; the tensors decide
     quantization: Quantization | None = None
+    experts: ExpertsConfig | None = None
     latent: LatentConfig | None = None  # head_dim is then what is rotated: qk_rope_head_dim
 
     @property
@@ -84,7 +87,7 @@ class DecoderConfig:
 
 @dataclass(frozen=True, slots=True)
 class FamilyRules:
-    """What differs between the families: their keys, defaults, biases and norms."""
+    """What differs between the families: their keys, defaults, biases, norms and experts."""
 
     model_type: str
     architectures: tuple[str, ...]
@@ -94,6 +97,8 @@ class FamilyRules:
     o_bias: bool | None
     qk_norm: bool
     sliding: Literal["never", "every layer", "by layer"]  # layers that sliding_window applies to
+    rope_theta: float = 10000.0  # where config.json is silent
+    experts: ExpertsRules | None = None
     latent: LatentRules | None = None
 
 
@@ -104,7 +109,7 @@ _SHARED_DEFAULTS: Mapping[str, Any] = {
     "tie_word_embeddings": False,
     "head_dim": None,
     "layer_types": None,
-    "rope_theta": None,  # transformers: 10000, unless the rope's own object states it
+    "rope_theta": None,  # the family's, unless the rope's own object states it
     "rope_scaling": None,
     "rope_parameters": None,
     _ORIGINAL: None,
@@ -115,7 +120,6 @@ _SHARED_DEFAULTS: Mapping[str, Any] = {
     "torch_dtype": None,
     "quantization_config": None,
 }
-_DEFAULT_THETA = 10000.0
 
 # Settings that ask for another computation than tilert's, except at these values.
 _SHARED_FIXED: Mapping[str, tuple[Any, ...]] = {
@@ -169,6 +173,8 @@ IGNORED: Mapping[str, str] = {
     "aux_loss_alpha": _TRAINING,
     "seq_aux": _TRAINING,
     "neftune_noise_alpha": _TRAINING,
+    "router_aux_loss_coef": _TRAINING,
+    "router_jitter_noise": _TRAINING,
     "gradient_checkpointing": _TRAINING,
     "use_cache": _ENGINE,
     "ep_size": _ENGINE,
@@ -240,6 +246,7 @@ class _Outer:
     """What a rope object may leave to the settings around it."""
 
     theta: float | None
+    default_theta: float
     original: int | None
     head_dim: int
     max_positions: int
@@ -264,7 +271,7 @@ def parse(
     latent = latents.parse(section, family.latent) if family.latent else None
     kv_heads, head_dim = _head_sizes(section, latent)
     max_positions = sizes["max_position_embeddings"]
-    theta, scaling = _rope(section, head_dim, max_positions)
+    theta, scaling = _rope(section, family, head_dim, max_positions)
     window, layer_types = _layers(section, family, sizes["num_hidden_layers"])
     bos, eos = _token_ids(section, generation_config or {})
     section.one_of("hidden_act", ("silu", "swish"))  # two names of one function
@@ -289,6 +296,9 @@ def parse(
         eos_token_ids=eos,
         dtype=_dtype(section),
         quantization=_quantization(section),
+        experts=parse_experts(section, family.experts, sizes["num_hidden_layers"])
+        if family.experts
+        else None,
         latent=latent,
     )
 
@@ -411,12 +421,15 @@ def _quantization(section: Section) -> Quantization | None:
         raise UserError(f"{section.name}: {error}") from error
 
 
-def _rope(section: Section, head_dim: int, max_positions: int) -> tuple[float, RopeScaling]:
+def _rope(
+    section: Section, family: FamilyRules, head_dim: int, max_positions: int
+) -> tuple[float, RopeScaling]:
     """(rope_theta, rope_scaling), from rope_parameters or from the older pair of keys."""
     original = None
     if section.values[_ORIGINAL] is not None:
         original = section.integer(_ORIGINAL, 1, _LIMITS["max_position_embeddings"])
-    outer = _Outer(section.maybe_number("rope_theta", *_THETA), original, head_dim, max_positions)
+    theta = section.maybe_number("rope_theta", *_THETA)
+    outer = _Outer(theta, family.rope_theta, original, head_dim, max_positions)
     read: list[tuple[float, RopeScaling]] = []
     for key in ("rope_parameters", "rope_scaling"):
         value = section.values[key]
@@ -432,7 +445,7 @@ def _rope(section: Section, head_dim: int, max_positions: int) -> tuple[float, R
                 raise section.error(key, f"accepted: one object, or one for each of {_LAYER_TYPES}")
             read.append(_rope_object(Section(f"{name} of {section.name}", part), outer))
     if not read:
-        return outer.theta or _DEFAULT_THETA, RopeScaling()
+        return theta or family.rope_theta, RopeScaling()
     if any(other != read[0] for other in read):
         raise UserError(
             f"{section.name} states several ropes that differ, in rope_parameters or rope_scaling;"
@@ -466,7 +479,7 @@ def _rope_object(rope: Section, outer: _Outer) -> tuple[float, RopeScaling]:
     rope.one_of("partial_rotary_factor", (1, None))
     theta = rope.maybe_number("rope_theta", *_THETA)
     rope.agree("rope_theta", theta, "rope_theta of config.json", outer.theta)
-    return theta or outer.theta or _DEFAULT_THETA, _scaling(rope, kind, outer)
+    return theta or outer.theta or outer.default_theta, _scaling(rope, kind, outer)
 
 
 def _scaling(rope: Section, kind: str, outer: _Outer) -> RopeScaling:

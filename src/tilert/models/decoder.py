@@ -7,6 +7,7 @@ reads it from DecoderConfig. Formulas follow transformers' modeling_llama.py and
 from __future__ import annotations
 
 from tilert.ir.graph import Graph, Value
+from tilert.models import experts
 from tilert.models.blocks import project
 from tilert.models.config import DecoderConfig
 from tilert.models.derived import ROPE_TABLE
@@ -85,6 +86,8 @@ def _mlp_block(graph: Graph, config: DecoderConfig, layer: int, x: Value) -> Val
         f"model.layers.{layer}.post_attention_layernorm.weight", config.hidden_size
     )
     normed = graph.rms_norm(f"l{layer}.mlp_in", x, weight, config.rms_norm_eps)
+    if config.experts and config.experts.sparse[layer]:
+        return experts.block(graph, config.experts, layer, x, normed)
     gate = project(
         graph, f"{prefix}.gate_proj", normed, width, bias=bias, shard=0, name=f"l{layer}.gate"
     )

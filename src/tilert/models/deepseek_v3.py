@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from tilert.models import experts
 from tilert.models.config import FamilyRules
 from tilert.models.latent import LatentRules
 
@@ -49,5 +50,6 @@ RULES = FamilyRules(
     o_bias=None,
     qk_norm=False,
     sliding="never",
+    experts=experts.DEEPSEEK,
     latent=LatentRules(indexed=False),
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tilert.models import deepseek_v3
+from tilert.models import deepseek_v3, experts
 from tilert.models.config import FamilyRules
 from tilert.models.latent import LatentRules
 
@@ -30,5 +30,6 @@ RULES = FamilyRules(
     o_bias=None,
     qk_norm=False,
     sliding="never",
+    experts=experts.DEEPSEEK,
     latent=LatentRules(indexed=True, index_interleave=True, shared=True),
 )

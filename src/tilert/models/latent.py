@@ -103,8 +103,6 @@ def parse(section: Section, rules: LatentRules) -> LatentConfig:
         section.one_of("rope_interleave", (True, None))
     elif section.values["rope_interleave"] is not None:
         section.boolean("rope_interleave")
-    if section.values["num_hidden_layers"] > section.integer("first_k_dense_replace", 0, 1 << 12):
-        raise section.error("first_k_dense_replace", "accepted are models without experts so far")
     extra = 0
     if section.values["num_nextn_predict_layers"] is not None:
         extra = section.integer("num_nextn_predict_layers", 0, 64)

@@ -8,7 +8,7 @@ import numpy as np
 
 from tilert.errors import UserError
 from tilert.ir.dtype import DType
-from tilert.ir.graph import Graph
+from tilert.ir.graph import Graph, Value
 from tilert.ir.program import Scale
 from tilert.models.config import DecoderConfig
 from tilert.models.derived import ROPE_TABLE, head_parts
@@ -98,6 +98,7 @@ def check(
     """
     _check_names(graph, config, tensors)
     products = {v.name for n in graph.nodes if n.op == "linear" for v in (n.inputs["w"],) if v}
+    products |= {part.name for bank in _banks(graph) for part in bank.parts}
     gathered = {v.name for n in graph.nodes if n.op == "embed" for v in (n.inputs["table"],) if v}
     parts = head_parts(config)
     for name, value in graph.weights.items():
@@ -118,7 +119,27 @@ def check(
                 f"tensor '{name}' is {array.dtype}; accepted are float32, bfloat16 and float16, and"
                 " float8_e4m3fn for matrices of layers"
             )
-    return scales(graph, config, tensors)
+    found = scales(graph, config, tensors)
+    for bank in _banks(graph):
+        first = bank.parts[0].name
+        for name in (part.name for part in bank.parts):
+            if tensors[name].dtype != tensors[first].dtype:
+                raise UserError(
+                    f"tensor '{name}' is {tensors[name].dtype} and '{first}' {tensors[first].dtype};"
+                    " accepted are experts of one layer with one type"
+                )
+            if name in found and found[name].block != found[first].block:
+                raise UserError(
+                    f"tensors '{name}' and '{first}' have scales for {list(found[name].block)} and"
+                    f" {list(found[first].block)} elements; accepted are experts of one layer with one"
+                    " kind of scales"
+                )
+    return found
+
+
+def _banks(graph: Graph) -> list[Value]:
+    """The banks of all layers."""
+    return [v for n in graph.nodes if n.op == "experts" for v in n.inputs.values() if v and v.parts]
 
 
 def _guessing_layers(config: DecoderConfig) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from tilert.ops.attend import Attend
 from tilert.ops.attention import Attention, Combine
 from tilert.ops.draw import Adjust, Bins, Draw, Sift, Totals
 from tilert.ops.embed import Embed
+from tilert.ops.experts import ExpertDown, ExpertGate, Route
 from tilert.ops.index import IndexRope, IndexScore, Select
 from tilert.ops.linear import Linear
 from tilert.ops.mla import LatentAttention, LatentRope
@@ -34,6 +35,9 @@ OPS: tuple[type[Op], ...] = (
     Totals,
     Sift,
     Draw,
+    Route,
+    ExpertGate,
+    ExpertDown,
     LatentRope,
     LatentAttention,
     IndexRope,
@@ -51,6 +55,8 @@ __all__ = [
     "Combine",
     "Draw",
     "Embed",
+    "ExpertDown",
+    "ExpertGate",
     "IndexRope",
     "IndexScore",
     "LatentAttention",
@@ -59,6 +65,7 @@ __all__ = [
     "NextToken",
     "Norm",
     "Rope",
+    "Route",
     "Select",
     "Sift",
     "Totals",

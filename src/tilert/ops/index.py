@@ -61,7 +61,7 @@ class IndexRope(Op):
     [context, 1] f32. Rounded queries are stored times their scale, which f32 and bf16 hold exactly.
     """
 
-    opcode: ClassVar[int] = 22
+    opcode: ClassVar[int] = 25
     q: Buf
     k: Buf
     weight: Buf
@@ -165,7 +165,7 @@ class IndexScore(Op):
     more than topk positions needs no scores and gets none.
     """
 
-    opcode: ClassVar[int] = 23
+    opcode: ClassVar[int] = 26
     q: Buf
     head_weights: Buf
     index_cache: Buf
@@ -258,7 +258,7 @@ class Select(Op):
     rest is undefined. scores: y of IndexScore.
     """
 
-    opcode: ClassVar[int] = 24
+    opcode: ClassVar[int] = 27
     scores: Buf
     chosen: Buf
     positions: Buf

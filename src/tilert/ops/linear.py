@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
@@ -22,11 +22,10 @@ class Linear(Op):
 
     x' is x, or RMSNorm(x) * norm when `norm` is given. Epilogue STORE stores, ADD adds to what y
     holds, GATE stores silu(x' @ w[r] + bias[r]) * (x' @ w_up[r] + bias_up[r]).
-    x [rows, >= x_col + k] f32; w, w_up [bank * n, k]; y [rows, >= y_col + n] f32.
+    x [rows, >= x_col + k] f32; w, w_up [n, k]; y [rows, >= y_col + n] f32.
     groups > 1: block-diagonal. The rows of w are as many blocks, and block g is multiplied by columns
     [x_col + g * x_stride, + k) of x; no tile has rows of two blocks. Such a product has no norm and only
     stores.
-    `expert`, when given, is an i32 buffer [1, 1] whose value picks the matrix of w's bank.
     `gather`, when given, is an i32 buffer [1, rows]: row i of x' is made from x[gather[i]].
     splits > 1: x holds the partial results of Attend, `group` query heads of `head_dim` for each kv
     head, and x' is what Combine makes of them; block g of a block-diagonal product then takes head g,
@@ -42,14 +41,12 @@ class Linear(Op):
     bias: Buf
     bias_up: Buf
     norm: Buf
-    expert: Buf
     y: Buf
     counts: Buf
     count_index: int  # 0: x has a row per token, 1: a row per output
     rows: int  # capacity in tokens or outputs
     k: int
     n: int
-    bank: int
     y_col: int
     tile_rows: int
     epilogue: int
@@ -107,12 +104,7 @@ class Linear(Op):
             out.append(Region(self.gather, 0, 1, 0, self.rows))
         rows = self.rows if self.gather == NONE else self.x_rows
         out += [Region(self.x, 0, rows, *columns) for columns in self.x_regions(lo, hi)]
-        if self.expert == NONE:
-            out += [Region(w, begin, end, 0, self.k) for w in (self.w, self.w_up) if w != NONE]
-        else:  # any matrix of the bank may be chosen
-            weights = [w for w in (self.w, self.w_up) if w != NONE]
-            out += [Region(w, 0, self.bank * self.n, 0, self.k) for w in weights]
-            out.append(Region(self.expert, 0, 1, 0, 1))
+        out += [Region(w, begin, end, 0, self.k) for w in (self.w, self.w_up) if w != NONE]
         out += [Region(b, 0, 1, begin, end) for b in (self.bias, self.bias_up) if b != NONE]
         if self.norm != NONE:
             out.append(Region(self.norm, 0, 1, 0, self.k))
@@ -140,16 +132,13 @@ class Linear(Op):
             for tile in range(lo, hi):
                 begin, end = self.span(tile, tile + 1)
                 x = rounded(self._block(mem, tile), DType(self.x_type))
-                y = self._product(mem, self.w, self.bias, x, np.float32(1), begin, end)
+                y = self._product(mem, self.w, self.bias, x, np.ones(1, np.float32), begin, end)
                 mem.write(self.y, 0, self.y_col + begin, y)
             return
         begin, end = self.span(lo, hi)
         rows = count(mem, self.counts, self.count_index)
-        x, root = self._input(mem, rows), np.float32(1)
-        if self.norm != NONE:
-            root = root_mean_square(x, self.eps)
-            x = x * mem.read(self.norm, 0, 1, 0, self.k).astype(np.float32)
-        x = rounded(x, DType(self.x_type))
+        x = self._input(mem, rows)
+        x, root = multiplicand(mem, x, self.norm, self.eps, DType(self.x_type))
         y = self._product(mem, self.w, self.bias, x, root, begin, end)
         if self.epilogue == ADD:
             y += mem.read(self.y, 0, rows, self.y_col + begin, self.y_col + end)
@@ -180,17 +169,23 @@ class Linear(Op):
         return x if self.splits == 1 else merge(x, self.k, self.head_dim, self.splits)
 
     def _product(
-        self, mem: Memory, w: Buf, bias: Buf, x: np.ndarray, root: Any, begin: int, end: int
+        self, mem: Memory, w: Buf, bias: Buf, x: np.ndarray, root: np.ndarray, begin: int, end: int
     ) -> np.ndarray:
-        first = 0
-        if self.expert != NONE:
-            chosen = int(mem.read(self.expert, 0, 1, 0, 1)[0, 0])
-            assert 0 <= chosen < self.bank, f"expert {chosen} outside [0, {self.bank})"
-            first = chosen * self.n
-        y = x @ weight_f32(mem, w, first + begin, first + end, self.k).T / root
+        y = x @ weight_f32(mem, w, begin, end, self.k).T / root
         if bias != NONE:
             y = y + mem.read(bias, 0, 1, begin, end).astype(np.float32)
         return y
+
+
+def multiplicand(
+    mem: Memory, x: np.ndarray, norm: Buf, eps: float, x_type: DType
+) -> tuple[np.ndarray, np.ndarray]:
+    """x' [rows, k], and what its products are divided by [rows, 1]: the root when there is a norm."""
+    root = np.ones((len(x), 1), np.float32)
+    if norm != NONE:
+        root = root_mean_square(x, eps)
+        x = x * mem.read(norm, 0, 1, 0, x.shape[1]).astype(np.float32)
+    return rounded(x, x_type), root
 
 
 def multiplier(weight: DType) -> DType:
@@ -206,12 +201,16 @@ def rounded(x: np.ndarray, x_type: DType) -> np.ndarray:
 
 
 def weight_f32(mem: Memory, w: Buf, begin: int, end: int, k: int) -> np.ndarray:
-    """Rows [begin, end) of a weight in f32, block scales applied (value * scale of its block)."""
+    """Rows [begin, end) of a weight in f32, block scales applied (value * scale of its block).
+
+    Of a bank the rows are those of one matrix."""
     values = mem.read(w, begin, end, 0, k).astype(np.float32)
     described = mem.buffer(w)
     if described.scale == NONE:
         return values
     block_rows, block_cols = described.block
-    rows = np.arange(begin, end) // block_rows
+    matrix, first = divmod(begin, described.rows // described.bank)
+    rows = np.arange(first, first + end - begin) // block_rows
+    rows += matrix * (described.scale_shape[0] // described.bank)
     scales = mem.read(described.scale, int(rows[0]), int(rows[-1]) + 1, 0, -(-k // block_cols))
     return values * np.repeat(scales[rows - rows[0]], block_cols, axis=1)[:, :k]

@@ -33,7 +33,7 @@ class LatentRope(Op):
     2i + 1); either way the first elements of all pairs are stored before the second ones.
     """
 
-    opcode: ClassVar[int] = 20
+    opcode: ClassVar[int] = 23
     q: Buf
     kv: Buf
     weight: Buf
@@ -129,7 +129,7 @@ class LatentAttention(Op):
     Combine, or a block-diagonal Linear, merges where splits > 1.
     """
 
-    opcode: ClassVar[int] = 21
+    opcode: ClassVar[int] = 24
     q: Buf
     q_rope: Buf
     latent_cache: Buf

@@ -3,7 +3,7 @@
 Python owns all memory as numpy arrays and checks what it is given; the extension module gets addresses
 and runs whole launches. Knows programs and ops; knows no model and no compiler. Caches are stored as
 the kernels read them: keys [page, kv_head, head_dim, position], values [page, kv_head, position,
-head_dim], 64 positions per page.
+head_dim], latents and keys of indexers [page, position, columns], 64 positions per page.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tilert.errors import UserError
 from tilert.ir.dtype import DType
 from tilert.ir.encode import to_bytes
 from tilert.ir.program import NONE, PAGE, Buffer, Kind, Program
-from tilert.ops import Attention, Linear, Rope
+from tilert.ops import Attention, IndexRope, IndexScore, LatentAttention, LatentRope, Rope
 
 __all__ = ["CpuBackend", "Pool", "allocate_caches", "make_pool"]
 
@@ -74,14 +74,18 @@ def make_pool(threads: int | None = None) -> Pool:
         raise UserError(f"cannot start {threads} threads: {error}") from error
 
 
-def cache_shapes(program: Program) -> dict[str, tuple[int, int, int]]:
+def cache_shapes(program: Program) -> dict[str, tuple[int, ...]]:
     """Shape of one page of each cache, by the name of its buffer."""
-    shapes: dict[str, tuple[int, int, int]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for op in program.ops:
         if isinstance(op, Rope | Attention):
             name = {b: program.buffers[b].name for b in (op.k_cache, op.v_cache)}
             shapes[name[op.k_cache]] = (op.kv_heads, op.head_dim, PAGE)
             shapes[name[op.v_cache]] = (op.kv_heads, PAGE, op.head_dim)
+        elif isinstance(op, LatentRope | LatentAttention):
+            shapes[program.buffers[op.latent_cache].name] = (PAGE, op.lora + op.rope)
+        elif isinstance(op, IndexRope | IndexScore):
+            shapes[program.buffers[op.index_cache].name] = (PAGE, op.head_dim)
     return shapes
 
 
@@ -109,21 +113,21 @@ class CpuBackend:
         self.program = program
         arena = _aligned(program.arena_bytes)
         pages = cache_shapes(program)
-        self._arrays: list[np.ndarray] = []
+        self._parts: list[list[np.ndarray]] = []  # of each buffer; one, but for banks
         for buffer in program.buffers:
             if buffer.kind is Kind.WEIGHT:
-                array = _weight(buffer, weights)
+                self._parts.append(_weight(buffer, weights))
             elif buffer.kind is Kind.CACHE:
-                array = _cache(buffer, caches, pages)
+                self._parts.append([_cache(buffer, caches, pages)])
             elif buffer.kind is Kind.STATE:
-                array = _typed(_aligned(buffer.bytes), buffer)
+                self._parts.append([_typed(_aligned(buffer.bytes), buffer)])
             else:
-                array = _typed(arena[buffer.offset : buffer.offset + buffer.bytes], buffer)
-            self._arrays.append(array)
-        described = zip(program.buffers, self._arrays, strict=True)
-        self.state = {b.name: array for b, array in described if b.kind is Kind.STATE}
-        addresses = [_address(array) for array in self._arrays]
-        self._core = _core.Executor(pool.core, pool.isa, to_bytes(program), addresses, self._arrays)
+                raw = arena[buffer.offset : buffer.offset + buffer.bytes]
+                self._parts.append([_typed(raw, buffer)])
+        described = zip(program.buffers, self._parts, strict=True)
+        self.state = {b.name: parts[0] for b, parts in described if b.kind is Kind.STATE}
+        addresses = [[_address(array) for array in parts] for parts in self._parts]
+        self._core = _core.Executor(pool.core, pool.isa, to_bytes(program), addresses, self._parts)
         self._core.set_wait_limit(wait_limit)
         self._trace = False
 
@@ -131,7 +135,7 @@ class CpuBackend:
         """A view of an activation or state buffer; the next launch overwrites it."""
         buf = self.program.buffer_ids[name]
         assert self.program.buffers[buf].kind in (Kind.WORK, Kind.STATE), f"{name} has other owners"
-        return self._arrays[buf]
+        return self._parts[buf][0]
 
     def steps(self, count: int) -> Generator[np.ndarray, None, None]:
         """Run `count` steps; gives the sampled ids [outputs] of each as soon as it is known.
@@ -198,40 +202,39 @@ def _check_runnable(program: Program, pool: Pool) -> None:
         )
     for buffer in program.buffers:
         if buffer.dtype is DType.F8E4M3 or buffer.scale != NONE:
-            raise UserError(f"weight '{buffer.name}' is FP8; {lacks}")
-        if buffer.bank > 1:
-            raise UserError(f"weight '{buffer.name}' is a bank of experts; {lacks}")
-    if any(isinstance(op, Linear) and (op.expert != NONE or op.bank > 1) for op in program.ops):
-        raise UserError(f"the program chooses experts; {lacks}")
+            raise UserError(f"weight '{buffer.label}' is FP8; {lacks}")
 
 
-def _weight(buffer: Buffer, weights: Mapping[str, np.ndarray]) -> np.ndarray:
-    array = weights.get(buffer.name)
+def _weight(buffer: Buffer, weights: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+    """The tensors of a weight, used where they lie: the matrices of a bank, else one."""
+    names = buffer.parts
+    assert len(names) in (1, buffer.bank), f"{buffer.label} must be copied into one"
+    rows = buffer.rows // len(names)
+    return [_part(name, (rows, buffer.cols), buffer.dtype, weights) for name in names]
+
+
+def _part(
+    name: str, shape: tuple[int, int], dtype: DType, weights: Mapping[str, np.ndarray]
+) -> np.ndarray:
+    array = weights.get(name)
     if array is None:
-        raise UserError(f"weight '{buffer.name}' is missing")
-    shapes = [(buffer.rows, buffer.cols)] + ([(buffer.cols,)] if buffer.rows == 1 else [])
-    if array.shape not in shapes:
-        raise UserError(
-            f"weight '{buffer.name}' has shape {array.shape}; the program needs {shapes[0]}"
-        )
-    if array.dtype != buffer.dtype.numpy:
-        raise UserError(
-            f"weight '{buffer.name}' has dtype {array.dtype}; the program needs {buffer.dtype.numpy}"
-        )
+        raise UserError(f"weight '{name}' is missing")
+    if array.shape != shape and not (shape[0] == 1 and array.shape == shape[1:]):
+        raise UserError(f"weight '{name}' has shape {array.shape}; the program needs {shape}")
+    if array.dtype != dtype.numpy:
+        raise UserError(f"weight '{name}' has dtype {array.dtype}; the program needs {dtype.numpy}")
     if not array.flags.c_contiguous:
-        raise UserError(
-            f"weight '{buffer.name}' is not contiguous; its rows must follow each other"
-        )
+        raise UserError(f"weight '{name}' is not contiguous; its rows must follow each other")
     return array
 
 
 def _cache(
-    buffer: Buffer, caches: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, int, int]]
+    buffer: Buffer, caches: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]
 ) -> np.ndarray:
     assert buffer.name in shapes, f"cache {buffer.name} is used by no op"
     array, shape = caches.get(buffer.name), shapes[buffer.name]
     assert array is not None, f"cache {buffer.name} is missing"
-    good = array.ndim == 4 and array.shape[1:] == shape and array.dtype == np.float32
+    good = array.shape[1:] == shape and array.dtype == np.float32
     assert good and array.flags.c_contiguous and array.flags.writeable, (
         f"cache {buffer.name} is {array.dtype} {array.shape}, wanted f32 [pages, {shape}]"
     )

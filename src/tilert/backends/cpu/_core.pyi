@@ -10,7 +10,12 @@ class Pool:
 
 class Executor:
     def __init__(
-        self, pool: Pool, isa: str, program: bytes, addresses: list[tuple[int, int]], owners: object
+        self,
+        pool: Pool,
+        isa: str,
+        program: bytes,
+        addresses: list[list[tuple[int, int]]],
+        owners: object,
     ) -> None: ...
     def launch(self, steps: int, trace: bool) -> None: ...
     def cancel(self) -> None: ...

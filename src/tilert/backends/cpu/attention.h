@@ -13,20 +13,21 @@ namespace tilert::TILERT_ISA {
 struct AttentionScratch {
   float *q, *scores, *out, *top, *total;
 
-  AttentionScratch(float* p, int m, int head_dim)
+  // key, value: columns of a query, and of what comes out.
+  AttentionScratch(float* p, int m, int key, int value)
       : q(p),
-        scores(q + static_cast<size_t>(m) * head_dim),
+        scores(q + static_cast<size_t>(m) * key),
         out(scores + static_cast<size_t>(m) * kPage),
-        top(out + static_cast<size_t>(m) * head_dim),
+        top(out + static_cast<size_t>(m) * value),
         total(top + m) {}
 
-  static size_t floats(int m, int head_dim) {
-    return static_cast<size_t>(m) * (2 * static_cast<size_t>(head_dim) + kPage + 2);
+  static size_t floats(int m, int key, int value) {
+    return static_cast<size_t>(m) * (static_cast<size_t>(key) + value + kPage + 2);
   }
 };
 
 inline size_t attention_scratch(int group, int head_dim, int tokens) {
-  return AttentionScratch::floats(group * tokens, head_dim);
+  return AttentionScratch::floats(group * tokens, head_dim, head_dim);
 }
 
 inline void begin_rows(const AttentionArgs& args, AttentionScratch& s, int tokens) {
@@ -92,7 +93,7 @@ inline void add_page(const AttentionArgs& args, AttentionScratch& s, int page, i
 
 inline void attention(const AttentionArgs& args, float* y, int64_t ldy, int tokens,
                       int first_position, float* scratch) {
-  AttentionScratch s(scratch, tokens * args.group, args.head_dim);
+  AttentionScratch s(scratch, tokens * args.group, args.head_dim, args.head_dim);
   begin_rows(args, s, tokens);
   int oldest = args.window ? first_position + 1 - args.window : 0, end = first_position + tokens;
   oldest = oldest < 0 ? 0 : oldest;
@@ -109,7 +110,7 @@ inline void attention(const AttentionArgs& args, float* y, int64_t ldy, int toke
 
 inline void attention_partial(const AttentionArgs& args, float* y, int begin, int end,
                               float* scratch) {
-  AttentionScratch s(scratch, args.group, args.head_dim);
+  AttentionScratch s(scratch, args.group, args.head_dim, args.head_dim);
   begin_rows(args, s, 1);
   AttentionArgs all = args;
   all.window = 0;  // [begin, end) is what the token sees

@@ -25,10 +25,13 @@ std::string seconds(int64_t ns) {
 }  // namespace
 
 Executor::Executor(std::shared_ptr<Pool> pool, const Kernels& kernels, Program program,
-                   const std::vector<Bytes>& memory)
+                   const Memory& memory)
     : pool_(std::move(pool)), program_(std::move(program)) {
   const Header& h = program_.header;
-  if (memory.size() != program_.buffers.size()) throw std::runtime_error("one entry per buffer");
+  if (memory.size() != program_.buffers.size() ||
+      std::any_of(memory.begin(), memory.end(), [](const auto& parts) { return parts.empty(); })) {
+    throw std::runtime_error("one entry per buffer");
+  }
   if (h.num_workers > pool_->size()) {
     throw std::runtime_error("the program has " + number(h.num_workers) +
                              " workers, the pool only " + number(pool_->size()));
@@ -39,7 +42,7 @@ Executor::Executor(std::shared_ptr<Pool> pool, const Kernels& kernels, Program p
     if (sampled_) throw std::runtime_error("more than one op samples the next token");
     const NextTokenFields f = program_.fields<NextTokenFields>(op);
     if (f.rows > h.outputs) throw std::runtime_error("more rows are sampled than the program has");
-    sampled_ = reinterpret_cast<const int32_t*>(memory[f.sampled].data);
+    sampled_ = reinterpret_cast<const int32_t*>(memory[f.sampled].front().data);
     sampled_rows_ = f.rows;
   }
   bind_runs();

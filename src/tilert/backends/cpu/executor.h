@@ -31,7 +31,7 @@ class Executor {
  public:
   // memory: one entry per buffer of the program; it must outlive the executor.
   Executor(std::shared_ptr<Pool> pool, const Kernels& kernels, Program program,
-           const std::vector<Bytes>& memory);
+           const Memory& memory);
   ~Executor();
 
   // Starts `steps` steps and returns; blocks first while the pool runs another executor's launch.

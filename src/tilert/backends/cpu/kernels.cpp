@@ -2,6 +2,7 @@
 #include "kernels.h"
 
 #include "attention.h"
+#include "latent.h"
 #include "linear.h"
 #include "norm.h"
 #include "rope.h"
@@ -14,8 +15,27 @@ namespace tilert::TILERT_ISA {
 
 extern const Kernels kernels;
 const Kernels kernels = {
-    TILERT_NAME(TILERT_ISA), linear,  linear_scratch, norm,   rope, attention, attention_partial,
-    attention_scratch,       combine, embed,          argmax, read,
+    TILERT_NAME(TILERT_ISA),
+    linear,
+    linear_scratch,
+    many_tokens,
+    many_scratch,
+    norm,
+    rope,
+    attention,
+    attention_partial,
+    attention_scratch,
+    combine,
+    latent_begin,
+    latent_rows,
+    latent_end,
+    latent_scratch,
+    layer_norm,
+    hadamard,
+    index_scores,
+    embed,
+    argmax,
+    read,
 };
 
 }  // namespace tilert::TILERT_ISA

@@ -45,12 +45,25 @@ struct AttentionArgs {
   float scale;
 };
 
+// One token's queries against rows [lora + rope] of a latent cache.
+struct LatentArgs {
+  const float* q;       // [heads, lora]
+  const float* q_rope;  // of head j at q_rope + j * ldq: [rope]
+  int64_t ldq;
+  int heads, lora, rope;
+  float scale;
+};
+
 struct Kernels {
   const char* name;
 
   // Output rows [begin, end) for `tokens` rows of x. scratch: linear_scratch(k, tokens) floats.
   void (*linear)(const LinearArgs& args, int tokens, int begin, int end, float* scratch);
   size_t (*linear_scratch)(int k, int tokens);
+  // The same in the way of many tokens whatever their number, so that a token's result does not
+  // depend on it. scratch: linear_many_scratch(k, tokens) floats.
+  void (*linear_many)(const LinearArgs& args, int tokens, int begin, int end, float* scratch);
+  size_t (*linear_many_scratch)(int k, int tokens);
 
   // y = x / sqrt(mean(x^2) + eps) * weight for one row of `width`.
   void (*norm)(float* y, const float* x, Weight weight, int width, float eps);
@@ -71,6 +84,22 @@ struct Kernels {
   // Merge the partial results [splits][group][head_dim + 2] of one kv head into y [group *
   // head_dim].
   void (*combine)(float* y, const float* part, int splits, int group, int head_dim);
+
+  // Attention over rows that are handed over up to kPage at a time. latent_end: head j's weighted
+  // sum of latents at y + j * ldy, or with `partial` the sums, maximum and sum of weights. scratch:
+  // latent_scratch(heads, lora, rope) floats, the same from begin to end.
+  void (*latent_begin)(const LatentArgs& args, float* scratch);
+  void (*latent_rows)(const LatentArgs& args, const float* const* rows, int n, float* scratch);
+  void (*latent_end)(const LatentArgs& args, float* y, int64_t ldy, bool partial, float* scratch);
+  size_t (*latent_scratch)(int heads, int lora, int rope);
+
+  // For the indexer, one row each; y of index_scores for n <= kPage keys [n, dim], scratch heads *
+  // kPage floats.
+  void (*layer_norm)(float* y, const float* x, const float* weight, const float* shift, int width,
+                     float eps);
+  void (*hadamard)(float* x, int width);
+  void (*index_scores)(float* y, const float* q, const float* weights, const float* keys, int heads,
+                       int dim, int n, float scale, float* scratch);
 
   // y = weight row `row` of [.., width] widened to f32.
   void (*embed)(float* y, Weight table, int64_t row, int width);

@@ -168,10 +168,13 @@ inline void panel_product(float* out, Weight w, const LinearArgs& args, int toke
   }
 }
 
-inline size_t linear_scratch(int k, int tokens) {
-  if (tokens <= kFewTokens) return static_cast<size_t>(tokens) * k;
+inline size_t many_scratch(int k, int tokens) {
   int depth = k < kDepth ? k : kDepth;
   return static_cast<size_t>(kPanel) * (depth + 2 * static_cast<size_t>(tokens));
+}
+
+inline size_t linear_scratch(int k, int tokens) {
+  return tokens <= kFewTokens ? static_cast<size_t>(tokens) * k : many_scratch(k, tokens);
 }
 
 // y[t, row .. ) = epilogue of one panel's sums; `up` null unless gated.

@@ -33,6 +33,12 @@ std::vector<Bytes> memory_of(const std::vector<Address>& addresses) {
   return memory;
 }
 
+Memory parts_of(const std::vector<std::vector<Address>>& buffers) {
+  Memory memory;
+  for (const auto& parts : buffers) memory.push_back(memory_of(parts));
+  return memory;
+}
+
 const Kernels& kernels_of(const std::string& isa) {
   const Kernels* kernels = find_kernels(isa);
   if (!kernels) throw std::runtime_error("this machine has no kernels named " + isa);
@@ -45,10 +51,10 @@ struct BoundExecutor {
   Executor executor;
 
   BoundExecutor(std::shared_ptr<Pool> pool, const std::string& isa, const nb::bytes& program,
-                const std::vector<Address>& addresses, nb::object owners)
+                const std::vector<std::vector<Address>>& addresses, nb::object owners)
       : arrays(std::move(owners)),
         executor(std::move(pool), kernels_of(isa), Program::parse(program.c_str(), program.size()),
-                 memory_of(addresses)) {}
+                 parts_of(addresses)) {}
 };
 
 nb::bytes history(const BoundExecutor& self, int64_t begin, int64_t end) {
@@ -97,7 +103,7 @@ NB_MODULE(_core, m) {
 
   nb::class_<BoundExecutor>(m, "Executor")
       .def(nb::init<std::shared_ptr<Pool>, const std::string&, const nb::bytes&,
-                    const std::vector<Address>&, nb::object>(),
+                    const std::vector<std::vector<Address>>&, nb::object>(),
            "pool"_a, "isa"_a, "program"_a, "addresses"_a, "owners"_a.none())
       .def(
           "launch",

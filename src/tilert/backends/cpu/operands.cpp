@@ -25,15 +25,34 @@ DType dtype_of(const BufferRecord& buffer) { return static_cast<DType>(buffer.dt
 
 Weight Operands::weight(int buffer, int64_t rows, int64_t cols) const {
   const BufferRecord& b = find(buffer, rows, cols);
+  if (b.bank != 1 || memory_[buffer].size() != 1) {
+    reject("weight " + std::to_string(buffer) + " is several matrices");
+  }
+  return {memory_[buffer].front().data, float_type(buffer, b, cols)};
+}
+
+Bank Operands::bank(int buffer, int bank, int64_t rows, int64_t cols) const {
+  const BufferRecord& b = find(buffer, int64_t{bank} * rows, cols);
+  Bank out{{}, float_type(buffer, b, cols)};
+  const size_t bytes = rows * cols * bytes_of(out.dtype);
+  for (const Bytes& part : memory_[buffer]) {
+    for (size_t at = 0; at + bytes <= part.size; at += bytes)
+      out.matrices.push_back(part.data + at);
+  }
+  if (b.bank != bank || static_cast<int>(out.matrices.size()) != bank) {
+    reject("weight " + std::to_string(buffer) + " is no bank of " + std::to_string(bank));
+  }
+  return out;
+}
+
+DType Operands::float_type(int buffer, const BufferRecord& b, int64_t cols) const {
   const DType dtype = dtype_of(b);
   if (dtype != DType::kF32 && dtype != DType::kBF16 && dtype != DType::kF16) {
     reject("weight " + std::to_string(buffer) + " is not f32, bf16 or f16");
   }
-  if (b.scale >= 0 || b.bank != 1) {
-    reject("weight " + std::to_string(buffer) + " has block scales or is a bank of experts");
-  }
+  if (b.scale >= 0) reject("weight " + std::to_string(buffer) + " has block scales");
   if (b.cols != cols) reject("weight " + std::to_string(buffer) + " has longer rows");
-  return {memory_[buffer].data, dtype};
+  return dtype;
 }
 
 Weight Operands::weight_or_none(int buffer, int64_t rows, int64_t cols) const {
@@ -43,14 +62,14 @@ Weight Operands::weight_or_none(int buffer, int64_t rows, int64_t cols) const {
 Floats Operands::floats(int buffer, int64_t rows, int64_t cols) const {
   const BufferRecord& b = find(buffer, rows, cols);
   if (dtype_of(b) != DType::kF32) reject("buffer " + std::to_string(buffer) + " is not f32");
-  return {reinterpret_cast<float*>(memory_[buffer].data), b.cols};
+  return {reinterpret_cast<float*>(memory_[buffer].front().data), b.cols};
 }
 
 int32_t* Operands::ints(int buffer, int64_t rows, int64_t cols) const {
   const BufferRecord& b = find(buffer, rows, cols);
   if (dtype_of(b) != DType::kI32) reject("buffer " + std::to_string(buffer) + " is not i32");
   if (rows > 1 && b.cols != cols) reject("buffer " + std::to_string(buffer) + " is too wide");
-  return reinterpret_cast<int32_t*>(memory_[buffer].data);
+  return reinterpret_cast<int32_t*>(memory_[buffer].front().data);
 }
 
 Cache Operands::cache(int buffer, int64_t kv_heads, int64_t head_dim) const {
@@ -61,8 +80,8 @@ Cache Operands::cache(int buffer, int64_t kv_heads, int64_t head_dim) const {
     reject("buffer " + std::to_string(buffer) + " is not a cache of f32");
   }
   const int64_t page_bytes = kv_heads * head_dim * kPage * 4;
-  const int64_t pages = static_cast<int64_t>(memory_[buffer].size) / page_bytes;
-  return {reinterpret_cast<float*>(memory_[buffer].data), pages};
+  const int64_t pages = static_cast<int64_t>(memory_[buffer].front().size) / page_bytes;
+  return {reinterpret_cast<float*>(memory_[buffer].front().data), pages};
 }
 
 void Operands::require(bool condition, const char* what) const {
@@ -77,9 +96,9 @@ const BufferRecord& Operands::find(int buffer, int64_t rows, int64_t cols) const
   if (b.device != 0) reject(name + " is on another device");
   const bool cache = static_cast<Kind>(b.kind) == Kind::kCACHE;
   const int64_t stored = cache ? 0 : int64_t{b.rows} * b.cols * bytes_of(dtype_of(b));
-  if (!memory_[buffer].data || static_cast<int64_t>(memory_[buffer].size) < stored) {
-    reject(name + " has too little memory");
-  }
+  int64_t held = 0;
+  for (const Bytes& part : memory_[buffer]) held += part.data ? static_cast<int64_t>(part.size) : 0;
+  if (held < stored) reject(name + " has too little memory");
   if (b.rows < rows || b.cols < cols) {
     reject(name + " is [" + std::to_string(b.rows) + ", " + std::to_string(b.cols) +
            "], the op needs [" + std::to_string(rows) + ", " + std::to_string(cols) + "]");

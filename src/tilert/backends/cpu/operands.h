@@ -20,6 +20,14 @@ struct Floats {
   float* row(int64_t i) const { return data + i * stride; }
 };
 
+// Matrices of one type, each of which may lie anywhere.
+struct Bank {
+  std::vector<const void*> matrices;
+  DType dtype;
+
+  Weight operator[](int i) const { return {matrices[i], dtype}; }
+};
+
 // The paged keys or values of one layer, `pages` pages of kPage positions.
 struct Cache {
   float* data = nullptr;
@@ -28,13 +36,15 @@ struct Cache {
 
 class Operands {
  public:
-  Operands(const Program& program, int op, const std::vector<Bytes>& memory)
+  Operands(const Program& program, int op, const Memory& memory)
       : program_(program), op_(op), memory_(memory) {}
 
   // Each throws std::runtime_error unless the buffer has at least that many rows and columns;
   // weights, caches and tables of several rows have exactly as many columns.
   Weight weight(int buffer, int64_t rows, int64_t cols) const;
   Weight weight_or_none(int buffer, int64_t rows, int64_t cols) const;
+  // `bank` matrices of [rows, cols] each.
+  Bank bank(int buffer, int bank, int64_t rows, int64_t cols) const;
   Floats floats(int buffer, int64_t rows, int64_t cols) const;
   int32_t* ints(int buffer, int64_t rows, int64_t cols) const;
   Cache cache(int buffer, int64_t kv_heads, int64_t head_dim) const;
@@ -43,12 +53,13 @@ class Operands {
   void require(bool condition, const char* what) const;
 
  private:
+  DType float_type(int buffer, const BufferRecord& b, int64_t cols) const;
   const BufferRecord& find(int buffer, int64_t rows, int64_t cols) const;
   [[noreturn]] void reject(const std::string& what) const;
 
   const Program& program_;
   int op_;
-  const std::vector<Bytes>& memory_;
+  const Memory& memory_;
 };
 
 }  // namespace tilert

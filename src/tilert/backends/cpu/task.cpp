@@ -4,98 +4,35 @@
 #include <stdexcept>
 #include <string>
 
+#include "experts.h"
+#include "index.h"
 #include "kernels.h"
+#include "mla.h"
 #include "operands.h"
+#include "state.h"
 
 namespace tilert {
 namespace {
-
-// Rows of this step: tokens (which 0) or outputs (which 1), at most as many as the op has room for.
-class Count {
- public:
-  Count(const Operands& in, int counts, int which, int capacity)
-      : at_(in.ints(counts, 1, 2) + which), capacity_(capacity) {
-    in.require(which == 0 || which == 1, "count_index is not 0 or 1");
-  }
-
-  int operator()() const {
-    const int32_t value = *at_;
-    if (value < 0 || value > capacity_) {
-      throw std::runtime_error("the step has " + std::to_string(value) + " rows, room is for " +
-                               std::to_string(capacity_));
-    }
-    return value;
-  }
-
- private:
-  const int32_t* at_;
-  int capacity_;
-};
-
-int32_t checked(int32_t value, int64_t limit, const char* what) {
-  if (value < 0 || value >= limit) {
-    throw std::runtime_error(std::string(what) + " " + std::to_string(value) + " is outside [0, " +
-                             std::to_string(limit) + ")");
-  }
-  return value;
-}
-
-int ceil_div(int a, int b) { return (a + b - 1) / b; }
-
-// Where the tokens of a step stand: their positions, and the pages of their sequences.
-class Places {
- public:
-  template <class Fields>
-  Places(const Operands& in, const Fields& f, int64_t cache_pages)
-      : positions_(in.ints(f.positions, 1, f.rows)),
-        sequences_(in.ints(f.sequences, 1, f.rows)),
-        pages_(in.ints(f.pages, f.page_rows, f.page_cols)),
-        page_rows_(f.page_rows),
-        page_cols_(f.page_cols),
-        cache_pages_(cache_pages) {}
-
-  int32_t position(int t) const {
-    return checked(positions_[t], int64_t{page_cols_} * kPage, "position");
-  }
-  int32_t sequence(int t) const { return checked(sequences_[t], page_rows_, "sequence"); }
-
-  // The row of the page table of token t.
-  const int32_t* pages(int t) const { return pages_ + int64_t{sequence(t)} * page_cols_; }
-
-  // The same, when positions [lo, hi) are in pages that exist.
-  const int32_t* pages(int t, int lo, int hi) const {
-    const int32_t* row = pages(t);
-    for (int page = lo / kPage; page < ceil_div(hi, kPage); ++page) {
-      checked(row[page], cache_pages_, "page");
-    }
-    return row;
-  }
-
- private:
-  const int32_t *positions_, *sequences_, *pages_;
-  int page_rows_, page_cols_;
-  int64_t cache_pages_;
-};
-
-// Floats from one row of scratch to the next, so that each starts a cache line.
-size_t padded(size_t floats) { return (floats + 15) / 16 * 16; }
 
 class LinearTask final : public Task {
  public:
   LinearTask(const Operands& in, const LinearFields& f, const Kernels& kernels)
       : f_(f), kernels_(kernels), count_(in, f.counts, f.count_index, f.rows) {
-    in.require(f.expert < 0 && f.bank == 1, "it picks an expert, which the CPU does not run yet");
     in.require(f.gather < 0 && f.x_rows == 1 && f.splits == 1 && f.group == 1 && f.head_dim == 1,
                "it gathers rows or merges shares, which only machines with rings are given");
     in.require(f.tile_rows > 0 && f.y_col >= 0, "its tiles are not positive");
     in.require(f.epilogue >= 0 && f.epilogue <= 2, "its epilogue is unknown");
     in.require((f.epilogue == 2) == (f.w_up >= 0), "a gate has two matrices, others one");
-    const Floats x = in.floats(f.x, f.rows, f.k);
+    in.require(f.groups > 0 && f.n % f.groups == 0 && f.x_col >= 0 && f.x_stride >= 0,
+               "its rows do not fall into groups");
+    in.require(f.groups == 1 || (f.norm < 0 && f.epilogue == 0),
+               "its groups do more than multiply");
+    const Floats x = in.floats(f.x, f.rows, f.x_col + (f.groups - 1) * int64_t{f.x_stride} + f.k);
     const Floats y = in.floats(f.y, f.rows, int64_t{f.y_col} + f.n);
     norm_ = in.weight_or_none(f.norm, 1, f.k);
     args_ = {.y = y.data + f.y_col,
              .ldy = y.stride,
-             .x = x.data,
+             .x = x.data + f.x_col,
              .ldx = x.stride,
              .w = in.weight(f.w, f.n, f.k),
              .w_up = f.w_up < 0 ? Weight{} : in.weight(f.w_up, f.n, f.k),
@@ -106,7 +43,7 @@ class LinearTask final : public Task {
     in.require(f.w_up < 0 || args_.w.dtype == args_.w_up.dtype, "its matrices differ in dtype");
   }
 
-  int tiles() const override { return ceil_div(f_.n, f_.tile_rows); }
+  int tiles() const override { return f_.groups * group_tiles(); }
 
   size_t scratch_bytes() const override {
     const size_t normed = norm_.data ? f_.rows * padded(f_.k) : 0;
@@ -124,11 +61,24 @@ class LinearTask final : public Task {
       args.x = scratch;
       scratch += f_.rows * args.ldx;
     }
-    const int end = static_cast<int>(std::min<int64_t>(int64_t{hi} * f_.tile_rows, f_.n));
-    kernels_.linear(args, rows, lo * f_.tile_rows, end, scratch);
+    const float* x = args.x;
+    for (int g = lo / group_tiles(); g * group_tiles() < hi; ++g) {
+      args.x = x + int64_t{g} * f_.x_stride;
+      const int first = g * group_tiles();
+      kernels_.linear(args, rows, row_of(g, lo - first), row_of(g, hi - first), scratch);
+    }
   }
 
  private:
+  int group_rows() const { return f_.n / f_.groups; }
+  int group_tiles() const { return ceil_div(group_rows(), f_.tile_rows); }
+
+  // The row at which tile `tile` of group g begins, inside that group.
+  int row_of(int g, int tile) const {
+    const int64_t row = std::max<int64_t>(0, int64_t{tile} * f_.tile_rows);
+    return g * group_rows() + static_cast<int>(std::min<int64_t>(row, group_rows()));
+  }
+
   LinearFields f_;
   const Kernels& kernels_;
   Count count_;
@@ -450,15 +400,14 @@ class NextTokenTask final : public Task {
 };
 
 template <class Made, class Fields>
-std::unique_ptr<Task> make(const Program& program, int op, const std::vector<Bytes>& memory,
+std::unique_ptr<Task> make(const Program& program, int op, const Memory& memory,
                            const Kernels& kernels) {
   return std::make_unique<Made>(Operands(program, op, memory), program.fields<Fields>(op), kernels);
 }
 
 }  // namespace
 
-std::unique_ptr<Task> make_task(const Program& p, int op, const std::vector<Bytes>& memory,
-                                const Kernels& k) {
+std::unique_ptr<Task> make_task(const Program& p, int op, const Memory& memory, const Kernels& k) {
   switch (p.opcode(op)) {
     case Opcode::kLinear:
       return make<LinearTask, LinearFields>(p, op, memory, k);
@@ -477,6 +426,22 @@ std::unique_ptr<Task> make_task(const Program& p, int op, const std::vector<Byte
     case Opcode::kNextToken:
       return std::make_unique<NextTokenTask>(Operands(p, op, memory),
                                              p.fields<NextTokenFields>(op));
+    case Opcode::kRoute:
+      return make_route(Operands(p, op, memory), p.fields<RouteFields>(op), k);
+    case Opcode::kExpertGate:
+      return make_expert_gate(Operands(p, op, memory), p.fields<ExpertGateFields>(op), k);
+    case Opcode::kExpertDown:
+      return make_expert_down(Operands(p, op, memory), p.fields<ExpertDownFields>(op), k);
+    case Opcode::kLatentRope:
+      return make_latent_rope(Operands(p, op, memory), p.fields<LatentRopeFields>(op), k);
+    case Opcode::kLatentAttention:
+      return make_latent_attention(Operands(p, op, memory), p.fields<LatentAttentionFields>(op), k);
+    case Opcode::kIndexRope:
+      return make_index_rope(Operands(p, op, memory), p.fields<IndexRopeFields>(op), k);
+    case Opcode::kIndexScore:
+      return make_index_score(Operands(p, op, memory), p.fields<IndexScoreFields>(op), k);
+    case Opcode::kSelect:
+      return make_select(Operands(p, op, memory), p.fields<SelectFields>(op));
   }
   throw std::runtime_error("op " + std::to_string(op) + " has an opcode that the CPU does not run");
 }
@@ -499,6 +464,22 @@ const char* op_name(Opcode code) {
       return "argmax";
     case Opcode::kNextToken:
       return "next token";
+    case Opcode::kRoute:
+      return "route";
+    case Opcode::kExpertGate:
+      return "expert gate";
+    case Opcode::kExpertDown:
+      return "expert down";
+    case Opcode::kLatentRope:
+      return "latent rope";
+    case Opcode::kLatentAttention:
+      return "latent attention";
+    case Opcode::kIndexRope:
+      return "index rope";
+    case Opcode::kIndexScore:
+      return "index score";
+    case Opcode::kSelect:
+      return "select";
   }
   return "unknown";
 }

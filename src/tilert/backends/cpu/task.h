@@ -13,11 +13,13 @@
 
 namespace tilert {
 
-// The bytes of one buffer of the program; {nullptr, 0} when it has none.
 struct Bytes {
   char* data;
   size_t size;
 };
+
+// Of each buffer of the program the tensors that it consists of, in order: one, but for banks.
+using Memory = std::vector<std::vector<Bytes>>;
 
 class Task {
  public:
@@ -33,7 +35,7 @@ class Task {
 
 // Throws std::runtime_error when the op is not one that this back end runs, or when an operand is
 // absent or smaller than the op's fields say.
-std::unique_ptr<Task> make_task(const Program& program, int op, const std::vector<Bytes>& memory,
+std::unique_ptr<Task> make_task(const Program& program, int op, const Memory& memory,
                                 const Kernels& kernels);
 
 // The name of an op for messages.

@@ -1,0 +1,173 @@
+// The caches of this back end are pages of whole rows: [page, 64, lora + rope].
+#include "mla.h"
+
+#include <algorithm>
+
+#include "state.h"
+
+namespace tilert {
+namespace {
+
+class LatentRopeTask final : public Task {
+ public:
+  LatentRopeTask(const Operands& in, const LatentRopeFields& f, const Kernels& kernels)
+      : f_(f),
+        kernels_(kernels),
+        count_(in, f.counts, 0, f.rows),
+        cache_(in.cache(f.latent_cache, 1, int64_t{f.lora} + f.rope)),
+        places_(in, f, cache_.pages) {
+    in.require(f.rope > 0 && f.rope % 2 == 0 && f.nope > 0 && f.q_col >= 0 && f.kv_col >= 0,
+               "its columns cannot be rotated in pairs");
+    in.require(f.context <= int64_t{f.page_cols} * kPage,
+               "its context has more pages than its table");
+    q_ = in.floats(f.q, f.rows, f.q_col + int64_t{f.heads} * (f.nope + f.rope));
+    kv_ = in.floats(f.kv, f.rows, int64_t{f.kv_col} + f.lora + f.rope);
+    weight_ = in.weight(f.weight, 1, f.lora);
+    table_ = in.floats(f.table, f.context, f.rope);
+  }
+
+  int tiles() const override { return f_.heads + 1; }
+  size_t scratch_bytes() const override { return f_.rope * sizeof(float); }
+
+  void run(int lo, int hi, float* scratch) const override {
+    const int tokens = count_();
+    for (int t = 0; t < tokens; ++t) {
+      const int position = checked(places_.position(t), f_.context, "position");
+      const float* angles = table_.row(position);
+      for (int head = lo; head < std::min(hi, f_.heads); ++head) {
+        float* q = q_.row(t) + f_.q_col + int64_t{head} * (f_.nope + f_.rope) + f_.nope;
+        rotate(kernels_, q, q, angles, f_.rope, f_.interleave, scratch);
+      }
+      if (hi <= f_.heads) continue;
+      const int64_t page = places_.pages(t, position, position + 1)[position / kPage];
+      float* row = cache_.data + (page * kPage + position % kPage) * (f_.lora + f_.rope);
+      const float* kv = kv_.row(t) + f_.kv_col;
+      kernels_.norm(row, kv, weight_, f_.lora, f_.eps);
+      rotate(kernels_, row + f_.lora, kv + f_.lora, angles, f_.rope, f_.interleave, scratch);
+    }
+  }
+
+ private:
+  LatentRopeFields f_;
+  const Kernels& kernels_;
+  Count count_;
+  Cache cache_;
+  Places places_;
+  Floats q_, kv_, table_;
+  Weight weight_;
+};
+
+class LatentAttentionTask final : public Task {
+ public:
+  LatentAttentionTask(const Operands& in, const LatentAttentionFields& f, const Kernels& kernels)
+      : f_(f),
+        kernels_(kernels),
+        count_(in, f.counts, 0, f.rows),
+        cache_(in.cache(f.latent_cache, 1, int64_t{f.lora} + f.rope)),
+        places_(in, f, cache_.pages) {
+    in.require(f.tile_heads > 0 && f.heads > 0 && f.heads % f.tile_heads == 0,
+               "its heads are no multiple of those of a tile");
+    in.require(f.splits > 0 && f.block > 0, "its tiles are not positive");
+    in.require((f.selected >= 0) == (f.topk > 0), "it selects none of its positions");
+    q_ = in.floats(f.q, f.rows, int64_t{f.heads} * f.lora);
+    rotated_ = in.floats(f.q_rope, f.rows, f.q_col + int64_t{f.heads} * (f.nope + f.rope));
+    y_ = in.floats(f.y, f.rows, f.heads * width());
+    selected_ = f.selected < 0 ? nullptr : in.ints(f.selected, f.rows, f.topk);
+    args_ = {.ldq = int64_t{f.nope} + f.rope,
+             .heads = f.tile_heads,
+             .lora = f.lora,
+             .rope = f.rope,
+             .scale = f.scale};
+  }
+
+  int tiles() const override { return ceil_div(f_.rows, f_.block) * groups() * f_.splits; }
+
+  size_t scratch_bytes() const override {
+    return kernels_.latent_scratch(f_.tile_heads, f_.lora, f_.rope) * sizeof(float);
+  }
+
+  void run(int lo, int hi, float* scratch) const override {
+    const int tokens = count_();
+    for (int tile = lo; tile < hi; ++tile) {
+      const int split = tile % f_.splits, g = tile / f_.splits % groups();
+      const int begin = tile / (f_.splits * groups()) * f_.block;
+      for (int t = begin; t < std::min(begin + f_.block, tokens); ++t) token(t, g, split, scratch);
+    }
+  }
+
+ private:
+  int groups() const { return f_.heads / f_.tile_heads; }
+
+  // Columns of y of one head, all shares together.
+  int64_t width() const { return f_.splits == 1 ? f_.lora : int64_t{f_.splits} * (f_.lora + 2); }
+
+  void token(int t, int g, int split, float* scratch) const {
+    const int first = g * f_.tile_heads, visible = places_.position(t) + 1;
+    LatentArgs args = args_;
+    args.q = q_.row(t) + int64_t{first} * f_.lora;
+    args.q_rope = rotated_.row(t) + f_.q_col + first * args.ldq + f_.nope;
+    kernels_.latent_begin(args, scratch);
+    if (selected_) {
+      chosen(args, t, std::min(f_.topk, visible), split, scratch);
+    } else {
+      pages(args, t, visible, split, scratch);
+    }
+    float* y = y_.row(t) + first * width() + int64_t{split} * (f_.lora + 2);
+    kernels_.latent_end(args, y, width(), f_.splits > 1, scratch);
+  }
+
+  const float* row(const int32_t* pages, int position) const {
+    const int64_t page = checked(pages[position / kPage], cache_.pages, "page");
+    return cache_.data + (page * kPage + position % kPage) * (f_.lora + f_.rope);
+  }
+
+  // The pages of a share, as page_share of ops/attend.py deals them out.
+  void pages(const LatentArgs& args, int t, int visible, int split, float* scratch) const {
+    const int32_t* table = places_.pages(t);
+    const float* rows[kPage];
+    for (int page = 0; page * kPage < visible; ++page) {
+      if ((page + page / f_.splits) % f_.splits != split) continue;
+      const int n = std::min(kPage, visible - page * kPage);
+      const float* begin = row(table, page * kPage);
+      for (int s = 0; s < n; ++s) rows[s] = begin + int64_t{s} * (f_.lora + f_.rope);
+      kernels_.latent_rows(args, rows, n, scratch);
+    }
+  }
+
+  // An even part of the first `count` positions that were selected.
+  void chosen(const LatentArgs& args, int t, int count, int split, float* scratch) const {
+    const int32_t *table = places_.pages(t), *positions = selected_ + int64_t{t} * f_.topk;
+    const auto border = [&](int64_t s) { return static_cast<int>(count * s / f_.splits); };
+    const float* rows[kPage];
+    for (int i = border(split); i < border(split + 1);) {
+      const int n = std::min(kPage, border(split + 1) - i);
+      for (int s = 0; s < n; ++s, ++i) {
+        rows[s] = row(table, checked(positions[i], int64_t{f_.page_cols} * kPage, "position"));
+      }
+      kernels_.latent_rows(args, rows, n, scratch);
+    }
+  }
+
+  LatentAttentionFields f_;
+  const Kernels& kernels_;
+  Count count_;
+  Cache cache_;
+  Places places_;
+  Floats q_, rotated_, y_;
+  const int32_t* selected_;
+  LatentArgs args_;
+};
+
+}  // namespace
+
+std::unique_ptr<Task> make_latent_rope(const Operands& in, const LatentRopeFields& f,
+                                       const Kernels& kernels) {
+  return std::make_unique<LatentRopeTask>(in, f, kernels);
+}
+
+std::unique_ptr<Task> make_latent_attention(const Operands& in, const LatentAttentionFields& f,
+                                            const Kernels& kernels) {
+  return std::make_unique<LatentAttentionTask>(in, f, kernels);
+}
+
+}  // namespace tilert
