@@ -1,7 +1,8 @@
 // How x', the input of a product, is made of what lies in the arena: copied, normed, or merged from
 // the shares of attention. Every block makes its own, each thread the elements that it will need.
 //
-// x' begins `first_x` floats behind run.x: a block-diagonal product takes another part for each block.
+// x' begins `first_x` floats behind run.x: a block-diagonal product takes another part for each
+// block.
 //
 // A Layout says which: kRounds pieces of kWide elements; piece r begins at offset(r) of row(r), a
 // token, where inside(r), and put(operand, r, values) takes it. Pieces r = i modulo kPair are of
@@ -117,7 +118,8 @@ struct Inputs {
   template <bool kTagged>
   static __device__ __forceinline__ void make(Block& b, const Run& run, u32 first_x,
                                               Held<Plain<kTagged>>&, Operand& out) {
-    fill<kTagged>(b, run, first_x, [&](int round, float (&v)[kWide]) { Layout::put(out, round, v); });
+    fill<kTagged>(b, run, first_x,
+                  [&](int round, float (&v)[kWide]) { Layout::put(out, round, v); });
   }
 
   template <class L = Layout>
@@ -182,9 +184,8 @@ struct Inputs {
 #pragma unroll
     for (int r = 0; r < kRounds; ++r) {
       int at = Layout::inside(r) ? Layout::offset(r) : 0, head = at / kHeadDim;
-      from[r] =
-          b.at(run.x) + first_x + (head / kGroup * kSplits * kGroup + head % kGroup) * kPitch +
-          at % kHeadDim;
+      from[r] = b.at(run.x) + first_x +
+                (head / kGroup * kSplits * kGroup + head % kGroup) * kPitch + at % kHeadDim;
     }
     constexpr int kAtOnce = kRounds * kWide > 32 ? 1 : kRounds * kWide > 8 ? 2 : 8;
     for (int first = 0; first < shares; first += kAtOnce) {

@@ -15,8 +15,8 @@ struct Either<false, A, B> {
   using Type = B;
 };
 
-// kBlockRows: rows of a block of a block-diagonal product, whose x is kBlockStride behind that of the
-// block before; 0 where all rows have the same x.
+// kBlockRows: rows of a block of a block-diagonal product, whose x is kBlockStride behind that of
+// the block before; 0 where all rows have the same x.
 template <int kK, class Type, int kTileRows, int kEpilogue, bool kTagged, bool kNarrow,
           bool kOnMatrixUnits, int kPitch, class Input, class Bias, class Scales, int kBlockRows,
           int kBlockStride>

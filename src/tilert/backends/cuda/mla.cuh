@@ -62,8 +62,8 @@ struct LatentRope {
 #pragma unroll
     for (int i = 0; i < kTurned; ++i) {
       const int e = min(lane() + 32 * i, kRope - 1);
-      v[i] = turned<kRope, kInterleaved>([&](int at) { return load_float(q + at); },
-                                         angles(b, run), e);
+      v[i] = turned<kRope, kInterleaved>([&](int at) { return load_float(q + at); }, angles(b, run),
+                                         e);
     }
     __syncwarp();  // all lanes have read what some will overwrite
 #pragma unroll
@@ -174,9 +174,9 @@ struct Walk {
   u32 round = 0, next_at = 0;
 };
 
-// Tile g * kSplits + s: heads [g * kTileHeads, (g + 1) * kTileHeads), share s of the positions. With
-// kTopk a token attends to the positions that Select has chosen. run.w: the cache, run.x: queries as
-// latents, run.x2: rotated queries, run.x3: the chosen positions.
+// Tile g * kSplits + s: heads [g * kTileHeads, (g + 1) * kTileHeads), share s of the positions.
+// With kTopk a token attends to the positions that Select has chosen. run.w: the cache, run.x:
+// queries as latents, run.x2: rotated queries, run.x3: the chosen positions.
 template <int kTileHeads, int kNope, int kRope, int kLora, int kSplits, int kTopk, bool kTagged,
           u32 kScaleBits>
 struct LatentAttention {
@@ -186,7 +186,7 @@ struct LatentAttention {
   static_assert(kUnitBytes <= kSlotBytes, "16 positions fit a slot");
   static constexpr int kUnits = kSlots >= 8 ? 4 : kSlots >= 4 ? 2 : 1;  // taken together
   static constexpr int kTake = kUnits * kUnitRows;
-  static constexpr int kSteps = kWidth / 16, kPieces = kWidth / 8;
+  static constexpr int kSteps = kWidth / 16, kRowPieces = kWidth / 8;
   static constexpr int kColumns = kLora / 16;                      // blocks of columns of values
   static constexpr int kOwn = (kColumns + kWarps - 1) / kWarps;    // of a warp
   static constexpr int kPitch = kTake + 8;                         // of scores; no bank conflicts
@@ -198,7 +198,7 @@ struct LatentAttention {
   struct Scratch {
     u16 q[16 * kWidth];
     u16 own[kWidth];  // the row of the token's own position, as it is stored
-    float scores[2][16][kPitch];
+    alignas(16) float scores[2][16][kPitch];
     u32 rows[(kListed + kUnitRows - 1) / kUnitRows * kUnitRows + 4];  // of the cache
   };
   static_assert(sizeof(Scratch) <= kScratchBytes, "scratch is too small");
@@ -228,8 +228,9 @@ struct LatentAttention {
 
   static __device__ __forceinline__ bool consume(Block& b, const Run& run) {
     if (!wait_for_inputs<false>(b, run)) return false;
-    for (u32 i = run.first; i < run.first + run.count; ++i) tile(b, run, i);
-    if (thread() == 0) signal<false>(b, run);
+    const Here me;
+    for (u32 i = run.first; i < run.first + run.count; ++i) tile(me, b, run, i);
+    if (me.thread == 0) signal<false>(b, run);
     return true;
   }
 
@@ -251,18 +252,18 @@ struct LatentAttention {
       l.copy(r * kRowBytes, run.w + u64(load_shared(rows + r)) * kRowBytes, kRowBytes);
   }
 
-  // Where the chosen positions of a share lie; the last unit is filled up with the last of them, for
-  // what its weights of zero meet must be numbers.
-  static __device__ __forceinline__ void list_rows(Block& b, const Run& run, const Share& share,
-                                                   Scratch& scratch) {
+  // Where the chosen positions of a share lie; the last unit is filled up with the last of them,
+  // for what its weights of zero meet must be numbers.
+  static __device__ __forceinline__ void list_rows(const Here& me, Block& b, const Run& run,
+                                                   const Share& share, Scratch& scratch) {
     const u32* chosen = reinterpret_cast<const u32*>(b.at(run.x3));
     const u32 count = share.end - share.first;
-    for (u32 i = thread(); i < (count + kUnitRows - 1) / kUnitRows * kUnitRows; i += kThreads) {
+    for (u32 i = me.thread; i < (count + kUnitRows - 1) / kUnitRows * kUnitRows; i += kThreads) {
       const u32 position = load_relaxed(chosen + share.first + min(i, count - 1));
       scratch.rows[i] = physical_page(b, position) * kPage + position % kPage;
     }
     sync_consumers();
-    if (thread() == 0) store_shared(&b.shared.listed, ++b.lists);
+    if (me.thread == 0) store_shared(&b.shared.listed, ++b.lists);
   }
 
   // One query's elements [e, e + 4) to shared memory.
@@ -272,18 +273,17 @@ struct LatentAttention {
   }
 
   // Queries and the token's own row to shared memory. Rows of q that no head has hold anything.
-  static __device__ __forceinline__ void prepare(const Block& b, const Run& run, u32 group,
-                                                 Scratch& scratch) {
+  static __device__ __forceinline__ void prepare(const Here& me, const Block& b, const Run& run,
+                                                 u32 group, Scratch& scratch) {
     constexpr int kOfHead = kLora / 4, kLatents = kTileHeads * kOfHead;
     constexpr int kLoads = (kLatents + kThreads - 1) / kThreads;
     constexpr int kOfTurned = kRope / 4, kTurned = kTileHeads * kOfTurned;
-    if (kTopk == 0 && thread() < kPieces)
-      reinterpret_cast<float4*>(scratch.own)[thread()] = load_float4(
-          reinterpret_cast<const float*>(run.w + row_at(b, b.position(0))) + thread() * 4);
-    for (u32 i = thread(); i < kTurned; i += kThreads) {
+    if (kTopk == 0 && me.thread < kRowPieces)
+      reinterpret_cast<float4*>(scratch.own)[me.thread] = load_float4(
+          reinterpret_cast<const float*>(run.w + row_at(b, b.position(0))) + me.thread * 4);
+    for (u32 i = me.thread; i < kTurned; i += kThreads) {
       const u32 head = i / kOfTurned, e = i % kOfTurned * 4;
-      const float* from =
-          b.at(run.x2) + (group * kTileHeads + head) * (kNope + kRope) + kNope + e;
+      const float* from = b.at(run.x2) + (group * kTileHeads + head) * (kNope + kRope) + kNope + e;
       put(scratch, head, kLora + e, load_float4(from));
     }
     const float* from = b.at(run.x) + group * kTileHeads * kLora;
@@ -293,7 +293,7 @@ struct LatentAttention {
       other = 0;
 #pragma unroll
       for (int i = 0; i < kLoads; ++i)
-        v[i] = load_float4(from + min(thread() + i * kThreads, kLatents - 1) * 4);
+        v[i] = load_float4(from + min(me.thread + i * kThreads, kLatents - 1) * 4);
 #pragma unroll
       for (int i = 0; i < kLoads; ++i)
         if constexpr (kTagged) other |= other_tags(v[i], b.tag(run.x));
@@ -301,7 +301,7 @@ struct LatentAttention {
     }
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
-      const int index = thread() + i * kThreads;
+      const int index = me.thread + i * kThreads;
       if (index < kLatents) put(scratch, index / kOfHead, index % kOfHead * 4, cleaned(v[i]));
     }
   }
@@ -314,57 +314,58 @@ struct LatentAttention {
     return {untagged(v.x), untagged(v.y), untagged(v.z), untagged(v.w)};
   }
 
-  static __device__ __forceinline__ void tile(Block& b, const Run& run, u32 index) {
+  static __device__ __forceinline__ void tile(const Here& me, Block& b, const Run& run, u32 index) {
     Scratch& scratch = *reinterpret_cast<Scratch*>(b.scratch);
     const u32 group = index / kSplits, split = index % kSplits;
     Share share(b, split);
     State state;
     if (!share.idle()) {
-      if constexpr (kTopk > 0) list_rows(b, run, share, scratch);
-      prepare(b, run, group, scratch);
+      if constexpr (kTopk > 0) list_rows(me, b, run, share, scratch);
+      prepare(me, b, run, group, scratch);
       sync_consumers();
-      for (u32 turn = 0; share.next(); turn ^= 1) take(b, share, turn, scratch, state);
+      for (u32 turn = 0; share.next(); turn ^= 1) take(me, b, share, turn, scratch, state);
     } else if (kTopk == 0) {
       return;  // nobody reads the result
     }
-    store(b, run, group, split, state);
+    store(me, b, run, group, split, state);
     sync_consumers();
   }
 
   // The next piece of a share.
-  static __device__ __forceinline__ void take(Block& b, const Share& share, u32 turn,
-                                              Scratch& scratch, State& state) {
+  static __device__ __forceinline__ void take(const Here& me, Block& b, const Share& share,
+                                              u32 turn, Scratch& scratch, State& state) {
     const Cursor first = b.cursor;
-    const u32 units = (share.rows + kUnitRows - 1) / kUnitRows, mine = warp() / 2;
+    const u32 units = (share.rows + kUnitRows - 1) / kUnitRows, mine = me.warp / 2;
     const u32* rows = scratch.rows + share.from - share.first;  // with kTopk
     if (mine < units) {
       wait_full(b, first.after(mine));
       u16* unit = reinterpret_cast<u16*>(b.slot(first.after(mine)));
       const u32 own = share.rows - 1;  // of the last piece: the token's own position
-      if (kTopk == 0 && share.last() && own / 8 == u32(warp()))
-        replace(unit, own % kUnitRows, scratch);
+      if (kTopk == 0 && share.last() && own / 8 == u32(me.warp))
+        replace(me, unit, own % kUnitRows, scratch);
       float s[4];
-      score(scratch.q, unit, kTopk ? rows + mine * kUnitRows : nullptr, s);
-      float* to = &scratch.scores[turn][lane() / 4][warp() * 8 + lane() % 4 * 2];
+      score(me, scratch.q, unit, kTopk ? rows + mine * kUnitRows : nullptr, s);
+      float* to = &scratch.scores[turn][me.lane / 4][me.warp * 8 + me.lane % 4 * 2];
       to[0] = s[0], to[1] = s[1];
       to[8 * kPitch] = s[2], to[8 * kPitch + 1] = s[3];
     }
     sync_consumers();
     u32 p[kUnits][4];
-    weigh(state, scratch.scores[turn], share.rows, p);
+    weigh(me, state, scratch.scores[turn], share.rows, p);
 #pragma unroll
     for (u32 u = 0; u < kUnits; ++u) {
       if (u >= units) continue;
       wait_full(b);
-      add_values(state, p[u], reinterpret_cast<const u16*>(b.slot()),
+      add_values(me, state, p[u], reinterpret_cast<const u16*>(b.slot()),
                  kTopk ? rows + u * kUnitRows : nullptr);
       release_slot(b);
     }
   }
 
   // What was copied for the token's own position may be older than what is there now.
-  static __device__ __forceinline__ void replace(u16* unit, u32 row, const Scratch& scratch) {
-    for (u32 piece = lane(); piece < kPieces; piece += 32)
+  static __device__ __forceinline__ void replace(const Here& me, u16* unit, u32 row,
+                                                 const Scratch& scratch) {
+    for (u32 piece = me.lane; piece < kRowPieces; piece += 32)
       reinterpret_cast<uint4*>(unit + row * kWidth)[piece] =
           reinterpret_cast<const uint4*>(scratch.own)[piece];
     fence_proxy();  // the copy engine will write to this slot again
@@ -376,58 +377,72 @@ struct LatentAttention {
     return kTopk ? rows[row] : row;
   }
 
+  // Where a lane finds the pieces c + h of a row, c a constant and h its own, less than the power
+  // of two that c is a multiple of: (c + h) ^ key is (c & ~7) + ((c & 7) ^ (h ^ key)).
+  struct Pieces {
+    u32 base, own;
+    __device__ __forceinline__ Pieces(const u16* rows, u32 row, u32 from, u32 h)
+        : base(shared_address(rows + row * kWidth)), own((h ^ swizzle<kWidth>(from, 0)) * 16) {}
+    __device__ __forceinline__ u32 at(u32 c) const {
+      return base + (own ^ (c & 7) * 16) + (c & ~7u) * 16;
+    }
+  };
+
   // s = q k^T of the warp's 8 positions, two steps of 16 elements at a time.
-  static __device__ __forceinline__ void score(const u16* q, const u16* unit, const u32* rows,
-                                               float (&s)[4]) {
-    const u32 row = warp() % 2 * 8 + lane() % 8, from = origin(rows, row);
+  static __device__ __forceinline__ void score(const Here& me, const u16* q, const u16* unit,
+                                               const u32* rows, float (&s)[4]) {
+    const u32 row = me.warp % 2 * 8 + me.lane % 8, head = me.lane % 16;
+    const Pieces keys(unit, row, origin(rows, row), me.lane / 8);
+    const Pieces queries(q, head, head, me.lane / 16);
     float odd[4] = {0, 0, 0, 0};
     s[0] = s[1] = s[2] = s[3] = 0;
-#pragma unroll
+#pragma unroll 6
     for (int step = 0; step < kSteps; step += 2) {
       u32 k[4], a[4];
-      const u32 piece = min(step * 2 + lane() / 8, kPieces - 1);
-      load_matrices(k, shared_address(unit + row * kWidth + swizzle<kWidth>(from, piece) * 8));
-      load_queries(a, q, step);
+      // Where the last step has no second one, its pieces are read and not used.
+      load_matrices(k, keys.at(step * 2));
+      load_matrices(a, queries.at(step * 2));
       multiply(s, a, k[0], k[1]);
       if (step + 1 == kSteps) continue;
-      load_queries(a, q, step + 1);
+      load_matrices(a, queries.at(step * 2 + 2));
       multiply(odd, a, k[2], k[3]);
     }
 #pragma unroll
     for (int i = 0; i < 4; ++i) s[i] += odd[i];
   }
 
-  static __device__ __forceinline__ void load_queries(u32 (&a)[4], const u16* q, int step) {
-    const u32 row = lane() % 16, piece = step * 2 + lane() / 16;
-    load_matrices(a, shared_address(q + row * kWidth + swizzle<kWidth>(row, piece) * 8));
+  // Two scores in powers of two; those of positions beyond the piece do not count.
+  static __device__ __forceinline__ float2 seen(const Here& me, const float* row, int block,
+                                                u32 rows) {
+    const float2 v = reinterpret_cast<const float2*>(row)[block * 4];
+    const u32 at = block * 8 + me.lane % 4 * 2;
+    return {at < rows ? v.x * scale() : -infinity(), at + 1 < rows ? v.y * scale() : -infinity()};
   }
 
   // Scores of a piece to weights, as rows of A for each unit.
-  static __device__ __forceinline__ void weigh(State& state, const float (&scores)[16][kPitch],
-                                               u32 rows, u32 (&p)[kUnits][4]) {
+  static __device__ __forceinline__ void weigh(const Here& me, State& state,
+                                               const float (&scores)[16][kPitch], u32 rows,
+                                               u32 (&p)[kUnits][4]) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float v[kUnits][2][2], most = state.most[half], sum = 0;
+      const float* row = scores[me.lane / 4 + half * 8] + me.lane % 4 * 2;
+      float most = state.most[half], sum = 0;
 #pragma unroll
-      for (int i = 0; i < 4 * kUnits; ++i) {
-        const u32 at = i / 2 * 8 + lane() % 4 * 2 + i % 2;
-        const float score = scores[lane() / 4 + half * 8][at] * scale();
-        v[i / 4][i / 2 % 2][i % 2] = at < rows ? score : -infinity();
-        most = fmaxf(most, v[i / 4][i / 2 % 2][i % 2]);
+      for (int block = 0; block < 2 * kUnits; ++block) {  // of 8 positions, two of a lane
+        const float2 v = seen(me, row, block, rows);
+        most = fmaxf(most, fmaxf(v.x, v.y));
       }
       most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));
       most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
       const float base = most == -infinity() ? 0 : most;
       const float fade = exp2_fast(state.most[half] - base);
 #pragma unroll
-      for (int u = 0; u < kUnits; ++u)
-#pragma unroll
-        for (int n = 0; n < 2; ++n) {
-          const u32 word =
-              pack_bf16(exp2_fast(v[u][n][0] - base), exp2_fast(v[u][n][1] - base));
-          sum += __uint_as_float(word << 16) + __uint_as_float(word & 0xffff0000u);
-          p[u][n * 2 + half] = word;
-        }
+      for (int block = 0; block < 2 * kUnits; ++block) {
+        const float2 v = seen(me, row, block, rows);
+        const u32 word = pack_bf16(exp2_fast(v.x - base), exp2_fast(v.y - base));
+        sum += __uint_as_float(word << 16) + __uint_as_float(word & 0xffff0000u);
+        p[block / 2][block % 2 * 2 + half] = word;
+      }
       sum += __shfl_xor_sync(~0u, sum, 1);
       sum += __shfl_xor_sync(~0u, sum, 2);
       state.most[half] = most;
@@ -438,33 +453,33 @@ struct LatentAttention {
     }
   }
 
-  static __device__ __forceinline__ void add_values(State& state, const u32 (&p)[4],
+  static __device__ __forceinline__ void add_values(const Here& me, State& state, const u32 (&p)[4],
                                                     const u16* unit, const u32* rows) {
-    const u32 row = lane() % 16, from = origin(rows, row);
+    const u32 row = me.lane % 16;
+    const Pieces values(unit, row, origin(rows, row), me.lane / 16);
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
-      const u32 block = warp() * kOwn + i;
+      const u32 block = me.warp * kOwn + i;
       if (kColumns % kWarps && block >= kColumns) continue;
       u32 m[4];
-      load_matrices_transposed(m, shared_address(unit + row * kWidth +
-                                                 swizzle<kWidth>(from, block * 2 + lane() / 16) * 8));
+      load_matrices_transposed(m, values.at(block * 2));
       multiply(state.out[2 * i], p, m[0], m[1]);
       multiply(state.out[2 * i + 1], p, m[2], m[3]);
     }
   }
 
-  static __device__ __forceinline__ void store(const Block& b, const Run& run, u32 group, u32 split,
-                                               const State& state) {
+  static __device__ __forceinline__ void store(const Here& me, const Block& b, const Run& run,
+                                               u32 group, u32 split, const State& state) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const u32 row = lane() / 4 + half * 8;
+      const u32 row = me.lane / 4 + half * 8;
       if (row >= kTileHeads) continue;
       float* y = b.at(run.y) + ((group * kTileHeads + row) * kSplits + split) * kYPitch;
-      if (warp() == 0 && lane() % 4 == 0)
+      if (me.warp == 0 && me.lane % 4 == 0)
         store_float2(y + kLora, {state.most[half] / kLog2e, state.sum[half]});
 #pragma unroll
       for (int n = 0; n < 2 * kOwn; ++n) {
-        const u32 column = (warp() * 2 * kOwn + n) * 8 + lane() % 4 * 2;
+        const u32 column = (me.warp * 2 * kOwn + n) * 8 + me.lane % 4 * 2;
         if (column < kLora)
           store_float2(y + column, {state.out[n][half * 2], state.out[n][half * 2 + 1]});
       }

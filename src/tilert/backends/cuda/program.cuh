@@ -129,7 +129,9 @@ struct Block {
   u64 started = 0;  // with kTrace: when the inputs of the run were there
 
   __device__ __forceinline__ u8* slot() const { return slot(cursor); }
-  __device__ __forceinline__ u8* slot(const Cursor& at) const { return ring + at.slot * kSlotPitch; }
+  __device__ __forceinline__ u8* slot(const Cursor& at) const {
+    return ring + at.slot * kSlotPitch;
+  }
   __device__ __forceinline__ u32 position(int token) const {
     return params.positions[token] + step;
   }
@@ -145,6 +147,15 @@ struct Block {
 __device__ __forceinline__ int thread() { return threadIdx.x; }
 __device__ __forceinline__ int warp() { return threadIdx.x / 32; }
 __device__ __forceinline__ int lane() { return threadIdx.x % 32; }
+// Which thread this is, told anew: what a long op makes of it is not kept in registers, or in local
+// memory, from one run to the next.
+struct Here {
+  int thread, warp, lane;
+  __device__ __forceinline__ Here() {
+    const u32 index = opaque(threadIdx.x);
+    thread = index, warp = index / 32, lane = index % 32;
+  }
+};
 __device__ __forceinline__ void sync_consumers() { sync_threads<1, kThreads>(); }
 
 __device__ __forceinline__ float warp_sum(float v) {

@@ -18,6 +18,12 @@ __device__ __forceinline__ u8* shared_memory() {
   return memory;
 }
 
+// The same value, of which the compiler knows nothing.
+__device__ __forceinline__ u32 opaque(u32 v) {
+  asm volatile("" : "+r"(v));
+  return v;
+}
+
 // mbarriers: a phase completes when `count` arrivals and all announced bytes are in.
 
 __device__ __forceinline__ void barrier_init(u64* b, u32 count) {
