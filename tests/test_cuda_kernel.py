@@ -10,7 +10,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import pytest
 from emulator import SUPPORTED, EmulatedDevice
@@ -49,6 +48,10 @@ LATENT: dict[str, Any] = {
     "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16,
     "first_k_dense_replace": 2, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
+INDEX: dict[str, Any] = {
+    **LATENT, "model_type": "glm_moe_dsa", "index_n_heads": 16, "index_head_dim": 16, "index_topk": 24,
+    "indexer_types": ["full", "shared"],
+}  # fmt: skip
 # name: (changes of the config, type of the weights, workers, changes of the machine)
 MODELS: dict[str, tuple[dict[str, Any], DType, int, dict[str, int]]] = {
     "llama": ({}, DType.BF16, 3, {}),
@@ -86,6 +89,10 @@ MODELS: dict[str, tuple[dict[str, Any], DType, int, dict[str, int]]] = {
     "latent": (LATENT, DType.BF16, 3, {}),
     "latent-deep-ring": ({**LATENT, "q_lora_rank": None, "rope_interleave": False}, DType.BF16, 9,
                          {"slots": 9}),
+    "latent-indexed": (INDEX, DType.BF16, 3, {}),
+    "latent-indexed-128": ({**INDEX, "index_n_heads": 64, "index_head_dim": 128, "index_topk": 70,
+                            "num_hidden_layers": 1, "indexer_types": ["full"]},
+                           DType.BF16, 9, {"slots": 9, "slot_bytes": 8704}),
     "latent-512": ({**LATENT, "num_hidden_layers": 1, "num_attention_heads": 32,
                     "num_key_value_heads": 32, "kv_lora_rank": 512, "qk_rope_head_dim": 64},
                    DType.BF16, 5, {"slots": 9, "slot_bytes": 20480, "window": 3}),
@@ -119,7 +126,7 @@ def compiled(
     changes, dtype, workers, machine = MODELS[name]
     fields: dict[str, Any] = {"slots": 4, "slot_bytes": 4096, "window": 2, **machine}
     target = Machine("small", workers, read_bandwidth=4e9, worker_bandwidth=2e9, worker_flops=1e9,
-                     cache_dtype=DType.BF16, **fields)  # fmt: skip
+                     cache_dtype=DType.BF16, index_dtype=DType.F8E4M3, **fields)  # fmt: skip
     given = {**BASE, "max_position_embeddings": max(1024, context), **changes}
     config = load_config({k: v for k, v in given.items() if v is not None})
     graph = build_graph(config, context)
@@ -161,10 +168,15 @@ def loaded(
             homes[b.name] = device.allocate(b.bytes)
             homes[b.name].write(np.concatenate([weights[part].ravel() for part in b.parts]))
     for name, shape in cuda.cache_shapes(program, pages).items():
-        past = (0.5 * rng.standard_normal(shape)).astype(ml_dtypes.bfloat16)
+        dtype = program.buffers[program.buffer_ids[name]].dtype
+        past = 0.5 * rng.standard_normal(shape)
+        past = (np.abs(past) if dtype is DType.F32 else past).astype(dtype.numpy)  # scales
         homes[name] = device.allocate(past.nbytes)
-        columns = np.broadcast_to(cuda.swizzle(shape[3]), shape)
-        homes[name].write(np.take_along_axis(past, columns, axis=3))
+        stored = past
+        if dtype is DType.BF16:
+            columns = np.broadcast_to(cuda.swizzle(shape[3]), shape)
+            stored = np.take_along_axis(past, columns, axis=3)
+        homes[name].write(stored)
         cache = interpreter.memory.arrays[program.buffer_ids[name]]
         cache[:] = past.transpose(0, 2, 1, 3).reshape(pages, PAGE, -1)
     addresses = {name: home.address for name, home in homes.items()}

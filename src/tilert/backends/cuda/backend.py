@@ -26,10 +26,13 @@ from tilert.ops import (
     Combine,
     Draw,
     Embed,
+    IndexRope,
+    IndexScore,
     LatentAttention,
     LatentRope,
     Linear,
     NextToken,
+    Select,
     Sift,
     Totals,
 )
@@ -129,15 +132,18 @@ class _Params(ctypes.Structure):
 
 
 def cache_shapes(program: Program, pages: int) -> dict[str, tuple[int, int, int, int]]:
-    """Shape [pages, kv_heads, 64, head_dim] of each cache by buffer name; of latents there is one head."""
+    """Shape [pages, kv_heads, 64, head_dim] of each cache by buffer name; latents and what an indexer keeps
+    are of one head."""
     shapes: dict[str, tuple[int, int, int, int]] = {}
     for op in program.ops:
         if isinstance(op, Attend):
             for buf in (op.k_cache, op.v_cache):
                 shapes[program.buffers[buf].name] = (pages, op.kv_heads, PAGE, op.head_dim)
-        elif isinstance(op, LatentRope):
-            b = program.buffers[op.latent_cache]
-            shapes[b.name] = (pages, 1, PAGE, b.cols)
+        elif isinstance(op, LatentRope | IndexRope):
+            latent = isinstance(op, LatentRope)
+            for buf in (op.latent_cache,) if latent else (op.index_cache, op.index_scale):
+                b = program.buffers[buf]
+                shapes[b.name] = (pages, 1, PAGE, b.cols)
     return shapes
 
 
@@ -412,6 +418,10 @@ def _add_ranks(record: Any, program: Program, index: int, tags: Tags) -> None:
         operands = (("x2", op.kv),)
     elif isinstance(op, LatentAttention):
         operands = (("x", op.q),)
+    elif isinstance(op, IndexRope):
+        operands = (("x2", op.k),)
+    elif isinstance(op, IndexScore):
+        operands = (("x2", op.head_weights),)
     for name, buf in operands:
         if buf in tags.writers:
             record[name] += writer(buf)
@@ -448,6 +458,17 @@ def _resolve(record: Any, program: Program, run: Run, at: list[int]) -> None:
         record["w"], record["y"] = at[op.latent_cache], at[op.y]
         record["x"], record["x2"] = at[op.q], at[op.q_rope] + op.q_col
         record["x3"] = 0 if op.selected == NONE else at[op.selected]
+    elif isinstance(op, IndexRope):
+        record["w"], record["w_up"] = at[op.index_cache], at[op.index_scale]
+        record["norm"], record["norm2"] = at[op.weight], at[op.shift]
+        record["bias_up"] = at[op.table]
+        record["x"], record["x2"] = at[op.q] + op.q_col, at[op.k] + op.k_col
+    elif isinstance(op, IndexScore):
+        record["w"], record["w_up"] = at[op.index_cache], at[op.index_scale]
+        record["x"], record["x2"] = at[op.q] + op.q_col, at[op.head_weights] + op.w_col
+        record["y"] = at[op.y]
+    elif isinstance(op, Select):
+        record["x"], record["y"] = at[op.scores], at[op.chosen]
     elif isinstance(op, Embed):
         record["w"], record["y"] = at[op.table], at[op.y]
     elif isinstance(op, Argmax):

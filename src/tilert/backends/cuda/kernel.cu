@@ -1,8 +1,7 @@
 // The persistent program: one block per worker walks its queue, step after step, until all steps
 // are made or somebody ends the launch. constants.h is made for one program: shapes, sizes,
 // variants.
-#include "draw.cuh"
-#include "mla.cuh"
+#include "index.cuh"
 #include "variants.h"
 
 __device__ __forceinline__ void load_weights(Block& b) {

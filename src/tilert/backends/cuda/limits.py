@@ -5,10 +5,11 @@ from __future__ import annotations
 from tilert.errors import UserError
 from tilert.ir.dtype import DType
 from tilert.ir.program import Program
-from tilert.ops import Attend, Draw, LatentAttention, LatentRope, Linear
+from tilert.ops import Attend, Draw, IndexRope, IndexScore, LatentAttention, LatentRope, Linear, Select
 
 SLOT_PAD = 128  # bytes behind a slot: rows that are not aligned arrive with their neighbours' bytes
 DRAW_BYTES = 13 << 10  # struct DrawScratch
+INDEX_BYTES = 8448  # Select's Scratch, which is larger than IndexScore's
 RUN_BYTES, WAIT_BYTES = 96, 4  # struct Run, struct Wait
 MIN_SLOTS = 2
 X_BYTES = 256 * 128 * 4  # half of the registers of the threads that compute
@@ -48,6 +49,8 @@ def scratch_bytes(program: Program) -> int:
     sizes += [DRAW_BYTES for op in program.ops if isinstance(op, Draw)]
     sizes += [_latent_bytes(op) for op in program.ops if isinstance(op, LatentAttention)]
     sizes += [4 * (op.lora + op.rope) for op in program.ops if isinstance(op, LatentRope)]
+    sizes += [32 * op.head_dim for op in program.ops if isinstance(op, IndexRope)]
+    sizes += [INDEX_BYTES for op in program.ops if isinstance(op, IndexScore | Select)]
     return -(-max([256, *sizes]) // 16) * 16
 
 

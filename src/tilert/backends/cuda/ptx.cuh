@@ -258,6 +258,13 @@ __device__ __forceinline__ void floats_of_e4m3(u32 v, float (&f)[4]) {
   f[2] = float_of_half(u16(high)), f[3] = float_of_half(u16(high >> 16));
 }
 
+// Two floats rounded to e4m3, the first in the low byte; what is too large becomes the largest.
+__device__ __forceinline__ u32 e4m3_of(float low, float high) {
+  u16 v;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(v) : "f"(high), "f"(low));
+  return v;
+}
+
 // Two floats rounded to f16, the first in the low half; what is too large becomes the largest.
 __device__ __forceinline__ u32 pack_f16(float low, float high) {
   u32 v;

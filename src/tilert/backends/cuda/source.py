@@ -25,11 +25,14 @@ from tilert.ops import (
     Embed,
     ExpertDown,
     ExpertGate,
+    IndexRope,
+    IndexScore,
     LatentAttention,
     LatentRope,
     Linear,
     NextToken,
     Route,
+    Select,
     Sift,
     Totals,
 )
@@ -37,7 +40,7 @@ from tilert.ops import (
 FOLDER = Path(__file__).parent
 HEADERS = (
     "ptx.cuh", "program.cuh", "tile.cuh", "inputs.cuh", "products.cuh", "linear.cuh", "attend.cuh",
-    "sample.cuh", "draw.cuh", "mla.cuh",
+    "sample.cuh", "draw.cuh", "mla.cuh", "index.cuh",
 )  # fmt: skip
 KERNEL = "tilert_program"
 
@@ -93,6 +96,8 @@ def _type(program: Program, op: Op, tags: Tags) -> str:
         )
     if isinstance(op, LatentRope | LatentAttention):
         return _latent(program, op, tags)
+    if isinstance(op, IndexRope | IndexScore | Select):
+        return _index(program, op, tags)
     if isinstance(op, Combine):
         return (
             f"Combine<{op.kv_heads}, {op.group}, {op.head_dim}, {op.splits}, {op.window},"
@@ -139,6 +144,30 @@ def _latent(program: Program, op: LatentRope | LatentAttention, tags: Tags) -> s
     return (
         f"LatentAttention<{op.tile_heads}, {op.nope}, {op.rope}, {op.lora}, {op.splits}, {op.topk},"
         f" {_flag(op.q in tags.writers)}, {_bits(op.scale)}>"
+    )
+
+
+def _index(program: Program, op: IndexRope | IndexScore | Select, tags: Tags) -> str:
+    if isinstance(op, Select):
+        return f"Select<{op.topk}, {op.splits}, {op.width}>"
+    slot = program.machine.slot_bytes
+    most = min(128, slot // PAGE - 4)
+    if not 16 <= op.head_dim <= most or op.heads > 128:
+        raise UserError(
+            f"the indexer has {op.heads} heads of {op.head_dim} elements; the back end 'cuda' accepts up to"
+            f" 128 heads of 16 to {most}; 'cpu' runs it"
+        )
+    assert op.q_col % 4 == 0, "a piece of a head is loaded as four words"
+    assert op.index_scale != NONE, "keys are e4m3 with scales"
+    if isinstance(op, IndexScore):
+        return (
+            f"IndexScore<{op.heads}, {op.head_dim}, {op.topk}, {op.splits}, {op.width},"
+            f" {_flag(op.head_weights in tags.writers)}, {_bits(op.scale)}>"
+        )
+    norms = ", ".join(_weight(program, b) for b in (op.weight, op.shift))
+    return (
+        f"IndexRope<{op.heads}, {op.head_dim}, {op.rope}, {_flag(bool(op.interleave))},"
+        f" {_flag(op.k in tags.writers)}, {norms}, {_bits(op.eps)}>"
     )
 
 
