@@ -277,7 +277,9 @@ def test_several_sequences_in_one_launch(devices: Devices) -> None:
         assert [int(t[0]) for t in alone.steps(6)] == made[:, row].tolist()
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "one-slot-in-flight", "deep-ring"])
+@pytest.mark.parametrize(
+    "name", ["llama", "qwen3", "one-slot-in-flight", "deep-ring", "latent-indexed"]
+)
 def test_any_order_of_threads_gives_the_same_bits(name: str, devices: Devices) -> None:
     program, weights = compiled(name)
     results = []
@@ -289,7 +291,7 @@ def test_any_order_of_threads_gives_the_same_bits(name: str, devices: Devices) -
     assert all(result == results[0] for result in results)
 
 
-@pytest.mark.parametrize("name", ["llama", "deep-ring"])
+@pytest.mark.parametrize("name", ["llama", "deep-ring", "latent"])
 def test_one_launch_equals_many(name: str, devices: Devices) -> None:
     program, weights = compiled(name)
     made, _ = loaded(program, weights, devices())

@@ -164,8 +164,8 @@ class CudaBackend:
 
     In `state`, tokens of one sequence stand together and at consecutive positions; with several tokens
     every one has an output.
-    weights: address by buffer name, of the bytes as stored. caches: likewise, of bf16 in the shapes of
-    cache_shapes, each page swizzled as attend.cuh says. Whoever gives addresses keeps what lies there.
+    weights: address by buffer name, of the bytes as stored. caches: likewise, in the shapes of cache_shapes;
+    pages in bf16 are swizzled as attend.cuh says. Whoever gives addresses keeps what lies there.
     """
 
     def __init__(
