@@ -672,6 +672,103 @@ def loader_that_trusts_the_waits_of_its_queue() -> Program:
     return without_wait(program, 0, position, -1)
 
 
+# Ops of GOOD["latent"]: 3 index rope, 4 scores, 5 latent rope, 6 block-diagonal, 7 select, 8 attention.
+
+
+@breaks("structure")
+def heads_that_do_not_divide_into_tiles() -> Program:
+    return with_op(GOOD["latent"], 8, tile_heads=3)
+
+
+@breaks("structure")
+def selected_positions_without_a_number() -> Program:
+    return with_op(GOOD["latent"], 8, topk=0)
+
+
+@breaks("structure")
+def number_of_positions_without_a_selection() -> Program:
+    return with_op(GOOD["latent"], 8, selected=NONE)
+
+
+@breaks("structure")
+def selected_positions_as_floats() -> Program:
+    return with_buffer(GOOD["latent"], "selected", dtype=DType.F32)
+
+
+@breaks("structure")
+def columns_that_are_not_rotated_in_pairs() -> Program:
+    return with_op(GOOD["latent"], 5, rope=1)
+
+
+@breaks("structure")
+def more_columns_rotated_than_a_head_has() -> Program:
+    return with_op(GOOD["latent"], 3, rope=10)
+
+
+@breaks("structure")
+def keys_of_a_width_without_hadamard_matrix() -> Program:
+    return with_op(GOOD["latent"], 3, head_dim=6)
+
+
+@breaks("structure")
+def scores_for_fewer_positions_than_a_sequence_has() -> Program:
+    return with_op(GOOD["latent"], 4, width=32)
+
+
+@breaks("structure")
+def rows_that_do_not_divide_into_groups() -> Program:
+    return with_op(GOOD["latent"], 6, groups=3)
+
+
+@breaks("structure")
+def groups_with_a_norm() -> Program:
+    return with_op(GOOD["latent"], 6, norm=buffer_id(GOOD["latent"], "norm"))
+
+
+@breaks("structure")
+def groups_that_reach_beyond_their_input() -> Program:
+    return with_op(GOOD["latent"], 6, x_stride=13)
+
+
+@breaks("structure")
+def keys_of_an_indexer_in_another_type() -> Program:
+    return with_buffer(GOOD["latent"], "keys", dtype=DType.F8E4M3)
+
+
+def latent_with_ops_exchanged(first: int, second: int) -> Program:
+    d = programs.latent_draft(cpu(2), 2, 2)
+    d.ops[first], d.ops[second] = d.ops[second], d.ops[first]
+    phased(d)
+    return d.program()
+
+
+@breaks("coverage")
+def positions_selected_before_they_have_scores() -> Program:
+    return latent_with_ops_exchanged(4, 7)
+
+
+@breaks("coverage")
+def attention_before_the_selection() -> Program:
+    return latent_with_ops_exchanged(7, 8)
+
+
+@breaks("coverage")
+def scores_before_the_keys_are_appended() -> Program:
+    return latent_with_ops_exchanged(3, 4)
+
+
+@breaks("ordering")
+def attention_that_does_not_wait_for_the_selection() -> Program:
+    return without_wait(GOOD["latent"], 0, 8)
+
+
+@breaks("choice")
+def loader_of_selected_rows_that_trusts_its_queue() -> Program:
+    program = GOOD["streamed_latent"]
+    position = next(i for i, run in enumerate(program.queues[1]) if run.op == 8)
+    return without_wait(program, 1, position, -1)
+
+
 @breaks("structure")
 def block_scales_that_do_not_exist() -> Program:
     return with_buffer(GOOD["experts"], "down", scale=Buf(99))

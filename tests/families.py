@@ -84,19 +84,16 @@ INDEX = {**LATENT, "index_n_heads": 16, "index_head_dim": 16, "index_topk": 8}
 LATENT_YARN = {**YARN, "mscale": 1.0, "mscale_all_dim": 0.8}
 FAMILIES |= {
     "deepseek_v3": ("DeepseekV3Config", LATENT),
-    "deepseek_v3-yarn": ("DeepseekV3Config", {**LATENT, "rope_parameters": LATENT_YARN}),
-    "deepseek_v3-biased": ("DeepseekV3Config", {**LATENT, "attention_bias": True}),
+    "deepseek_v3-yarn": (
+        "DeepseekV3Config",
+        {**LATENT, "rope_parameters": LATENT_YARN, "attention_bias": True},
+    ),
     "deepseek_v3-one-product": (
         "DeepseekV3Config",
         {**LATENT, "q_lora_rank": None, "rope_interleave": False},
     ),
     "deepseek_v32": ("DeepseekV32Config", INDEX),
-    "deepseek_v32-all": ("DeepseekV32Config", {**INDEX, "index_topk": 64}),
-    "glm_moe_dsa": ("GlmMoeDsaConfig", INDEX),
-    "glm_moe_dsa-shared": (
-        "GlmMoeDsaConfig",
-        {**INDEX, "indexer_types": ["full", "shared", "full"]},
-    ),
+    "glm_moe_dsa": ("GlmMoeDsaConfig", {**INDEX, "indexer_types": ["full", "shared", "full"]}),
 }
 
 

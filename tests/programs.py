@@ -25,11 +25,16 @@ from tilert.ops import (
     Embed,
     ExpertDown,
     ExpertGate,
+    IndexRope,
+    IndexScore,
+    LatentAttention,
+    LatentRope,
     Linear,
     NextToken,
     Norm,
     Rope,
     Route,
+    Select,
 )
 from tilert.ops.experts import SOFTMAX
 from tilert.ops.linear import ADD, GATE, STORE
@@ -368,14 +373,97 @@ def streamed_experts() -> Program:
     """The same through a ring: who streams what is chosen waits itself for the choice."""
     d = experts_draft(RING, 2)
     phased(d)
-    queues, route = d.queues, 2
-    counter = next(run.signal for run in queues[0] if run.op == route)
-    for queue in queues:
+    wait_for_choices(d)
+    return d.program()
+
+
+def latent_draft(machine: Machine, tokens: int, splits: int, topk: int = 16) -> Draft:
+    """A layer of latent attention over at most `topk` positions that an indexer selects, with products
+    side by side in one buffer, block-diagonal ones, and shares of positions."""
+    d, heads, nope, rope, lora, dim = Draft(machine, tokens, tokens, 2), 4, 4, 2, 8, 8
+    counts, ids = d.state("counts", 2), d.state("tokens", tokens)
+    at, who = d.state("positions", tokens), d.state("sequences", tokens)
+    pages = d.state("pages", 2, rows=2)
+    paged = (at, who, pages, counts, tokens)
+    x, table = d.work("x", tokens, HIDDEN), d.weight("rope", CONTEXT, rope)
+    q_width, q_cols = heads * (nope + rope), heads * (nope + rope) + 2 * dim
+    q, kv = d.work("q", tokens, q_cols), d.work("kv", tokens, lora + rope + dim + 2)
+    queries, mixed = d.work("queries", tokens, heads * lora), d.work("mixed", tokens, heads * lora)
+    shares = d.work("shares", tokens, heads * splits * (lora + 2)) if splits > 1 else mixed
+    scores, selected = d.work("scores", tokens, 2 * 64), d.work("selected", tokens, topk)
+    d.buffers[selected] = replace(d.buffers[selected], dtype=DType.I32)
+    values = d.work("values", tokens, HIDDEN)
+    types = machine.cache_dtype, machine.index_dtype
+    latents, keys = (
+        d.add(Buffer(name, Kind.CACHE, dtype, CONTEXT, cols))
+        for name, dtype, cols in zip(("latents", "keys"), types, (lora + rope, dim), strict=True)
+    )
+    scale = NONE
+    if machine.index_dtype is DType.F8E4M3:
+        scale = d.add(Buffer("scales", Kind.CACHE, DType.F32, CONTEXT, 1))
+    norm = d.weight("norm", 1, HIDDEN)
+    d.op(Embed(ids, d.weight("table", VOCAB, HIDDEN), x, counts, VOCAB, tokens, HIDDEN, 1))
+    for y, name in ((q, "wq"), (kv, "wkv")):
+        n = d.buffers[y].cols
+        d.op(linear(x, d.weight(name, n, HIDDEN), y, counts, k=HIDDEN, n=n, tile=8, rows=tokens,
+                    norm=norm))  # fmt: skip
+    d.op(IndexRope(q, kv, d.weight("k_norm", 1, dim), d.weight("k_shift", 1, dim), table, keys, scale,
+                   *paged, 2, dim, rope, q_width, lora + rope, 0, CONTEXT, 2, 2, 1e-6))  # fmt: skip
+    d.op(IndexScore(q, kv, keys, scale, scores, *paged, 2, dim, q_width, lora + rope + dim, topk, 2, 64,
+                    max(1, tokens // 2), 2, 2, 0.25))  # fmt: skip
+    d.op(LatentRope(q, kv, d.weight("kv_norm", 1, lora), table, latents, *paged, heads, nope, rope, lora,
+                    0, 0, 1, CONTEXT, 2, 2, 1e-6))  # fmt: skip
+    up = linear(q, d.weight("up", heads * lora, nope), queries, counts, k=nope, n=heads * lora, tile=4,
+                rows=tokens)  # fmt: skip
+    d.op(replace(up, groups=heads, x_stride=nope + rope))
+    d.op(Select(scores, selected, at, counts, tokens, topk, 2, 64))
+    d.op(LatentAttention(queries, q, latents, selected, shares, *paged, heads, 2, nope, rope, lora, 0,
+                         topk, splits, max(1, tokens // 2), 2, 2, 0.4))  # fmt: skip
+    if splits > 1 and tokens > 1:
+        d.op(Combine(shares, mixed, counts, tokens, heads, heads, lora, splits, 0))
+    down = linear(mixed, d.weight("down", HIDDEN, lora), values, counts, k=lora, n=HIDDEN, tile=3,
+                  rows=tokens)  # fmt: skip
+    down = replace(down, groups=heads, x_stride=lora)
+    if splits > 1 and tokens == 1:  # the product merges the shares
+        down = replace(down, x=shares, splits=splits, head_dim=lora)
+    d.op(down)
+    d.op(linear(values, d.weight("wo", HIDDEN, HIDDEN), x, counts, k=HIDDEN, n=HIDDEN, tile=4,
+                rows=tokens, epilogue=ADD))  # fmt: skip
+    _choose(d, x, counts, ids, tokens)
+    return d
+
+
+def latent() -> Program:
+    """Two tokens of which one sees more positions than are selected, shares on three workers."""
+    d = latent_draft(cpu(3), 2, 2)
+    phased(d)
+    return d.program()
+
+
+def streamed_latent() -> Program:
+    """One token through a ring, keys in e4m3: the product merges the shares, and who streams the rows
+    that were selected waits itself for the choice."""
+    d = latent_draft(replace(RING, index_dtype=DType.F8E4M3), 1, 2)
+    phased(d)
+    wait_for_choices(d)
+    return d.program()
+
+
+def wait_for_choices(d: Draft) -> None:
+    """Whoever streams what an op has chosen gets a wait for that op."""
+    for queue in d.queues:
         for i, run in enumerate(queue):
-            if d.ops[run.op].choice != NONE and all(w.counter != counter for w in run.waits):
+            choice = d.ops[run.op].choice
+            if choice == NONE:
+                continue
+            maker = next(
+                op for op, made in enumerate(d.ops)
+                if any(r.buffer == choice for r in made.writes(0, made.tiles))
+            )  # fmt: skip
+            counter = next(r.signal for q in d.queues for r in q if r.op == maker)
+            if all(w.counter != counter for w in run.waits):
                 waits = (*run.waits, Wait(counter, d.totals[counter]))
                 queue[i] = replace(run, waits=waits)
-    return d.program()
 
 
 def loose() -> Program:
@@ -396,7 +484,7 @@ def loose() -> Program:
 
 GOOD = {make.__name__: make() for make in (
     greedy, barriers, ring, pipeline, stream, loose, attention, wide, devices, experts,
-    streamed_experts,
+    streamed_experts, latent, streamed_latent,
 )}  # fmt: skip
 
 

@@ -16,6 +16,7 @@ import programs
 import pytest
 import torch
 import transformers
+from broken import without_wait
 from programs import Draft, phased
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
@@ -25,20 +26,24 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
 from tilert import LLM
 from tilert.backends.cpu import CpuBackend, make_pool
-from tilert.backends.interpreter import Interpreter
+from tilert.backends.interpreter import ORDERS, Interpreter
 from tilert.compiler import Limits, build
 from tilert.compiler.simulate import simulate
+from tilert.compiler.verify import VerifyError, verify
 from tilert.errors import UserError
 from tilert.ir import machine
 from tilert.ir.dtype import DType
 from tilert.ir.graph import Graph
 from tilert.ir.machine import Machine, cpu
 from tilert.ir.program import NONE, Buf, Kind, Program
+from tilert.ir.tags import derive
 from tilert.models import experts, load_config
 from tilert.models.decoder import build as build_graph
 from tilert.models.experts import DEEPSEEK
 from tilert.models.section import Section
 from tilert.ops import Argmax, Embed, ExpertDown, ExpertGate, NextToken, Route
+from tilert.serve import report
+from tilert.weights import open_checkpoint
 
 Run = Callable[[Program, dict[str, np.ndarray]], Any]
 
@@ -190,13 +195,13 @@ def block_graph() -> Graph:
 
 
 def block_weights(graph: Graph, dtype: DType = DType.F32) -> dict[str, np.ndarray]:
-    random = np.random.default_rng(5)
-    return {
-        name: (random.standard_normal((v.rows, v.cols)) * (0.3 if v.rows != 1 else 1)).astype(
-            np.float32 if "norm" in name or "bias" in name else dtype.numpy
-        )
-        for name, v in graph.weights.items()
-    }
+    random, made = np.random.default_rng(5), dict[str, np.ndarray]()
+    for name, v in graph.weights.items():
+        assert isinstance(v.rows, int)
+        values = random.standard_normal((v.rows, v.cols)) * (0.3 if v.rows > 1 else 1)
+        vector = "norm" in name or "bias" in name
+        made[name] = values.astype(np.float32 if vector else dtype.numpy)
+    return made
 
 
 def block_program(
@@ -264,6 +269,40 @@ def test_a_ring_computes_the_same(tokens: int) -> None:
     np.testing.assert_allclose(own, expected, rtol=0.05, atol=0.05)
     router = next(op for op in program.ops if program.buffers[getattr(op, "y", 0)].cols == 12)
     assert getattr(router, "x_type", None) == DType.F32
+
+
+@pytest.mark.parametrize(("on", "tokens"), [(cpu(3), 1), (cpu(3), 3), (machine.NULL, 2)])
+def test_every_order_gives_the_bits_of_the_op_table(on: Machine, tokens: int) -> None:
+    graph = block_graph()
+    weights = block_weights(graph, DType.BF16)
+    program = block_program(graph, weights, tokens, on)
+
+    def bits(order: str, seed: int) -> bytes:
+        made = Interpreter(program, weights, {}, order=order, seed=seed)
+        made.state["counts"][0] = tokens, tokens
+        made.state["tokens"][0] = range(tokens)
+        return b"".join(ids.tobytes() for ids in made.run(3)) + made.read("logits").tobytes()
+
+    expected = bits("sequential", 0)
+    assert all(bits(order, seed) == expected for order in ORDERS for seed in range(2))
+
+
+def test_each_run_that_streams_experts_needs_its_wait_for_the_choice() -> None:
+    graph = block_graph()
+    program = block_program(graph, block_weights(graph), 2, machine.NULL)
+    refused: list[tuple[str, str]] = []
+    signals = {r.signal for q in program.queues for r in q if isinstance(program.ops[r.op], Route)}
+    for worker, queue in enumerate(program.queues):
+        for position, run in enumerate(queue):
+            op = program.ops[run.op]
+            for which, wait in enumerate(run.waits):
+                if wait.counter in signals and op.choice != NONE:
+                    with pytest.raises(VerifyError) as caught:
+                        verify(without_wait(program, worker, position, which))
+                    refused.append((type(op).__name__, caught.value.rule))
+    # A worker knows the choice from what it waits for before ExpertDown; its loader does not.
+    assert set(refused) == {("ExpertGate", "ordering"), ("ExpertDown", "choice")}
+    assert len(refused) == sum(program.ops[r.op].choice != NONE for q in program.queues for r in q)
 
 
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
@@ -364,8 +403,23 @@ def test_a_step_reads_what_its_tokens_choose(tokens: int, read: int) -> None:
     assert all(b.bank == len(b.parts) == 128 for b in held.values())
 
 
+def test_on_a_gpu_only_the_choice_is_signalled_in_order() -> None:
+    """What the router says chooses addresses, for which a loader can not look again."""
+    program = big(1)
+    tags = derive(program)
+    for index, op in enumerate(program.ops):
+        if isinstance(op, Route):
+            assert op.logits in tags.writers
+            assert not tags.silent(index)
+            assert not {op.chosen, op.weights} & tags.writers.keys()
+        elif isinstance(op, ExpertGate | ExpertDown):
+            assert {op.x, op.y} <= tags.writers.keys()
+            assert tags.silent(index)
+
+
 def test_no_more_experts_are_read_than_there_are() -> None:
-    op = ExpertGate(*(Buf(i) for i in range(7)), 64, 32, 16, 8, 4, 4, 0, 1e-5)
+    x, w, w_up, norm, chosen, y, counts = (Buf(i) for i in range(7))
+    op = ExpertGate(x, w, w_up, norm, chosen, y, counts, 64, 32, 16, 8, 4, 4, 0, 1e-5)
     assert op.cost(0, op.tiles, 2, 0).bytes == 8 * 2 * 16 * 32 * 2
 
 
@@ -492,6 +546,17 @@ def test_damaged_checkpoints_are_refused(change: str, message: str, tmp_path: Pa
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match=message):
         LLM(tmp_path, skip_tokenizer_init=True)
+
+
+def test_inspect_counts_the_experts_that_a_token_takes(tmp_path: Path) -> None:
+    families.make("qwen3_moe", tmp_path)
+    checkpoint = open_checkpoint(tmp_path)
+    text = report.inspect(tmp_path, load_config(checkpoint.config), checkpoint)
+    assert "experts 8, 3 per token, moe_intermediate_size 20, in 3 layers, " in text
+    stored = {name: array.nbytes for name, array in checkpoint.tensors.items()}
+    each = sum(n for name, n in stored.items() if ".experts." in name)
+    read = sum(stored.values()) - stored["model.embed_tokens.weight"] - each * 5 // 8
+    assert f"a token reads {read / 1e6:.1f} MB of weights" in text
 
 
 def test_a_gpu_says_that_it_cannot_yet() -> None:

@@ -40,7 +40,7 @@ JUDGED = (
     "meaning",
 )  # rules whose breach an execution can show
 
-OPERANDS = ("x", "y", "q", "k", "v", "part", "logits", "weights", "chosen")
+OPERANDS = ("x", "y", "q", "k", "v", "part", "logits", "weights", "chosen", "selected", "scores")
 
 Mutation = Callable[[random.Random, Program], Program]
 
@@ -55,6 +55,9 @@ def scattered(seed: int, base: str = "") -> Program:
         ),
         "attention": lambda: programs.attention_draft(
             machine.cpu(dice.randint(2, 4)), dice.randint(1, 3), dice.randint(1, 3)
+        ),
+        "latent": lambda: programs.latent_draft(
+            machine.cpu(dice.randint(2, 4)), dice.randint(1, 3), dice.randint(1, 2)
         ),
     }
     draft = drafts[base or dice.choice(list(drafts))]()

@@ -39,7 +39,10 @@ def prefilled(runner: Runner, length: int) -> list[Row]:
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize(("family", "threads"), [("llama", 1), ("mistral", 2), ("qwen3", 2)])
+@pytest.mark.parametrize(
+    ("family", "threads"),
+    [("llama", 1), ("mistral", 2), ("qwen3", 2), ("qwen2_moe", 2), ("deepseek_v32", 2)],
+)
 def test_a_row_has_the_same_bits_alone_and_among_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, threads: int, isa: str
 ) -> None:

@@ -149,6 +149,8 @@ def _sound_fields(has: dict[str, int], program: Program) -> Iterator[str]:
         yield f"{has['heads']} heads do not divide into tiles of {has['tile_heads']}"
     if "rope" in has and (has["rope"] % 2 or has["rope"] > has.get("head_dim", has["rope"])):
         yield f"{has['rope']} columns cannot be rotated in pairs"
+    if "shift" in has and has["head_dim"] & (has["head_dim"] - 1):
+        yield f"head_dim {has['head_dim']} is no power of two, there is no Hadamard matrix for it"
     if "selected" in has and (has["selected"] != NONE) != (has["topk"] > 0):
         yield f"topk is {has['topk']} with selected b{has['selected']}"
     if "w_col" in has and has["splits"] * has["width"] < program.context:

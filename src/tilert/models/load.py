@@ -142,8 +142,8 @@ def _banks(graph: Graph) -> list[Value]:
     return [v for n in graph.nodes if n.op == "experts" for v in n.inputs.values() if v and v.parts]
 
 
-def _guessing_layers(config: DecoderConfig) -> tuple[str, ...]:
-    """Prefixes of the layers behind the last that guess further tokens; nothing is made of them yet."""
+def guessing_layers(config: DecoderConfig) -> tuple[str, ...]:
+    """Prefixes of the tensors of layers behind the last, which guess further tokens; they are not used."""
     layers, extra = config.num_hidden_layers, config.latent
     count = extra.num_nextn_predict_layers if extra else 0
     return tuple(f"model.layers.{layer}." for layer in range(layers, layers + count))
@@ -156,7 +156,7 @@ def _check_names(graph: Graph, config: DecoderConfig, tensors: Mapping[str, np.n
     }
     ignored = {name for name in tensors if name.endswith(_RECOMPUTED)}
     if config.latent:
-        ignored |= {name for name in tensors if name.startswith(_guessing_layers(config))}
+        ignored |= {name for name in tensors if name.startswith(guessing_layers(config))}
     if config.tie_word_embeddings:
         ignored.add("lm_head.weight")  # a stored copy of the embedding
     if config.quantization is not None:  # scales of weights, and of activations, which stay f32

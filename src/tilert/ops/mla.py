@@ -158,6 +158,10 @@ class LatentAttention(Op):
         return -(-self.rows // self.block) * (self.heads // self.tile_heads) * self.splits
 
     @property
+    def choice(self) -> Buf:
+        return self.selected
+
+    @property
     def group(self) -> int:
         """Heads that lie side by side within a share of y."""
         return 1

@@ -10,6 +10,7 @@ from tilert.engine.core import RequestMetrics, RequestOutput
 from tilert.ir import machine
 from tilert.ir.program import Program
 from tilert.models.config import DecoderConfig
+from tilert.models.load import guessing_layers
 from tilert.weights import Checkpoint
 
 GIB = 1 << 30
@@ -52,17 +53,28 @@ def speculation(m: RequestMetrics) -> str:
 
 def inspect(folder: Path, config: DecoderConfig, checkpoint: Checkpoint) -> str:
     """What the model is, how many bytes a token reads, and how long that takes on known machines."""
-    tensors = checkpoint.tensors
-    if config.tie_word_embeddings:  # a copy of the embedding is not used
-        tensors = {name: array for name, array in tensors.items() if name != "lm_head.weight"}
+    unused = guessing_layers(config)
+    if config.tie_word_embeddings:  # a copy of the embedding
+        unused = (*unused, "lm_head.weight")
+    tensors = {n: array for n, array in checkpoint.tensors.items() if not n.startswith(unused)}
     parameters = sum(array.size for array in tensors.values())
     stored = sum(array.nbytes for array in tensors.values())
     embedding = tensors["model.embed_tokens.weight"]
     per_token = stored - (0 if config.tie_word_embeddings else embedding.nbytes)
-    kv = config.cache_elements
-    heads = f"{config.num_key_value_heads} kv heads of {config.head_dim}"
-    if config.latent:
+    mixture, heads = "", f"{config.num_key_value_heads} kv heads of {config.head_dim}"
+    if (experts := config.experts) is not None:
+        each = sum(array.nbytes for name, array in tensors.items() if ".experts." in name)
+        per_token -= (
+            each * (experts.num_experts - experts.num_experts_per_tok) // experts.num_experts
+        )
+        mixture = (
+            f"experts {experts.num_experts}, {experts.num_experts_per_tok} per token,"
+            f" moe_intermediate_size {experts.moe_intermediate_size}, in {sum(experts.sparse)} layers,"
+            f" {each / stored:.0%} of all bytes"
+        )
+    if config.latent is not None:
         heads = f"latents of {config.latent.kv_lora_rank} and keys of {config.head_dim} for all"
+    kv = config.cache_elements  # per position
     dtypes = ", ".join(sorted({str(array.dtype) for array in tensors.values()}))
     lines = [
         f"{folder}",
@@ -72,6 +84,7 @@ def inspect(folder: Path, config: DecoderConfig, checkpoint: Checkpoint) -> str:
         f" {heads}, vocab_size {config.vocab_size}",
         f"context {config.max_position_embeddings}, tied head {config.tie_word_embeddings},"
         f" sliding_window {config.sliding_window}, rope {config.rope_scaling.rope_type}",
+        *([mixture] if mixture else []),
         f"parameters {parameters:,} ({dtypes}), {stored / GIB:.3f} GiB",
         f"a token reads {per_token / 1e6:.1f} MB of weights and {kv * 4 / 1e3:.1f} KB per position of"
         f" context on a CPU (f32), {kv * 2 / 1e3:.1f} KB on a GPU (bf16)",

@@ -25,9 +25,8 @@ from tilert.backends.cuda.backend import CudaBackend
 from tilert.compiler.simulate import Span, simulate
 from tilert.engine.core import SamplingParams
 from tilert.errors import UserError
-from tilert.ir.program import Kind, Op, Program, Run
-from tilert.ops import Combine, Linear
-from tilert.ops.linear import GATE
+from tilert.ir.program import NONE, Kind, Op, Program, Run
+from tilert.ops import Combine, ExpertDown, ExpertGate, Linear, Route
 from tilert.serve.llm import LLM
 
 MAX_STEPS = 64  # steps kept, the last ones
@@ -231,7 +230,7 @@ def op_names(program: Program) -> list[tuple[str, str]]:
     layer = ""
     for op in program.ops:
         found = [m[0] for b in program.operands(op) if (m := re.search(r"layers\.\d+", b.name))]
-        if found or not isinstance(op, Combine):  # Combine belongs to the attention before it
+        if found or not isinstance(op, Combine | Route):  # these belong to what stands before them
             layer = found[0] if found else ""
         if isinstance(op, Linear):
             label = program.buffers[op.w].name.removeprefix("model.").removesuffix(".weight")
@@ -245,10 +244,10 @@ def op_names(program: Program) -> list[tuple[str, str]]:
 
 def weight_names(program: Program, op: Op) -> str:
     """The large weights that an op streams, with their shapes; empty when there are none."""
-    if not isinstance(op, Linear):
+    if not isinstance(op, Linear | ExpertGate | ExpertDown):
         return ""
-    weights = [program.buffers[w] for w in ((op.w, op.w_up) if op.epilogue == GATE else (op.w,))]
-    return " + ".join(f"{b.name} {b.dtype.name.lower()}[{b.rows}, {b.cols}]" for b in weights)
+    weights = [program.buffers[w] for w in (op.w, getattr(op, "w_up", NONE)) if w != NONE]
+    return " + ".join(f"{b.label} {b.dtype.name.lower()}[{b.rows}, {b.cols}]" for b in weights)
 
 
 @dataclass(slots=True)

@@ -115,7 +115,11 @@ def _type(program: Program, op: Op, tags: Tags) -> str:
         raise UserError(
             "the model has experts; the back end 'cuda' does not run them yet, 'cpu' does"
         )
-    assert isinstance(op, NextToken), f"{type(op).__name__} has no CUDA form"
+    if not isinstance(op, NextToken):
+        raise UserError(
+            f"the model needs the op {type(op).__name__}, which the back end 'cuda' does not have; 'cpu'"
+            " and 'interpreter' run it"
+        )
     return f"NextToken<{op.chunks}>"
 
 
