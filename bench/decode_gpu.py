@@ -59,6 +59,7 @@ from tilert.models.decoder import build as build_graph
 from tilert.models.derived import ROPE_TABLE
 from tilert.models.quantization import grid
 from tilert.models.rotary import rotary_table
+from tilert.ops import ExpertDown, ExpertGate
 
 STEPS, LONGEST_PROMPT, BLOCK = 127, 1024, (128, 128)
 OURS_TIMEOUT = 300.0  # seconds of one process
@@ -91,6 +92,10 @@ MODELS: dict[str, dict[str, Any]] = {
                  "num_attention_heads": 32},
     "Qwen3-8B": {**QWEN3, "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36,
                  "num_attention_heads": 32, "tie_word_embeddings": False},
+    "Qwen3-30B-A3B": {**QWEN3, "model_type": "qwen3_moe", "hidden_size": 2048, "intermediate_size": 6144,
+                      "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4,
+                      "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768,
+                      "norm_topk_prob": True, "tie_word_embeddings": False},
 }  # fmt: skip
 FP8 = "-FP8"  # behind a model's name: linear layers in e4m3 with a scale for each 128 x 128 block
 PEERS = ("transformers", "eager", "chain")
@@ -126,10 +131,17 @@ def capacity(inputs: Sequence[int]) -> int:
 
 
 def step_bytes(name: str, program: Program, past: float) -> float:
-    """Bytes of weights that a step reads, and of the cache with `past` positions."""
+    """Bytes of weights that a step reads, of experts those that it chooses, and of the cache with `past`
+    positions."""
     config = load_config(config_of(name))
+    shares: dict[int, float] = {}  # of buffers of which not all is read
+    for op in program.ops:
+        if isinstance(op, ExpertGate | ExpertDown):
+            for b in (b for b in program.operands(op) if b.bank > 1):
+                share = op.top_k / b.bank
+                shares |= {program.buffer_ids[b.name]: share, b.scale: share}
     weights = sum(
-        b.bytes for b in program.buffers
+        b.bytes * shares.get(i, 1.0) for i, b in enumerate(program.buffers)
         if b.kind is Kind.WEIGHT and b.name != ROPE_TABLE
         and (config.tie_word_embeddings or "embed_tokens" not in b.name)
     )  # fmt: skip

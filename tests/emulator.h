@@ -140,6 +140,7 @@ inline u32 __float_as_uint(float f) {
 inline u64 __umul64hi(u64 a, u64 b) {
   return static_cast<u64>(static_cast<unsigned __int128>(a) * b >> 64);
 }
+inline int __popc(u32 v) { return __builtin_popcount(v); }
 inline int __clzll(long long v) { return v ? __builtin_clzll(v) : 64; }
 // Rounded once each; a compiler for x86-64 without options has no fused operation to offer.
 inline float __fadd_rn(float a, float b) { return a + b; }
@@ -180,6 +181,21 @@ inline bool __all_sync(u32, bool v) {
 inline bool __any_sync(u32, bool v) {
   const bool* all = emulator::exchange(v);
   return std::any_of(all, all + 32, [](bool b) { return b; });
+}
+
+inline u32 __ballot_sync(u32, bool v) {
+  const bool* all = emulator::exchange(v);
+  u32 bits = 0;
+  for (u32 i = 0; i < 32; ++i) bits |= u32(all[i]) << i;
+  return bits;
+}
+inline u32 __reduce_max_sync(u32, u32 v) {
+  const u32* all = emulator::exchange(v);
+  return *std::max_element(all, all + 32);
+}
+inline u32 __reduce_min_sync(u32, u32 v) {
+  const u32* all = emulator::exchange(v);
+  return *std::min_element(all, all + 32);
 }
 
 inline u8* shared_memory() { return emulator::block().base; }

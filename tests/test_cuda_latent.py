@@ -15,6 +15,7 @@ from tilert.backends.cuda.backend import CudaBackend
 from tilert.backends.cuda.limits import step_rows
 from tilert.errors import UserError
 from tilert.ir.dtype import DType
+from tilert.ir.program import Program
 from tilert.ops import IndexRope, LatentAttention
 
 folder, devices = kernel.folder, kernel.devices  # fixtures
@@ -24,7 +25,9 @@ ONE_LAYER = {"num_hidden_layers": 1, "indexer_types": ["full"]}
 POSITIONS = [3, 23, 24, 63, 64, 150, 255]
 
 
-def compiled(monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], workers: int, **machine: int):
+def compiled(
+    monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], workers: int, **machine: int
+) -> tuple[Program, dict[str, np.ndarray]]:
     """See test_cuda_kernel.compiled."""
     monkeypatch.setitem(kernel.MODELS, "own", (changes, DType.BF16, workers, machine))
     return kernel.compiled("own")
@@ -61,7 +64,10 @@ def test_the_positions_that_the_indexer_chooses(
             scores, wanted = words(made, "l0.index", np.float32), interpreter.read("l0.index")[0]
             pages = range(position // 64 + 1)
             columns = np.concatenate(  # of three shares, one page after another
-                [np.arange(min(64, position + 1 - 64 * n)) + n % 3 * 128 + n // 3 * 64 for n in pages]
+                [
+                    np.arange(min(64, position + 1 - 64 * n)) + n % 3 * 128 + n // 3 * 64
+                    for n in pages
+                ]
             )
             scale = np.abs(wanted[columns]).max()
             assert np.abs(scores[columns] - wanted[columns]).max() < 1e-3 * scale
@@ -99,5 +105,7 @@ def test_shapes_that_the_kernel_cannot_run_are_refused(
         with pytest.raises(UserError, match=match):
             CudaBackend(replace(program, ops=ops), {}, {}, devices())
 
-    refused(LatentAttention, r"latents of 24 and rotated keys of 16 elements; .* up to 128", lora=24)
+    refused(
+        LatentAttention, r"latents of 24 and rotated keys of 16 elements; .* up to 128", lora=24
+    )
     refused(IndexRope, r"indexer has 16 heads of 8 elements; .* heads of 16 to 60", head_dim=8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import ml_dtypes
@@ -29,6 +30,11 @@ SHAPES: dict[str, dict[str, Any]] = {
     "qwen3-0.6b": {"model_type": "qwen3", "vocab_size": 151936, "hidden_size": 1024,
                    "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16,
                    "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": True},
+    # Four of its 48 layers.
+    "qwen3-30b-a3b": {"model_type": "qwen3_moe", "vocab_size": 151936, "hidden_size": 2048,
+                      "num_hidden_layers": 4, "num_attention_heads": 32, "num_key_value_heads": 4,
+                      "head_dim": 128, "num_experts": 128, "num_experts_per_tok": 8,
+                      "moe_intermediate_size": 768, "norm_topk_prob": True},
 }  # fmt: skip
 
 
@@ -54,12 +60,23 @@ def greedy(model: Any, ids: list[int], count: int) -> list[int]:
     return ids
 
 
+def stored(state: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+    """A tensor as checkpoints have it: experts, which transformers stacks, one by one."""
+    found = re.fullmatch(r"(.*\.experts)\.(\d+)\.(gate|up|down)_proj\.weight", name)
+    if not found:
+        return state[name]
+    prefix, expert, matrix = found[1], int(found[2]), found[3]
+    if matrix == "down":
+        return state[f"{prefix}.down_proj"][expert]
+    return state[f"{prefix}.gate_up_proj"][expert].chunk(2)[matrix == "up"]
+
+
 def ours(gpu: GpuDevice, name: str, model: Any, ids: list[int]) -> torch.Tensor:
     """f32 [tokens, vocab_size], token by token through the decoding program."""
     config = load_config({**COMMON, **SHAPES[name]})
     graph = build_graph(config, CONTEXT)
     state = model.state_dict()
-    weights = {n: state[n].cpu().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    weights = {n: stored(state, n).cpu().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
                for n in graph.weights if n != ROPE_TABLE}  # fmt: skip
     weights[ROPE_TABLE] = np.concatenate(rotary_table(config, CONTEXT), axis=1)
     dtypes = {n: DType.of(array) for n, array in weights.items()}
@@ -87,7 +104,8 @@ def test_logits_and_tokens_against_transformers(
     name: str, gpu: GpuDevice, record_property: Any
 ) -> None:
     """As near to f32 as transformers' own bf16 is, or nearer; and the same greedy tokens wherever the
-    two largest logits are further apart than 4 times what that bf16 errs."""
+    two largest logits are further apart than 4 times what that bf16 errs, but for some where experts were
+    chosen by less than that."""
     torch.manual_seed(1)
     torch.backends.cuda.matmul.allow_tf32 = False
     config = transformers.AutoConfig.for_model(**{**COMMON, **SHAPES[name]})
@@ -113,4 +131,5 @@ def test_logits_and_tokens_against_transformers(
     print(f"{name}: KL to f32 {kl[0]:.2e}, transformers' bf16 {kl[1]:.2e}; {int(clear.sum())} of"
           f" {len(ids)} tokens clear, {int(same.sum())} of all the same")  # fmt: skip
     assert clear.sum() >= NEW // 8
-    assert bool(same[clear].all())
+    others = clear.sum() // 16 if "num_experts" in SHAPES[name] else 0
+    assert (clear & ~same).sum() <= others

@@ -557,12 +557,3 @@ def test_inspect_counts_the_experts_that_a_token_takes(tmp_path: Path) -> None:
     each = sum(n for name, n in stored.items() if ".experts." in name)
     read = sum(stored.values()) - stored["model.embed_tokens.weight"] - each * 5 // 8
     assert f"a token reads {read / 1e6:.1f} MB of weights" in text
-
-
-def test_a_gpu_says_that_it_cannot_yet() -> None:
-    from tilert.backends.cuda.source import generate
-
-    with pytest.raises(
-        UserError, match=r"^the model has experts; the back end 'cuda' does not run"
-    ):
-        generate(big(1), 8)

@@ -235,10 +235,15 @@ def _emit_down(low: Lowering, node: Node, y: Buf) -> None:
     route, down = operand(node, "route"), operand(node, "down")
     rows, row = low.rows(node.output), down.parts[0]
     dtype = low.dtypes.get(row.name, DType.F32)
+    tile = tile_rows(low.machine, rows, down.cols * dtype.bytes)
+    if low.fused:
+        # x of all chosen experts stays in registers, and a row of eight takes half as many of those as
+        # one of sixteen. Tiles of several experts share a slot.
+        tile = min(tile, 8)
     low.ops.append(
         ExpertDown(low.home[node.output], low.bank(down), low.chosen[route], low.home[route], y,
                    low.state("counts"), rows, down.cols, node.output.cols, len(down.parts), route.cols,
-                   tile_rows(low.machine, rows, down.cols * dtype.bytes), _x_type(low, row, dtype))
+                   tile, _x_type(low, row, dtype))
     )  # fmt: skip
 
 

@@ -50,7 +50,9 @@ def cache_unit(ops: Sequence[Op]) -> int:
     latents = [
         2 * LATENT_ROWS * (op.lora + op.rope) for op in ops if isinstance(op, LatentAttention)
     ]
-    return max([0, *latents, *(PAGE * (op.head_dim + 4) for op in ops if isinstance(op, IndexScore))])
+    return max(
+        [0, *latents, *(PAGE * (op.head_dim + 4) for op in ops if isinstance(op, IndexScore))]
+    )
 
 
 def bytes_in_tiles(buffers: Sequence[Buffer], ops: Sequence[Op], machine: Machine) -> int:

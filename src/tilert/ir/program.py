@@ -267,8 +267,8 @@ class Program:
         return max(matrices or [b.dtype.bytes for b in weights], default=4)
 
     def ring_units(self, op: Op, lo: int, hi: int) -> int:
-        """Ring slots that the weights of tiles [lo, hi) take in turn; each pass of a tile starts a new
-        slot.
+        """Ring slots that the weights of tiles [lo, hi) take in turn; each tile starts a new slot, and as
+        many of its passes share one as fit.
 
         Of a tile that is larger than a slot, all rows are streamed in pieces side by side.
         """
@@ -276,8 +276,10 @@ class Program:
             return 0
         size, rows = op.pass_bytes(self.weight_itemsize(op)), max(1, op.weight_rows(0, 1))
         slot = self.machine.slot_bytes
-        pieces = -(-size // slot) if size <= slot else -(-(size // rows) // (slot // rows))
-        return (hi - lo) * op.passes * pieces
+        if size <= slot:
+            passes = -(-op.passes // (slot // size)) if size else 0
+            return (hi - lo) * passes
+        return (hi - lo) * op.passes * -(-(size // rows) // (slot // rows))
 
     def operands(self, op: Op) -> list[Buffer]:
         """The buffers that an op names, in the order of its fields."""

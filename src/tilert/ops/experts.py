@@ -205,10 +205,11 @@ class ExpertGate(Op):
 
 @dataclass(frozen=True, slots=True)
 class ExpertDown(Op):
-    """y[t, r] += weights[t, j] * (w[e, r] @ x[t, j]) with e = chosen[t, j], for j = 0, 1, .. in turn.
+    """y[t, r] += w[e, r] @ (weights[t, j] * x[t, j]) with e = chosen[t, j], for j = 0, 1, .. in turn.
 
-    x[t, j] are columns [j * k, (j + 1) * k) of x, rounded to x_type as in Linear. A tile is a block of
-    `tile_rows` rows r, for all tokens.
+    x[t, j] are columns [j * k, (j + 1) * k) of x; with its weight it is rounded to x_type as in Linear,
+    so that the sum over j is one product over top_k * k. A tile is a block of `tile_rows` rows r, for
+    all tokens.
     x [rows, top_k * k]; w [bank * n, k]; chosen i32 and weights f32 [rows, top_k]; y [rows, n] f32.
     """
 
@@ -282,11 +283,10 @@ class ExpertDown(Op):
         weights = mem.read(self.weights, 0, rows, 0, self.top_k)
         for j in range(self.top_k):
             x = mem.read(self.x, 0, rows, j * self.k, (j + 1) * self.k).astype(np.float32)
-            x = rounded(x, DType(self.x_type))
+            x = rounded(weights[:, j, None] * x, DType(self.x_type))
             for expert, t in _by_expert(mem, self.chosen, rows, j, self.bank):
                 row = expert * self.n + begin
-                product = x[t] @ weight_f32(mem, self.w, row, row + end - begin, self.k).T
-                y[t] += weights[t, j, None] * product
+                y[t] += x[t] @ weight_f32(mem, self.w, row, row + end - begin, self.k).T
         mem.write(self.y, 0, begin, y)
 
 

@@ -7,6 +7,7 @@ while the next one is being made; a flag there ends the launch within one token.
 from __future__ import annotations
 
 import ctypes
+from collections import defaultdict
 from collections.abc import Generator, Mapping
 from shlex import quote
 from typing import Any, Protocol
@@ -26,12 +27,15 @@ from tilert.ops import (
     Combine,
     Draw,
     Embed,
+    ExpertDown,
+    ExpertGate,
     IndexRope,
     IndexScore,
     LatentAttention,
     LatentRope,
     Linear,
     NextToken,
+    Route,
     Select,
     Sift,
     Totals,
@@ -198,7 +202,9 @@ class CudaBackend:
         self.outcome = device.allocate(4 + FAILURE_BYTES * len(program.queues))  # verdict, failures
         self.tables = {
             name: self._upload(table)
-            for name, table in _tables(program, source.variants, weights, caches, homes).items()
+            for name, table in _tables(
+                program, source.variants, weights, caches, homes, self.arena.address
+            ).items()
         }
         # Stop ids, token ids, page tables.
         self.inputs = device.allocate(4 * (MAX_STOPS + MAX_TOKENS + self.state["pages"].size))
@@ -362,11 +368,12 @@ def _check_spans(sequences: list[int], positions: list[int]) -> None:
 
 def _tables(
     program: Program, variants: list[int], weights: Mapping[str, int], caches: Mapping[str, int],
-    states: Mapping[str, int],
+    states: Mapping[str, int], arena: int,
 ) -> dict[str, np.ndarray]:  # fmt: skip
     """The read-only tables of struct Params, with all operands resolved to addresses.
 
     states: where the state buffers are that ops find through their run; others come with Params.
+    arena: where it begins.
     """
     tags = derive(program)
     homes = {Kind.WEIGHT: weights, Kind.CACHE: caches}
@@ -374,6 +381,7 @@ def _tables(
         homes[b.kind][b.name] if b.kind in homes else states.get(b.name, b.offset // 4)
         for b in program.buffers
     ]
+    makers = _makers(program)
     runs = np.zeros(sum(map(len, program.queues)), RUN)
     records = iter(runs)
     waits: list[int] = []
@@ -386,8 +394,14 @@ def _tables(
             record["wait_count"] = len(run.waits)
             record["signal"] = NO_SIGNAL if run.signal < 0 else run.signal
             _resolve(record, program, run, at)
+            op, ordered = program.ops[run.op], run.waits
+            if isinstance(op, ExpertGate | ExpertDown):
+                first = [w for w in run.waits if w.counter in makers[run.op] and not w.lag]
+                ordered = (*first, *(w for w in run.waits if w not in first))
+                record["x3"] = len(first)
+                _resolve_choice(record, program, op, arena)
             _add_ranks(record, program, run.op, tags)
-            waits += [w.counter | (w.threshold | w.lag << 15) << 16 for w in run.waits]
+            waits += [w.counter | (w.threshold | w.lag << 15) << 16 for w in ordered]
         wait_begin.append(len(waits))
     starts = np.cumsum([0, *map(len, program.queues)])
     return {
@@ -399,6 +413,27 @@ def _tables(
     }
 
 
+def _makers(program: Program) -> dict[int, set[int]]:
+    """The counters that say that a choice of experts is there, for each op that streams those."""
+    signals: dict[int, set[int]] = defaultdict(set)
+    for run in (run for queue in program.queues for run in queue):
+        signals[run.op].add(run.signal)
+    found: dict[int, set[int]] = {}
+    last: dict[int, int] = {}  # the op that wrote each choice
+    for index, op in enumerate(program.ops):
+        if isinstance(op, ExpertGate | ExpertDown):
+            found[index] = signals[last[op.chosen]]
+        elif isinstance(op, Route):
+            last[op.chosen] = index
+    return found
+
+
+def _resolve_choice(record: Any, program: Program, op: ExpertGate | ExpertDown, arena: int) -> None:
+    record["bias_up"] = arena + program.buffers[op.chosen].offset
+    if isinstance(op, ExpertDown):
+        record["bias"] = arena + program.buffers[op.weights].offset
+
+
 def _add_ranks(record: Any, program: Program, index: int, tags: Tags) -> None:
     """Ranks of tags into the operands' top bytes: of the op's own write, of those that it reads."""
     op = program.ops[index]
@@ -406,14 +441,17 @@ def _add_ranks(record: Any, program: Program, index: int, tags: Tags) -> None:
     def writer(buf: Buf) -> int:
         return tags.rank[tags.writer(buf, index)] % TAGS << RANK_SHIFT
 
-    if isinstance(op, Linear):
+    if isinstance(op, Linear | ExpertGate | ExpertDown):
         if op.x in tags.writers:
             record["x"] += writer(op.x)
-        if op.epilogue == ADD and op.y in tags.writers:
+        adds = isinstance(op, ExpertDown) or (isinstance(op, Linear) and op.epilogue == ADD)
+        if adds and op.y in tags.writers:
             record["x2"] = writer(op.y)
     operands: tuple[tuple[str, Buf], ...] = ()
     if isinstance(op, Attend):
         operands = ("x", op.q), ("x2", op.k), ("x3", op.v)
+    elif isinstance(op, Route):
+        operands = (("x", op.logits),)
     elif isinstance(op, LatentRope):
         operands = (("x2", op.kv),)
     elif isinstance(op, LatentAttention):
@@ -443,16 +481,26 @@ def _resolve(record: Any, program: Program, run: Run, at: list[int]) -> None:
         record["bias"], record["bias_up"] = home(op.bias, begin, 1), home(op.bias_up, begin, 1)
         scales = (program.buffers[w].scale if w != NONE else NONE for w in (op.w, op.w_up))
         record["scale"], record["scale_up"] = (home(scale) for scale in scales)
-        record["norm"], record["x"], record["y"] = home(op.norm), at[op.x] + op.x_col, at[op.y] + op.y_col
+        record["norm"], record["x"], record["y"] = (
+            home(op.norm),
+            at[op.x] + op.x_col,
+            at[op.y] + op.y_col,
+        )
         return
     record["first"], record["count"] = run.lo, run.hi - run.lo
-    if isinstance(op, Attend):
+    if isinstance(op, ExpertGate | ExpertDown):
+        _resolve_experts(record, program, op, run, at)
+    elif isinstance(op, Attend):
         record["w"], record["w_up"], record["y"] = at[op.k_cache], at[op.v_cache], at[op.y]
         record["norm"], record["norm2"] = home(op.q_norm), home(op.k_norm)
         record["bias_up"] = at[op.table]
         record["x"], record["x2"], record["x3"] = at[op.q], at[op.k] + op.k_col, at[op.v] + op.v_col
     elif isinstance(op, LatentRope):
-        record["w"], record["norm"], record["bias_up"] = at[op.latent_cache], at[op.weight], at[op.table]
+        record["w"], record["norm"], record["bias_up"] = (
+            at[op.latent_cache],
+            at[op.weight],
+            at[op.table],
+        )
         record["x"], record["x2"] = at[op.q] + op.q_col, at[op.kv] + op.kv_col
     elif isinstance(op, LatentAttention):
         record["w"], record["y"] = at[op.latent_cache], at[op.y]
@@ -473,6 +521,9 @@ def _resolve(record: Any, program: Program, run: Run, at: list[int]) -> None:
         record["w"], record["y"] = at[op.table], at[op.y]
     elif isinstance(op, Argmax):
         record["x"], record["y"] = at[op.logits], at[op.part]
+    elif isinstance(op, Route):
+        record["norm"], record["x"] = home(op.bias), at[op.logits]
+        record["y"], record["x2"] = at[op.chosen], at[op.weights]
     elif isinstance(op, NextToken):
         record["x"] = at[op.part]
     elif isinstance(op, Totals):
@@ -481,6 +532,23 @@ def _resolve(record: Any, program: Program, run: Run, at: list[int]) -> None:
         record["x"], record["y"] = at[op.part], at[op.y]
     elif isinstance(op, Adjust | Bins | Sift | Draw):
         _resolve_sampling(record, op, at)
+
+
+def _resolve_experts(
+    record: Any, program: Program, op: ExpertGate | ExpertDown, run: Run, at: list[int]
+) -> None:
+    """Rows of whole tiles: where they begin in a bank is known when the choice is."""
+    begin, end = run.lo * op.tile_rows, run.hi * op.tile_rows
+    if isinstance(op, ExpertDown):
+        begin, end = op.span(run.lo, run.hi)
+    record["first"], record["count"] = begin, end - begin
+    record["x"], record["y"] = at[op.x], at[op.y]
+    banks = {"": op.w, "_up": op.w_up} if isinstance(op, ExpertGate) else {"": op.w}
+    for name, bank in banks.items():
+        scale = program.buffers[bank].scale
+        record[f"w{name}"], record[f"scale{name}"] = at[bank], 0 if scale == NONE else at[scale]
+    if isinstance(op, ExpertGate) and op.norm != NONE:
+        record["norm"] = at[op.norm]
 
 
 def _resolve_sampling(record: Any, op: Adjust | Bins | Sift | Draw, at: list[int]) -> None:

@@ -23,6 +23,11 @@ template <bool kChecked, class Type, u32 kEpsBits>
 struct Normed {
   static constexpr bool kTagged = kChecked, kNormed = true;
 };
+// Each kEach elements are multiplied with a number of their own: what is chosen has a weight.
+template <bool kChecked, int kEach, int kCount>
+struct Weighted {
+  static constexpr bool kTagged = false, kNormed = false;  // the weights have no tags
+};
 // Active: which of the shares hold something; see below.
 template <int kSplits, int kGroup, int kHeadDim, class Active>
 struct Merged {
@@ -120,6 +125,24 @@ struct Inputs {
                                               Held<Plain<kTagged>>&, Operand& out) {
     fill<kTagged>(b, run, first_x,
                   [&](int round, float (&v)[kWide]) { Layout::put(out, round, v); });
+  }
+
+  template <bool kTagged, int kEach, int kCount>
+  static __device__ __forceinline__ void make(Block& b, const Run& run, u32 first_x,
+                                              Held<Weighted<kTagged, kEach, kCount>>&,
+                                              Operand& out) {
+    static_assert(
+        kTokens == 1 && kEach % kWide == 0 && kCount * kEach == Layout::kK && kCount <= 32,
+        "a lane has one weight, and a piece has one");
+    const float weight =
+        load_float(reinterpret_cast<const float*>(run.bias) + min(lane(), kCount - 1));
+    fill<kTagged>(b, run, first_x, [&](int round, float (&v)[kWide]) {
+      const int at = Layout::inside(round) ? Layout::offset(round) / kEach : 0;
+      const float own = __shfl_sync(~0u, weight, at);
+#pragma unroll
+      for (int i = 0; i < kWide; ++i) v[i] *= own;
+      Layout::put(out, round, v);
+    });
   }
 
   template <class L = Layout>

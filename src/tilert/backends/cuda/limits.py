@@ -5,7 +5,17 @@ from __future__ import annotations
 from tilert.errors import UserError
 from tilert.ir.dtype import DType
 from tilert.ir.program import Program
-from tilert.ops import Attend, Draw, IndexRope, IndexScore, LatentAttention, LatentRope, Linear, Select
+from tilert.ops import (
+    Attend,
+    Draw,
+    IndexRope,
+    IndexScore,
+    LatentAttention,
+    LatentRope,
+    Linear,
+    Route,
+    Select,
+)
 
 SLOT_PAD = 128  # bytes behind a slot: rows that are not aligned arrive with their neighbours' bytes
 DRAW_BYTES = 13 << 10  # struct DrawScratch
@@ -15,18 +25,22 @@ MIN_SLOTS = 2
 X_BYTES = 256 * 128 * 4  # half of the registers of the threads that compute
 UNIT_ROWS = 16  # of a latent cache, in a slot
 TAKEN_ROWS = 64  # of a latent cache, at once
+MAX_CHOSEN = MAX_GROUPS = 32  # experts of a token, groups of experts: one for each lane of a warp
 MAX_ROWS = 32  # of query heads, of all tokens of a step: two blocks of 16 for the matrix units
 
 
 def step_rows(program: Program) -> int:
     """Most tokens of a step (1, 2, 4 or 8), from the program of one: each block holds x' of all of them.
 
-    One where a product does not go through the matrix units, and with latent attention.
+    One where a product does not go through the matrix units, where each token has experts of its own, and
+    with latent attention.
     """
     if any(isinstance(op, LatentAttention) for op in program.ops):
         return 1
     linears = [op for op in program.ops if isinstance(op, Linear)]
     if any(op.x_type == DType.F32 for op in linears):
+        return 1
+    if any(isinstance(op, Route) for op in program.ops):
         return 1
     group = max((op.group for op in program.ops if isinstance(op, Attend)), default=1)
     fit = min(X_BYTES // (2 * max(op.k for op in linears)), MAX_ROWS // group)
@@ -40,7 +54,8 @@ def shared_struct_bytes(tokens: int) -> int:
 
 
 def scratch_bytes(program: Program) -> int:
-    """Bytes between the barriers of one op: Attend's Scratch, DrawScratch, or a little for the others."""
+    """Bytes between the barriers of one op: Attend's Scratch, DrawScratch, Route's scores where it sorts
+    out groups, or a little for the others."""
     sizes = [
         _attend_bytes(op.group, op.head_dim, program.tokens)
         for op in program.ops
@@ -51,6 +66,7 @@ def scratch_bytes(program: Program) -> int:
     sizes += [4 * (op.lora + op.rope) for op in program.ops if isinstance(op, LatentRope)]
     sizes += [32 * op.head_dim for op in program.ops if isinstance(op, IndexRope)]
     sizes += [INDEX_BYTES for op in program.ops if isinstance(op, IndexScore | Select)]
+    sizes += [4 * op.experts for op in program.ops if isinstance(op, Route) and op.n_group > 1]
     return -(-max([256, *sizes]) // 16) * 16
 
 
@@ -62,7 +78,8 @@ def _attend_bytes(group: int, head_dim: int, tokens: int) -> int:
 
 
 def _latent_bytes(op: LatentAttention) -> int:
-    listed = -(-(-(-op.topk // op.splits)) // UNIT_ROWS) * UNIT_ROWS + 4
+    share = -(-op.topk // op.splits)
+    listed = -(-share // UNIT_ROWS) * UNIT_ROWS + 4
     scores = 2 * 16 * (TAKEN_ROWS + 8)
     return 2 * 17 * (op.lora + op.rope) + 4 * (scores + listed)
 

@@ -15,20 +15,20 @@ struct Either<false, A, B> {
   using Type = B;
 };
 
-// kBlockRows: rows of a block of a block-diagonal product, whose x is kBlockStride behind that of
-// the block before; 0 where all rows have the same x.
 template <int kK, class Type, int kTileRows, int kEpilogue, bool kTagged, bool kNarrow,
-          bool kOnMatrixUnits, int kPitch, class Input, class Bias, class Scales, int kBlockRows,
-          int kBlockStride>
+          bool kOnMatrixUnits, int kPitch, class Input, class Bias, class Scales,
+          class Source = Straight>
 struct Linear {
-  using T = Tile<kK, Type, kTileRows, kEpilogue == kGate ? 2 : 1>;
+  using T = Tile<kK, Type, kTileRows, kEpilogue == kGate ? 2 : 1, Source>;
   using Product = typename Either<kOnMatrixUnits, Matrix<T, Scales>, Scalar<T, Scales>>::Type;
   using Operand = typename Product::Operand;
   using In = Inputs<Product>;
-  static constexpr bool kRowScaled = Scales::kGiven && Scales::kCols >= kK;  // sums are multiplied
+  static constexpr u32 kBlockRows = Source::kBlockRows;
   static_assert(kBlockRows % kTileRows == 0 && (kBlockRows == 0 || !Input::kNormed),
                 "a tile lies in one block");
-  static constexpr int kFinishers = kChunkRows * kTokens / 32;  // warps that finish a chunk
+  static constexpr bool kRowScaled = Scales::kGiven && !Product::kScaled;  // sums are multiplied
+  static constexpr bool kByChoice = Source::kChosen && Scales::kGiven;  // of scales, by the warps
+  static constexpr int kFinishers = kChunkRows * kTokens / 32;          // warps that finish a chunk
 
   static __device__ __forceinline__ bool stream(Loader& l, const Run& run) {
     return T::stream(l, run);
@@ -49,7 +49,7 @@ struct Linear {
   static __device__ __forceinline__ bool goes_together(const Run& run, u32 row, u32 end) {
     constexpr int kStride = Product::kTogether * kTileRows;
     if (row + kStride - kTileRows >= end) return false;
-    return !Product::kScaled || (run.first + row) % kStride == 0;
+    return !Product::kScaled || Source::template pairs<kStride>(run, row);
   }
 
   static __device__ __forceinline__ void take(Block& b, const Run& run, Operand& x, u32 row,
@@ -73,11 +73,13 @@ struct Linear {
   struct Place {
     int token;
     u32 in_chunk, row, y;  // y: element of the output buffer
-    __device__ __forceinline__ Place(const Run& run, u32 begin, u32 index)
+    bool inside;
+    __device__ __forceinline__ Place(const Run& run, u32 begin, u32 index, u32 last)
         : token(index / kChunkRows),
           in_chunk(index % kChunkRows),
           row(begin + in_chunk),
-          y(token * kPitch + run.first + row) {}
+          y(token * kPitch + Source::output(run, row)),
+          inside(row < last && Source::inside(run, row)) {}
   };
 
   // What finishing a row needs besides its sums, fetched before they are there.
@@ -86,8 +88,14 @@ struct Linear {
   };
 
   static __device__ __forceinline__ Rest fetch_rest(const Block& b, const Run& run,
+                                                    const typename Source::Choice& choice,
                                                     const Place& at) {
     Rest rest;
+    u32 scale = 0;
+    if constexpr (kRowScaled)
+      scale = Source::template scale_row<Scales::kRows>(
+          choice, Source::template scale_group<Scales::kRows>(run, at.row), 0);
+    if (!at.inside) return rest;
     if constexpr (kEpilogue == kAdd) {
       const float* const old[1] = {b.at(run.y) + at.y};
       const u32 tag[1] = {b.tag(run.x2)};
@@ -96,9 +104,8 @@ struct Linear {
       rest.old = kTagged ? v[0] : load_float(old[0]);
     }
     if constexpr (kRowScaled) {
-      rest.scale = __ldg(run.scale + (run.first + at.row) / Scales::kRows);
-      if (T::kMatrices == 2)
-        rest.scale_up = __ldg(run.scale_up + (run.first + at.row) / Scales::kRows);
+      rest.scale = __ldg(run.scale + scale);
+      if (T::kMatrices == 2) rest.scale_up = __ldg(run.scale_up + scale);
     }
     return rest;
   }
@@ -114,6 +121,7 @@ struct Linear {
 
   static __device__ __forceinline__ void finish(Block& b, const Run& run, const Place& at,
                                                 const Rest& rest) {
+    if (!at.inside) return;
     const float factor = In::template Factor<Input>::of(b, at.token);
     float y = finished(b, run, at, 0, factor * rest.scale);
     if constexpr (kEpilogue == kGate)
@@ -135,12 +143,14 @@ struct Linear {
     typename In::template Held<Input> held;
     In::prefetch(run, held);
     Operand x;
-    if constexpr (Product::kScaled) Product::load_scales(run, 0, x);
-    if (!wait_for_inputs<Input::kTagged>(b, run)) return false;
+    if constexpr (Product::kScaled && !kByChoice) Product::load_scales(run, 0, {}, x);
+    if (!wait_for_inputs < Input::kTagged && !kByChoice > (b, run)) return false;
+    typename Source::Choice choice;
+    if constexpr (kByChoice) choice = Source::choice(run);
     for (u32 first = 0; first < run.count;) {
-      const u32 end = block_end(run, first);
-      In::make(b, run, kBlockRows ? (run.first + first) / kBlockRows * kBlockStride : 0, held, x);
-      multiply_rows(b, run, x, first, end);
+      const u32 end = block_end(run, first), block = (run.first + first) / max(kBlockRows, 1u);
+      In::make(b, run, block * Source::kBlockStride, held, x);
+      multiply_rows(b, run, choice, x, first, end);
       first = end;
     }
     return true;
@@ -150,21 +160,22 @@ struct Linear {
   // The end of the rows of the run that have the same x as row `first`.
   static __device__ __forceinline__ u32 block_end(const Run& run, u32 first) {
     if constexpr (kBlockRows == 0) return run.count;
-    return min(first + kBlockRows - (run.first + first) % max(kBlockRows, 1), run.count);
+    return min(first + kBlockRows - (run.first + first) % max(kBlockRows, 1u), run.count);
   }
 
   // Rows [first, last) of the run.
-  static __device__ __forceinline__ void multiply_rows(Block& b, const Run& run, Operand& x,
-                                                       u32 first, u32 last) {
+  static __device__ __forceinline__ void multiply_rows(Block& b, const Run& run,
+                                                       const typename Source::Choice& choice,
+                                                       Operand& x, u32 first, u32 last) {
     for (u32 begin = first; begin < last; begin += kChunkRows) {
       const int finisher = (warp() - begin / kChunkRows * kFinishers) % kWarps;
       const bool mine = finisher < kFinishers;
-      const Place at(run, begin, finisher * 32 + lane());
+      const Place at(run, begin, finisher * 32 + lane(), last);
       const u32 end = min(begin + kChunkRows, last);
       Rest rest;
-      if (mine && at.row < last) rest = fetch_rest(b, run, at);
+      if (mine) rest = fetch_rest(b, run, choice, at);
       for (u32 r = begin; r < end;) {
-        if constexpr (Product::kScaled) Product::load_scales(run, r, x);
+        if constexpr (Product::kScaled) Product::load_scales(run, r, choice, x);
         if constexpr (Product::kTogether > 1) {
           if (goes_together(run, r, end)) {
             take_together(b, run, x, r, r - begin);
@@ -177,7 +188,7 @@ struct Linear {
       }
       sync_consumers();
       if (mine) {
-        if (at.row < last) finish(b, run, at, rest);
+        finish(b, run, at, rest);
         if (end == run.count) tell(b, run, finisher);
       }
       ++b.chunk;

@@ -63,9 +63,12 @@ struct Matrix {
   static constexpr int kProducts = kLane / 4, kBlock = 4 * kLane;
   static constexpr int kK = T::kK, kWide = 4, kRowWarps = kWarps;
   static constexpr float kInputFactor = kF8 ? 1 / 16.0f : 1, kSumFactor = kF8 ? 16 : 1;
-  static constexpr bool kScaled = Scales::kGiven && Scales::kCols < kK;
-  static constexpr int kScaleCols = (kK + Scales::kCols - 1) / Scales::kCols;
-  static_assert(!kScaled || (Scales::kCols % kBlock == 0 && Scales::kRows % T::kTileRows == 0),
+  using Source = typename T::Source;
+  static constexpr bool kScaled =
+      Scales::kGiven && (Scales::kCols < T::kPartK || Source::kParts > 1);
+  static constexpr int kScaleCols = (T::kPartK + Scales::kCols - 1) / Scales::kCols;
+  static_assert(!kScaled || ((Scales::kCols % kBlock == 0 || kScaleCols == 1) &&
+                             Scales::kRows % T::kTileRows == 0),
                 "a block has one scale, and so have the rows of a tile");
   static constexpr int kSegments = T::kUnitRows >= 16 ? 1 : 16 / T::kUnitRows;
   static constexpr int kRowBlocks = T::kUnitRows > 16 ? T::kUnitRows / 16 : 1;
@@ -74,12 +77,13 @@ struct Matrix {
   static constexpr int kColumnBlocks = kColumns > 8 ? kColumns / 8 : 1;
   static constexpr int kSpread = kWarps * kSegments;  // blocks that are taken at once
   static constexpr int kPieceBlocks = T::kPieceBytes / (4 * 16);
-  static constexpr int kLastBlocks = kK / kBlock - (T::kPieces - 1) * kPieceBlocks;
+  static constexpr int kCycleBlocks = T::kCycleBytes / (4 * 16);
+  static constexpr int kLastBlocks = kCycleBlocks - (T::kCycle - 1) * kPieceBlocks;
   static constexpr int kPieceSteps = (kPieceBlocks + kSpread - 1) / kSpread;
   static constexpr int kSteps =
       (T::kPieces - 1) * kPieceSteps + (kLastBlocks + kSpread - 1) / kSpread;
   static constexpr int kChains = kRowBlocks == 1 && kSegments <= 8 ? 2 : 1;  // independent sums
-  static_assert(kK % kBlock == 0, "k is whole blocks");
+  static_assert(T::kPartK % kBlock == 0, "k is whole blocks");
 
   // Layout: a lane's column of B is one segment of one token, and another segment in each column
   // block. In each round it loads four elements, for itself or the lane beside it.
@@ -107,9 +111,13 @@ struct Matrix {
     return (step % kPieceSteps * kWarps + warp()) * kSegments + segment;
   }
   static __device__ __forceinline__ bool block_inside(int step, int segment) {
-    const bool last = step / kPieceSteps == T::kPieces - 1;
+    const bool last = step / kPieceSteps % T::kCycle == T::kCycle - 1;
     if ((last ? kLastBlocks : kPieceBlocks) % kSpread == 0) return true;
     return block(step, segment) < (last ? kLastBlocks : kPieceBlocks);
+  }
+  // The first block of k of a piece.
+  static __device__ __forceinline__ int piece_block(int piece) {
+    return piece / T::kCycle * kCycleBlocks + piece % T::kCycle * kPieceBlocks;
   }
   static __device__ __forceinline__ bool inside(int round) {
     if (kColumns < 8 && segment(round) >= kSegments) return false;
@@ -117,7 +125,7 @@ struct Matrix {
   }
   static __device__ __forceinline__ int offset(int round) {
     const int group = round / kPair % kGroups * 2 + odd(), at = step(round);
-    return (at / kPieceSteps * kPieceBlocks + block(at, segment(round))) * kBlock + quad() * kLane +
+    return (piece_block(at / kPieceSteps) + block(at, segment(round))) * kBlock + quad() * kLane +
            group * kWide;
   }
 
@@ -125,7 +133,7 @@ struct Matrix {
     u32 b[kSteps][kColumnBlocks][2 * kProducts];
     // Of the two rows of a lane's sums in each step, for the rows of one block of scales.
     float scale[kSteps][kRowBlocks][2];
-    u32 block = 0xffffffffu;
+    u32 group = 0xffffffffu;  // whose scales these are
   };
 
   // Rows that are stored as the products take them.
@@ -161,20 +169,24 @@ struct Matrix {
     }
   }
 
-  static __device__ __forceinline__ void load_scales(const Run& run, u32 row, Operand& x) {
-    const u32 block_row = (run.first + row) / Scales::kRows;
-    if (block_row == x.block) return;
-    x.block = block_row;
+  static __device__ __forceinline__ void load_scales(const Run& run, u32 row,
+                                                     const typename Source::Choice& choice,
+                                                     Operand& x) {
+    const u32 group = Source::template scale_group<Scales::kRows>(run, row);
+    if (group == x.group) return;
+    x.group = group;
 #pragma unroll
     for (int step = 0; step < kSteps; ++step)
 #pragma unroll
       for (int i = 0; i < 2 * kRowBlocks; ++i) {
         const int place = i * 8 + column(), segment = place % kSegments;
         const bool up = place / kSegments >= T::kTileRows;
-        const int k = (step / kPieceSteps * kPieceBlocks + block(step, segment)) * kBlock;
+        const int k = (piece_block(step / kPieceSteps) + block(step, segment)) * kBlock;
+        const u32 block_row =
+            Source::template scale_row<Scales::kRows>(choice, group, k / T::kPartK);
         const float* from = (up ? run.scale_up : run.scale) + u64(block_row) * kScaleCols;
         x.scale[step][i / 2][i % 2] =
-            block_inside(step, segment) ? __ldg(from + k / Scales::kCols) : 0;
+            block_inside(step, segment) ? __ldg(from + k % T::kPartK / Scales::kCols) : 0;
       }
   }
 
@@ -186,8 +198,8 @@ struct Matrix {
                                                int virtual_row, int step) {
     const int unit_row = virtual_row / kSegments, segment = virtual_row % kSegments;
     if (!block_inside(step, segment)) return {0, 0, 0, 0};
-    const int at = T::offset(run, row, unit_row) + block(step, segment) * (4 * 16) + quad() * 16;
-    return *reinterpret_cast<const uint4*>(slot + at);
+    const int at = T::offset(run, row, unit_row) + T::within(block(step, segment) * (4 * 16));
+    return *reinterpret_cast<const uint4*>(slot + at + quad() * 16);
   }
 
   struct Weights {
@@ -348,19 +360,24 @@ struct Scalar {
   static constexpr int kWide = T::kAligned ? 16 / sizeof(Bits) : 1;
   static constexpr int kChunks = kK / kWide;
   static constexpr int kPieceChunks = T::kWhole ? kChunks : T::kPieceBytes / 16;
+  static constexpr int kCycleChunks = T::kAligned ? T::kCycleBytes / 16 : kChunks;
+  static constexpr int kLastChunks = kCycleChunks - (T::kCycle - 1) * kPieceChunks;
   static_assert(kTokens == 1 || kK == 0, "several tokens need the matrix units");
   static constexpr int kRowWarps = kChunks >= 256 ? 8 : kChunks >= 128 ? 4 : kChunks >= 64 ? 2 : 1;
   static constexpr int kGroups = kWarps / kRowWarps;
   static constexpr int kRound = 32 * kRowWarps;  // chunks that a group takes at once
   static constexpr int kPieceRounds = (kPieceChunks + kRound - 1) / kRound;
-  static constexpr int kRounds = (T::kPieces - 1) * kPieceRounds +
-                                 (kChunks - (T::kPieces - 1) * kPieceChunks + kRound - 1) / kRound;
+  static constexpr int kRounds =
+      (T::kPieces - 1) * kPieceRounds + (kLastChunks + kRound - 1) / kRound;
   static constexpr int kGroupRows = (T::kUnitRows + kGroups - 1) / kGroups;
   static_assert(kGroups % T::kUnitRows == 0 || T::kUnitRows % kGroups == 0, "powers of two");
   // Scales that cover whole rows multiply the finished sums, others the sum of each chunk.
-  static constexpr bool kScaled = Scales::kGiven && Scales::kCols < kK;
-  static constexpr int kScaleCols = (kK + Scales::kCols - 1) / Scales::kCols;
-  static_assert(!kScaled || (Scales::kCols % kWide == 0 && Scales::kRows % T::kTileRows == 0),
+  using Source = typename T::Source;
+  static constexpr bool kScaled =
+      Scales::kGiven && (Scales::kCols < T::kPartK || Source::kParts > 1);
+  static constexpr int kScaleCols = (T::kPartK + Scales::kCols - 1) / Scales::kCols;
+  static_assert(!kScaled || ((Scales::kCols % kWide == 0 || kScaleCols == 1) &&
+                             Scales::kRows % T::kTileRows == 0),
                 "a chunk has one scale, and so have the rows of a tile");
 
   static __device__ __forceinline__ int group() { return warp() / kRowWarps; }
@@ -368,16 +385,18 @@ struct Scalar {
     return (warp() % kRowWarps) * 32 + lane();
   }
   static __device__ __forceinline__ int chunk_of(int round) {
-    int piece = round / kPieceRounds;
-    return piece * kPieceChunks + (round - piece * kPieceRounds) * kRound + group_thread();
+    const int piece = round / kPieceRounds;
+    return piece / T::kCycle * kCycleChunks + piece % T::kCycle * kPieceChunks + in_piece(round);
+  }
+  static __device__ __forceinline__ int in_piece(int round) {
+    return round % kPieceRounds * kRound + group_thread();
   }
   static __device__ __forceinline__ int offset(int round) { return chunk_of(round) * kWide; }
   // False where the last round of a piece goes beyond it.
   static __device__ __forceinline__ bool inside(int round) {
-    if constexpr (kPieceChunks % kRound == 0 && kChunks % kRound == 0) return true;
-    int piece = round / kPieceRounds;
-    int in_piece = (round - piece * kPieceRounds) * kRound + group_thread();
-    return in_piece < kPieceChunks && piece * kPieceChunks + in_piece < kChunks;
+    if constexpr (kPieceChunks % kRound == 0 && kLastChunks % kRound == 0) return true;
+    const bool last = round / kPieceRounds % T::kCycle == T::kCycle - 1;
+    return in_piece(round) < (last ? kLastChunks : kPieceChunks);
   }
 
   static constexpr int kTogether = 1;
@@ -387,7 +406,7 @@ struct Scalar {
   struct Operand {
     float x[kRounds][kWide];
     float scale[T::kMatrices][kRounds];  // of this thread's chunks, for the rows of one block
-    u32 block = 0xffffffffu;
+    u32 group = 0xffffffffu;
   };
   static __device__ __forceinline__ void put(Operand& out, int round, const float (&v)[kWide]) {
 #pragma unroll
@@ -419,16 +438,21 @@ struct Scalar {
       *part_of_sum(b, first + T::sum_of(unit_row), warp() % kRowWarps, 0) = total;
   }
 
-  static __device__ __forceinline__ void load_scales(const Run& run, u32 row, Operand& x) {
-    const u32 block = (run.first + row) / Scales::kRows;
-    if (block == x.block) return;
-    x.block = block;
+  static __device__ __forceinline__ void load_scales(const Run& run, u32 row,
+                                                     const typename Source::Choice& choice,
+                                                     Operand& x) {
+    const u32 group = Source::template scale_group<Scales::kRows>(run, row);
+    if (group == x.group) return;
+    x.group = group;
 #pragma unroll
     for (int m = 0; m < T::kMatrices; ++m)
 #pragma unroll
       for (int r = 0; r < kRounds; ++r) {
-        const float* from = (m ? run.scale_up : run.scale) + u64(block) * kScaleCols;
-        x.scale[m][r] = inside(r) ? __ldg(from + chunk_of(r) * kWide / Scales::kCols) : 0;
+        const int k = chunk_of(r) * kWide;
+        const u32 block_row =
+            Source::template scale_row<Scales::kRows>(choice, group, k / T::kPartK);
+        const float* from = (m ? run.scale_up : run.scale) + u64(block_row) * kScaleCols;
+        x.scale[m][r] = inside(r) ? __ldg(from + k % T::kPartK / Scales::kCols) : 0;
       }
   }
 
@@ -458,7 +482,7 @@ struct Scalar {
     if constexpr (!T::kAligned) {
       a = fmaf(Type::widen(reinterpret_cast<const Bits*>(row)[at]), x[0], a);
     } else {
-      uint4 w = reinterpret_cast<const uint4*>(row)[at];
+      uint4 w = *reinterpret_cast<const uint4*>(row + T::within(at * 16));
       const u32 word[4] = {w.x, w.y, w.z, w.w};
 #pragma unroll
       for (int k = 0; k < 4; ++k) {

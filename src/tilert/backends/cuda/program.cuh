@@ -27,14 +27,16 @@ struct Run {
   const u8* w;       // first byte of the first row; attend: the cache of keys
   const u8* w_up;    // attend: the cache of values
   const u8* norm;
-  const u8* norm2;  // attend: norm of keys
-  const u8* bias;
-  const u8* bias_up;   // attend: the rope table
+  const u8* norm2;     // attend: norm of keys
+  const u8* bias;      // experts: weights of the choice
+  const u8* bias_up;   // attend: the rope table; experts: the choice
   const float* scale;  // of all of w, one for each block
   const float* scale_up;
   // Operands in the arena: offset in floats, and in the top byte the rank of the tag (ir/tags.py).
   u32 x, y;
-  u32 x2, x3;  // attend: k and v; x2 of linear: y as the residual
+  // attend: k and v; x2 of linear: y as the residual; x3 of experts: how many of the run's waits,
+  // the first ones, are for the choice
+  u32 x2, x3;
 };
 constexpr u16 kNoSignal = 0xffff;
 
@@ -87,6 +89,7 @@ constexpr u32 kTagMask = 0xff, kRankShift = 24;
 constexpr u32 kByTag = 0xffffffffu;   // in a Failure: it was words that did not come
 constexpr u32 kByUnit = 0xfffffffeu;  // in a Failure: it was a unit of weights or of the cache
 constexpr int kMaxStops = 16;
+constexpr int kMaxChosen = 32;  // experts of a token: one for each lane
 
 struct Shared {
   u64 full[kSlots], empty[kSlots];
@@ -96,6 +99,7 @@ struct Shared {
   // 1 + runs in this launch before that in which the loader lost a unit, or in which a warp stopped
   // to wait for one; 0: none.
   u32 lost, stopped;
+  u32 chosen[kMaxChosen];  // what the loader knows: experts of the run that it streams
   float squares[kWarps][kTokens];
   float partial[2][kTokens][2 * kChunkRows * kPartialPitch];
 };
@@ -312,12 +316,13 @@ __device__ __forceinline__ void release_slot(Block& b) {
   b.cursor.advance();
 }
 
-// The loader: one thread that walks the same queue and never waits for an activation.
+// The loader: one thread that walks the same queue and never waits for an activation, but where one
+// says which weights to stream.
 struct Loader {
   Block& b;
-  Cursor landed;   // the unit that must be in before the next one may be issued
-  u32 issued = 0;  // units
-  u32 lists = 0;   // of chosen rows, so far
+  Cursor landed;                // the oldest unit under way
+  u32 issued = 0, arrived = 0;  // units
+  u32 lists = 0;                // of chosen rows, so far
 
   // Until as many waits have held in this launch; what was appended before can be streamed then.
   // False: the launch has ended.
@@ -325,8 +330,10 @@ struct Loader {
   // Until the next list of chosen rows is made.
   __device__ __forceinline__ bool listed() { return reached(&b.shared.listed, ++lists); }
   __device__ __forceinline__ bool reached(const u32* word, u32 wanted) {
-    while (load_shared(word) < wanted)
+    while (load_shared(word) < wanted) {
+      if (arrived < issued && !land()) return false;  // what is under way is watched as ever
       if (load_shared(&b.shared.verdict)) return false;
+    }
     fence_proxy();
     return true;
   }
@@ -343,12 +350,13 @@ struct Loader {
       return false;
     }
     landed.advance();
+    ++arrived;
     return true;
   }
   // A free slot, with at most kWindow units under way. False: the launch has ended. A lost unit is
   // found before its slot is asked for again, which would never become free.
   __device__ __forceinline__ bool acquire() {
-    if (issued >= kWindow && !land()) return false;
+    if (issued - arrived >= kWindow && !land()) return false;
     if (issued >= kSlots) {
       while (!barrier_test(&b.shared.empty[b.cursor.slot], b.cursor.parity ^ 1))
         if (load_shared(&b.shared.verdict)) return false;
@@ -367,7 +375,26 @@ struct Loader {
   }
   // No copy may arrive in the memory of a block that has left.
   __device__ __forceinline__ void drain() {
-    while (landed.slot != b.cursor.slot || landed.parity != b.cursor.parity)
+    while (arrived < issued)
       if (!land()) return;
+  }
+  // Until there is the choice of the weights of a run, `count` numbers, which are left in
+  // shared.chosen. False: the launch has ended. What is under way is watched as ever; when all of
+  // it is in, the warps can come to this run, and it is they who give up and say for what they
+  // waited.
+  __device__ __forceinline__ bool choose(const Run& run, int count) {
+    for (u32 at = run.wait_begin; at < run.wait_begin + run.x3; ++at) {
+      const Wait w = b.waits[at];
+      const u32* counter = b.params.counters + w.counter * kCounterPitch;
+      const u32 want = b.step * b.totals[w.counter] + w.threshold;
+      while (static_cast<int>(load_acquire(counter) - want) < 0) {
+        if (arrived < issued && !land()) return false;
+        if (load_shared(&b.shared.verdict)) return false;
+      }
+    }
+    const u32* chosen = reinterpret_cast<const u32*>(run.bias_up);
+#pragma unroll 4
+    for (int i = 0; i < count; ++i) store_shared(&b.shared.chosen[i], load_relaxed(chosen + i));
+    return true;
   }
 };

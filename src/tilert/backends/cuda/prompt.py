@@ -66,9 +66,11 @@ class PromptRunner:
             "silu_mul": self._silu_mul, "rope": self._rope, "attention": self._attention,
             "latent_rope": self._latent_rope, "latent_attention": self._latent_attention,
             "index_rope": self._index_rope, "index_score": self._index_score, "select": self._select,
+            "route": self._route, "experts": self._experts,
         }  # fmt: skip
         unknown = {node.op for node in graph.nodes} - self.ops.keys()
         assert not unknown, f"prompts cannot compute {', '.join(sorted(unknown))}"
+        self.routing = {n.inputs["logits"] for n in graph.nodes if n.op == "route"}
         self.head = [node.output.rows == "outputs" for node in graph.nodes].index(True)
         last: dict[str, int] = {}
         for i, node in enumerate(graph.nodes):
@@ -91,7 +93,9 @@ class PromptRunner:
 
     def warm_up(self) -> None:
         """Load what the first prompts would load: two pieces of one that leaves nothing in the caches."""
-        rope = next(node for node in self.graph.nodes if "table" in node.inputs and node.op != "embed")
+        rope = next(
+            node for node in self.graph.nodes if "table" in node.inputs and node.op != "embed"
+        )
         table = rope.inputs["table"]
         assert table is not None, f"{rope} lacks its table"
         count = min(WARM, len(self.weights[table.name]) // 2)
@@ -141,17 +145,19 @@ class PromptRunner:
         return _norm(x, self._input(step, node, "weight"), node.attrs["eps"])
 
     def _linear(self, step: _Step, node: Node) -> torch.Tensor:
-        w, bias = self._matrix(node), self._optional(node.inputs["bias"])
+        value = node.inputs["w"]
+        assert value is not None, f"{node} has no weight"
+        w, bias = self._matrix(value), self._optional(node.inputs["bias"])
+        if node.output in self.routing:  # what rounding moves would send a token to another expert
+            w = w.float()
         if groups := int(node.attrs.get("groups", 0)):
             x = self._input(step, node, "x")
             return latent.block_linear(x, w, groups, int(node.attrs["stride"]))
-        y = functional.linear(self._input(step, node, "x").to(w.dtype), w).float()
+        y = _product(self._input(step, node, "x"), w)
         return y if bias is None else y + bias.float()
 
-    def _matrix(self, node: Node) -> torch.Tensor:
+    def _matrix(self, value: Value) -> torch.Tensor:
         """The weight of a product; one in FP8 is widened to bf16, which rounds it once more."""
-        value = node.inputs["w"]
-        assert value is not None, f"{node} has no weight"
         w = self.weights[value.name]
         if value.name not in self.scales:
             return w
@@ -168,6 +174,37 @@ class PromptRunner:
 
     def _silu_mul(self, step: _Step, node: Node) -> torch.Tensor:
         return functional.silu(self._input(step, node, "gate")) * self._input(step, node, "up")
+
+    def _route(self, step: _Step, node: Node) -> torch.Tensor:
+        """f32 [T, experts]: the weights of those that each token goes to, else 0; ops/experts.py: Route."""
+        logits, bias = self._input(step, node, "logits"), self._optional(node.inputs["bias"])
+        scores = logits.sigmoid() if node.attrs["sigmoid"] else logits.softmax(dim=-1)
+        values = scores if node.attrs["sigmoid"] else logits
+        values = values if bias is None else values + bias.float()
+        n_group = int(node.attrs["n_group"])
+        if n_group > 1:
+            groups = values.unflatten(-1, (n_group, -1))
+            kept = _largest(groups.topk(2, dim=-1).values.sum(-1), int(node.attrs["topk_group"]))
+            values = groups.masked_fill(~kept[..., None], -torch.inf).flatten(-2)
+        chosen = scores * _largest(values, int(node.attrs["top_k"]))
+        if node.attrs["norm_topk_prob"]:
+            chosen = chosen / (chosen.sum(dim=-1, keepdim=True) + 1e-20)
+        return chosen * node.attrs["routed_scaling_factor"]
+
+    def _experts(self, step: _Step, node: Node) -> torch.Tensor:
+        """Expert after expert, so that no more than one is widened at a time."""
+        x, weights = self._input(step, node, "x"), self._input(step, node, "route")
+        banks = [node.inputs[name] for name in ("gate", "up", "down")]
+        y = torch.zeros(len(x), node.output.cols, device=x.device)
+        pairs = weights.T.nonzero()  # expert and token, by expert
+        counts = pairs[:, 0].bincount(minlength=weights.shape[1]).tolist()
+        for expert, rows in enumerate(pairs[:, 1].split(counts)):
+            if not len(rows):
+                continue
+            gate, up, down = (self._matrix(bank.parts[expert]) for bank in banks if bank)
+            inner = functional.silu(_product(x[rows], gate)) * _product(x[rows], up)
+            y.index_add_(0, rows, _product(inner, down) * weights[rows, expert, None])
+        return y
 
     def _rope(self, step: _Step, node: Node) -> torch.Tensor:
         d, layer = int(node.attrs["head_dim"]), int(node.attrs["layer"])
@@ -275,6 +312,17 @@ def _attend(
     rows = mask.repeat(heads // kv_heads, 1)
     shared = q.reshape(1, kv_heads, -1, q.shape[-1])
     return attend(shared, k[None], v[None], attn_mask=rows, scale=scale).reshape(q.shape)
+
+
+def _product(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """f32; x is taken in the type of the weight."""
+    return functional.linear(x.to(w.dtype), w).float()
+
+
+def _largest(x: torch.Tensor, count: int) -> torch.Tensor:
+    """Which of each row are its `count` largest; among equal ones those with the lowest index."""
+    order = x.sort(dim=-1, descending=True, stable=True).indices
+    return torch.zeros_like(x, dtype=torch.bool).scatter_(-1, order[..., :count], True)
 
 
 def _norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -10,7 +10,14 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
-from tilert.backends.cuda.limits import SLOT_PAD, UNIT_ROWS, scratch_bytes, shared_struct_bytes
+from tilert.backends.cuda.limits import (
+    MAX_CHOSEN,
+    MAX_GROUPS,
+    SLOT_PAD,
+    UNIT_ROWS,
+    scratch_bytes,
+    shared_struct_bytes,
+)
 from tilert.errors import UserError
 from tilert.ir.dtype import DType
 from tilert.ir.program import NONE, PAGE, Buf, Op, Program
@@ -40,7 +47,7 @@ from tilert.ops import (
 FOLDER = Path(__file__).parent
 HEADERS = (
     "ptx.cuh", "program.cuh", "tile.cuh", "inputs.cuh", "products.cuh", "linear.cuh", "attend.cuh",
-    "sample.cuh", "draw.cuh", "mla.cuh", "index.cuh",
+    "sample.cuh", "draw.cuh", "experts.cuh", "mla.cuh", "index.cuh",
 )  # fmt: skip
 KERNEL = "tilert_program"
 
@@ -111,15 +118,18 @@ def _type(program: Program, op: Op, tags: Tags) -> str:
         return f"{type(op).__name__}<{op.vocab}, {op.chunk}>"
     if isinstance(op, Totals):
         return f"Totals<{op.chunks}, {op.width}>"
-    if isinstance(op, Route | ExpertGate | ExpertDown):
-        raise UserError(
-            "the model has experts; the back end 'cuda' does not run them yet, 'cpu' does"
+    if isinstance(op, Route):
+        _check_choice(op)
+        return (
+            f"Route<{op.experts}, {op.top_k}, {op.n_group}, {op.topk_group}, {op.scoring},"
+            f" {_flag(bool(op.norm_topk_prob))}, {_bits(op.routed_scaling_factor)},"
+            f" {_flag(op.logits in tags.writers)}, {_weight(program, op.bias)}>"
         )
-    if not isinstance(op, NextToken):
-        raise UserError(
-            f"the model needs the op {type(op).__name__}, which the back end 'cuda' does not have; 'cpu'"
-            " and 'interpreter' run it"
-        )
+    if isinstance(op, ExpertGate):
+        return _gate(program, op, tags)
+    if isinstance(op, ExpertDown):
+        return _down(program, op, tags)
+    assert isinstance(op, NextToken), f"{type(op).__name__} has no CUDA form"
     return f"NextToken<{op.chunks}>"
 
 
@@ -184,40 +194,73 @@ def _narrow(program: Program, buf: Buf) -> str:
 
 
 def _linear(program: Program, op: Linear, tags: Tags) -> str:
-    checked = _flag(op.x in tags.writers)
-    source = "Stored" if program.buffers[op.x].dtype is DType.BF16 else f"Plain<{checked}>"
-    if op.norm != NONE:
-        source = f"Normed<{checked}, {_weight(program, op.norm)}, {_bits(op.eps)}>"
-    elif op.splits > 1:
-        source = f"Merged<{op.splits}, {op.group}, {op.head_dim}, {_active(program, op)}>"
-    block_rows, stride = op.n // op.groups if op.groups > 1 else 0, op.x_stride
+    x, rows = _input(program, op, tags), "Straight"
     if op.splits > 1:
-        stride = op.splits * (op.head_dim + 2)
+        x = f"Merged<{op.splits}, {op.group}, {op.head_dim}, {_active(program, op)}>"
+    if op.groups > 1:
+        stride = op.splits * (op.head_dim + 2) if op.splits > 1 else op.x_stride
+        rows = f"Blocks<{op.n // op.groups}, {stride}>"
     epilogue = ("kStore", "kAdd", "kGate")[op.epilogue]
+    return _product(program, op, tags, epilogue, x, rows)
+
+
+def _gate(program: Program, op: ExpertGate, tags: Tags) -> str:
+    assert op.by_slot, "steps of many tokens are not for this back end"
+    rows = f"InTurn<{op.n}, {op.tile_rows}, {op.top_k}>"
+    return _product(program, op, tags, "kGate", _input(program, op, tags), rows)
+
+
+def _down(program: Program, op: ExpertDown, tags: Tags) -> str:
+    x = f"Weighted<{_flag(op.x in tags.writers)}, {op.k}, {op.top_k}>"
+    return _product(program, op, tags, "kAdd", x, f"SideBySide<{op.n}, {op.top_k}>")
+
+
+def _input(program: Program, op: Linear | ExpertGate, tags: Tags) -> str:
+    checked = _flag(op.x in tags.writers)
+    if op.norm != NONE:
+        return f"Normed<{checked}, {_weight(program, op.norm)}, {_bits(op.eps)}>"
+    return "Stored" if program.buffers[op.x].dtype is DType.BF16 else f"Plain<{checked}>"
+
+
+def _product(
+    program: Program, op: Linear | ExpertGate | ExpertDown, tags: Tags, epilogue: str, x: str, rows: str
+) -> str:  # fmt: skip
+    """A Linear of the kernel, which takes experts as well; x: its Input, rows: its Source."""
+    y, bias = program.buffers[op.y], op.bias if isinstance(op, Linear) else NONE
     return (
         f"Linear<{op.k}, {_weight(program, op.w)}, {op.tile_rows}, {epilogue},"
         f" {_flag(op.y in tags.writers)}, {_narrow(program, op.y)}, {_flag(op.x_type != DType.F32)},"
-        f" {program.buffers[op.y].cols}, {source}, {_weight(program, op.bias)}, {_scales(program, op)},"
-        f" {block_rows}, {stride if block_rows else 0}>"
+        f" {y.cols}, {x}, {_weight(program, bias)}, {_scales(program, op)}, {rows}>"
     )
 
 
 def _active(program: Program, op: Linear) -> str:
     """Which of the shares that a product merges hold something."""
-    made = next(
-        o for o in program.ops if isinstance(o, Attend | LatentAttention) and o.y == op.x
-    )
+    made = next(o for o in program.ops if isinstance(o, Attend | LatentAttention) and o.y == op.x)
     if isinstance(made, Attend):
         return f"PastPages<{made.window}>"
     return "EveryShare" if made.topk else "SeenPages"
 
 
-def _scales(program: Program, op: Linear) -> str:
+def _check_choice(op: Route) -> None:
+    if op.top_k > MAX_CHOSEN or op.n_group > MAX_GROUPS:
+        raise UserError(
+            f"the model has {op.n_group} groups of experts and {op.top_k} experts for each token; the back"
+            f" end 'cuda' accepts up to {MAX_GROUPS} and {MAX_CHOSEN}; 'cpu' runs it"
+        )
+
+
+def _scales(program: Program, op: Linear | ExpertGate | ExpertDown) -> str:
     b = program.buffers[op.w]
+    if isinstance(op, ExpertGate | ExpertDown) and op.k * b.dtype.bytes % 16:
+        raise UserError(
+            f"the model's experts have rows of {op.k * b.dtype.bytes} bytes; the back end 'cuda' accepts"
+            " multiples of 16; 'cpu' runs it"
+        )
     if b.scale == NONE:
         return "Unscaled"
     rows, cols = b.block
-    if rows % op.tile_rows and cols < op.k:
+    if rows % op.tile_rows and (cols < op.k or isinstance(op, ExpertDown)):
         raise UserError(
             f"weights have scales for blocks of {rows} rows, and tiles {op.tile_rows} rows; the back end"
             " 'cuda' accepts blocks of whole tiles"

@@ -1,0 +1,255 @@
+// Mixtures of experts: which experts a token goes to, and where the rows of the chosen ones lie.
+// The products with them are Linear's, whose Source tells the loader, once a choice is there, from
+// which matrices of a bank the rows of a run come.
+#pragma once
+#include "linear.cuh"
+
+// Lane i knows the i-th of the chosen experts.
+template <int kCount>
+struct Chosen {
+  u32 own;
+  static __device__ __forceinline__ Chosen of(const Run& run) {
+    const u32* chosen = reinterpret_cast<const u32*>(run.bias_up);
+    return {load_relaxed(chosen + min(lane(), kCount - 1))};
+  }
+  // By all lanes of a warp.
+  __device__ __forceinline__ u32 expert(int slot) const { return __shfl_sync(~0u, own, slot); }
+};
+
+// Rows of the chosen matrices of kRows rows, one matrix after another: the outputs of all follow
+// one another. Each matrix begins a tile, so where kRows is not whole tiles, rows of a run are
+// skipped.
+template <int kRows, int kTileRows, int kCount>
+struct InTurn {
+  static constexpr bool kChosen = true;
+  static constexpr int kParts = 1, kPitch = (kRows + kTileRows - 1) / kTileRows * kTileRows;
+  static constexpr u32 kBlockRows = 0, kBlockStride = 0;
+  static_assert(kCount <= kMaxChosen, "a lane has one expert");
+  using Choice = Chosen<kCount>;
+  static __device__ __forceinline__ Choice choice(const Run& run) { return Choice::of(run); }
+  static __device__ __forceinline__ u32 slot(const Run& run, u32 row) {
+    return (run.first + row) / kPitch;
+  }
+  static __device__ __forceinline__ u32 in_matrix(const Run& run, u32 row) {
+    return (run.first + row) % kPitch;
+  }
+
+  static __device__ __forceinline__ bool ready(Loader& l, const Run& run) {
+    return l.choose(run, kCount);
+  }
+  static __device__ __forceinline__ u32 stored(const Block& b, const Run& run, u32 row, int) {
+    return load_shared(&b.shared.chosen[slot(run, row)]) * kRows + in_matrix(run, row);
+  }
+  static __device__ __forceinline__ u32 rows(const Run& run, u32 row, u32 tile_rows) {
+    return min(tile_rows, kRows - in_matrix(run, row));
+  }
+
+  static __device__ __forceinline__ bool inside(const Run& run, u32 row) {
+    return row < run.count && in_matrix(run, row) < kRows;
+  }
+  static __device__ __forceinline__ u32 output(const Run& run, u32 row) {
+    return slot(run, row) * kRows + in_matrix(run, row);
+  }
+  template <u32 kStride>
+  static __device__ __forceinline__ bool pairs(const Run& run, u32 row) {
+    return in_matrix(run, row) % kStride == 0 && in_matrix(run, row) + kTileRows < kPitch;
+  }
+  template <u32 kBlockRows>
+  static __device__ __forceinline__ u32 scale_group(const Run& run, u32 row) {
+    return slot(run, row) * kBlocks<kBlockRows> + in_matrix(run, row) / kBlockRows;
+  }
+  template <u32 kBlockRows>
+  static __device__ __forceinline__ u32 scale_row(const Choice& choice, u32 group, int) {
+    constexpr u32 kEach = kBlocks<kBlockRows>;
+    return choice.expert(group / kEach % kCount) * kEach + group % kEach;
+  }
+
+ private:
+  template <u32 kBlockRows>
+  static constexpr u32 kBlocks = (kRows + kBlockRows - 1) / kBlockRows;  // of scales in a matrix
+};
+
+// Rows of which each chosen matrix, of kRows rows, has a part: the sum over all of them.
+template <int kRows, int kCount>
+struct SideBySide : Straight {
+  static constexpr bool kChosen = true;
+  static constexpr int kParts = kCount;
+  static_assert(kCount <= kMaxChosen, "a lane has one expert");
+  using Choice = Chosen<kCount>;
+  static __device__ __forceinline__ Choice choice(const Run& run) { return Choice::of(run); }
+
+  static __device__ __forceinline__ bool ready(Loader& l, const Run& run) {
+    return l.choose(run, kCount);
+  }
+  static __device__ __forceinline__ u32 stored(const Block& b, const Run& run, u32 row, int part) {
+    return load_shared(&b.shared.chosen[part]) * kRows + run.first + row;
+  }
+  template <u32 kBlockRows>
+  static __device__ __forceinline__ u32 scale_row(const Choice& choice, u32 group, int part) {
+    constexpr u32 kBlocks = (kRows + kBlockRows - 1) / kBlockRows;
+    return choice.expert(part) * kBlocks + group;
+  }
+};
+
+enum Scoring { kSoftmax = 0, kSigmoid = 1 };
+
+// The choice for each token, by one warp; see ops/experts.py. Lane l has the experts l, l + 32, ...
+template <int kExperts, int kTopK, int kNGroup, int kTopkGroup, int kScoring, bool kNormTopkProb,
+          u32 kFactorBits, bool kTagged, class Bias>
+struct Route {
+  static constexpr int kEach = (kExperts + 31) / 32, kGroupSize = kExperts / kNGroup;
+  static_assert(kTopK <= kMaxChosen && kNGroup <= 32,
+                "a lane has one of the chosen, and one group");
+  static_assert(kNGroup == 1 || kExperts * 4 <= kScratchBytes, "scratch is too small");
+
+  static __device__ __forceinline__ bool stream(Loader&, const Run&) { return true; }
+  static __device__ __forceinline__ bool consume(Block& b, const Run& run) {
+    float bias[kEach];
+#pragma unroll
+    for (int i = 0; i < kEach; ++i)
+      bias[i] = Bias::kGiven && inside(i)
+                    ? Bias::widen(
+                          __ldg(reinterpret_cast<const typename Bias::Bits*>(run.norm) + expert(i)))
+                    : 0;
+    if (!wait_for_inputs<kTagged>(b, run)) return false;
+    if (warp() == 0) {
+      for (u32 token = run.first; token < run.first + run.count; ++token)
+        choose(b, run, token, bias);
+      __syncwarp();
+      if (lane() == 0) signal<false>(b, run);
+    }
+    if constexpr (kNGroup > 1) sync_consumers();  // the next op may use the scratch memory
+    return true;
+  }
+
+ private:
+  static __device__ __forceinline__ int expert(int i) { return i * 32 + lane(); }
+  static __device__ __forceinline__ bool inside(int i) {
+    return kExperts % 32 == 0 || expert(i) < kExperts;
+  }
+
+  // In the order of floats; 0 is below all of them.
+  static __device__ __forceinline__ u32 rising(float v) {
+    const u32 bits = __float_as_uint(v + 0.0f);  // both zeros are one
+    return bits >> 31 ? ~bits : bits | 0x80000000u;
+  }
+
+  static __device__ __forceinline__ void load_logits(Block& b, const Run& run, u32 token,
+                                                     float (&v)[kEach]) {
+    const float* from[kEach];
+    u32 tags[kEach];
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      from[i] = inside(i) ? b.at(run.x) + token * kExperts + expert(i) : nullptr;
+      tags[i] = b.tag(run.x);
+    }
+    if constexpr (kTagged) return load_tagged(b, from, tags, v);
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) v[i] = from[i] ? load_float(from[i]) : 0;
+  }
+
+  // Scores in place of the logits; returned is what the sum of all scores is divided by.
+  static __device__ __forceinline__ float score(float (&v)[kEach]) {
+    if constexpr (kScoring == kSigmoid) {
+#pragma unroll
+      for (int i = 0; i < kEach; ++i) v[i] = 1 / (1 + exp2_fast(-v[i] * kLog2e));
+      return 1;
+    }
+    float most = -infinity(), sum = 0;
+#pragma unroll
+    for (int i = 0; i < kEach; ++i)
+      if (inside(i)) most = fmaxf(most, v[i]);
+#pragma unroll
+    for (int o = 16; o; o /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, o));
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      v[i] = inside(i) ? exp2_fast((v[i] - most) * kLog2e) : 0;
+      sum += v[i];
+    }
+    return warp_sum(sum);
+  }
+
+  // The largest key of all lanes, and of equal ones the lowest index.
+  static __device__ __forceinline__ u32 best(const u32 (&keys)[kEach]) {
+    u32 own = 0;
+    int at = 0;
+#pragma unroll
+    for (int i = 0; i < kEach; ++i)
+      if (keys[i] > own) own = keys[i], at = i;
+    const u32 most = __reduce_max_sync(~0u, own);
+    return __reduce_min_sync(~0u, own == most ? u32(expert(at)) : 0xffffffffu);
+  }
+
+  // Takes out the experts of all but the best groups: lane g adds up the two best of group g.
+  static __device__ __forceinline__ void keep_groups(Block& b, const float (&v)[kEach],
+                                                     u32 (&keys)[kEach]) {
+    float* all = reinterpret_cast<float*>(b.scratch);
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < kEach; ++i)
+      if (inside(i)) all[expert(i)] = v[i];
+    __syncwarp();
+    float first = -infinity(), second = -infinity();
+    const int group = min(lane(), kNGroup - 1);
+#pragma unroll 4
+    for (int i = 0; i < kGroupSize; ++i) {
+      const float v = all[group * kGroupSize + (i + lane()) % kGroupSize];  // another bank each
+      second = fmaxf(second, fminf(first, v));
+      first = fmaxf(first, v);
+    }
+    u32 left = lane() < kNGroup ? rising(first + second) : 0, kept = 0;
+#pragma unroll
+    for (int n = 0; n < kTopkGroup; ++n) {
+      const u32 most = __reduce_max_sync(~0u, left);
+      const u32 taken = __reduce_min_sync(~0u, left == most ? u32(lane()) : 0xffffffffu);
+      if (u32(lane()) == taken) left = 0;
+      kept |= 1u << taken;
+    }
+#pragma unroll
+    for (int i = 0; i < kEach; ++i)
+      if (!(kept >> min(expert(i) / kGroupSize, 31) & 1)) keys[i] = 0;
+  }
+
+  static __device__ __forceinline__ void choose(Block& b, const Run& run, u32 token,
+                                                const float (&bias)[kEach]) {
+    float scores[kEach], values[kEach];  // values: in whose order experts are chosen
+    load_logits(b, run, token, scores);
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) values[i] = scores[i] + bias[i];
+    const float total = score(scores);
+    u32 keys[kEach], picked = 0;
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      if (kScoring == kSigmoid) values[i] = scores[i] + bias[i];
+      keys[i] = inside(i) ? max(1u, rising(values[i])) : 0;
+    }
+    if constexpr (kNGroup > 1) keep_groups(b, values, keys);
+#pragma unroll 1
+    for (int n = 0; n < kTopK; ++n) {
+      const u32 taken = best(keys);
+#pragma unroll
+      for (int i = 0; i < kEach; ++i)
+        if (u32(expert(i)) == taken) keys[i] = 0, picked |= 1u << i;
+    }
+    float sum = 0;
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      scores[i] = picked >> i & 1 ? scores[i] / total : 0;
+      sum += scores[i];
+    }
+    const float factor = __uint_as_float(kFactorBits);
+    if (kNormTopkProb) sum = warp_sum(sum) + 1e-20f;
+    int before = 0;  // chosen experts of lower numbers
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      const bool own = picked >> i & 1;
+      const u32 lanes = __ballot_sync(~0u, own);
+      const u32 at = token * kTopK + before + __popc(lanes & ((1u << lane()) - 1));
+      before += __popc(lanes);
+      if (!own) continue;
+      const float weight = kNormTopkProb ? scores[i] / sum : scores[i];
+      store_float(b.at(run.y) + at, __uint_as_float(u32(expert(i))));
+      store_float(b.at(run.x2) + at, weight * factor);
+    }
+  }
+};
