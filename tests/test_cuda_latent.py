@@ -9,13 +9,19 @@ from typing import Any
 import numpy as np
 import pytest
 import test_cuda_kernel as kernel
+import torch
 from test_cuda_kernel import INDEX, LATENT, Devices, begin, loaded
 
+from tilert.backends.cuda import backend as cuda
 from tilert.backends.cuda.backend import CudaBackend
 from tilert.backends.cuda.limits import step_rows
+from tilert.backends.cuda.prompt import PromptRunner
 from tilert.errors import UserError
 from tilert.ir.dtype import DType
 from tilert.ir.program import Program
+from tilert.models import load_config
+from tilert.models.decoder import build
+from tilert.models.derived import ROPE_TABLE
 from tilert.ops import IndexRope, LatentAttention
 
 folder, devices = kernel.folder, kernel.devices  # fixtures
@@ -94,13 +100,54 @@ def test_all_positions_chosen_is_attention_to_all(
     assert np.abs(logits[0][1] - logits[1][1]).max() < 0.02 * np.abs(logits[0][1]).max()
 
 
+def test_prompts_leave_what_the_kernel_reads(
+    devices: Devices, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same tokens as a prompt through PyTorch and one by one through the kernel: logits, and rows of
+    latents and of the indexer's keys, which are swizzled and quantised."""
+    changes = {**INDEX, **ONE_LAYER}
+    program, weights = compiled(monkeypatch, changes, 3)
+    made, _ = loaded(program, weights, devices())
+    tokens = [(5 * i + 3) % 96 for i in range(30)]
+    for position, token in enumerate(tokens):
+        begin(made, token, position)
+        list(made.steps(1))
+    config = load_config({k: v for k, v in {**kernel.BASE, **changes}.items() if v is not None})
+    tensors = {n: torch.tensor(w.astype(np.float32)) for n, w in weights.items()}
+    tensors = {n: t if n == ROPE_TABLE else t.to(torch.bfloat16) for n, t in tensors.items()}
+    types = {"latent": torch.bfloat16, "index": torch.float8_e4m3fn, "index_scale": torch.float32}
+    caches = {
+        name: torch.zeros(shape, dtype=types[name.split(".")[2].removesuffix("_cache")])
+        for name, shape in cuda.cache_shapes(program, kernel.PAGES).items()
+    }
+    runner = PromptRunner(build(config, kernel.CONTEXT), tensors, caches, {})
+    logits = runner.run(tokens, 0, kernel.TABLE, [len(tokens) - 1])[0].numpy()
+    assert np.abs(made.read("logits")[0] - logits).max() < 0.02 * np.abs(logits).max()
+    rows: dict[str, list[torch.Tensor]] = {}
+    for name, cache in caches.items():
+        page = cache[kernel.TABLE[0], 0]  # all of them are in it
+        mine = made.__dict__["homes"][name].read(
+            kernel.TABLE[0] * page.numel() * page.element_size(),
+            len(tokens) * page.shape[1] * page.element_size(),
+            np.uint8,
+        )
+        own = torch.from_numpy(mine).view(cache.dtype).view(len(tokens), -1)
+        rows[name.split(".")[2]] = [own.float(), page[: len(tokens)].float()]
+    scales = rows.pop("index_scale_cache")
+    rows["index_cache"] = [k * scale for k, scale in zip(rows["index_cache"], scales, strict=True)]
+    for name, (own, prompt) in rows.items():
+        # A sum that rounds the other way moves an e4m3 by a step, an eighth of itself at most.
+        most = 0.13 if name == "index_cache" else 0.02
+        assert ((own - prompt).abs() <= most * prompt.abs().clamp(min=1)).all(), name
+
+
 def test_shapes_that_the_kernel_cannot_run_are_refused(
     devices: Devices, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     program, _ = compiled(monkeypatch, {**INDEX, **ONE_LAYER}, 2)
     assert step_rows(program) == 1
 
-    def refused(kind: Any, match: str, **changes: int) -> None:
+    def refused(kind: type[LatentAttention | IndexRope], match: str, **changes: int) -> None:
         ops = tuple(replace(o, **changes) if isinstance(o, kind) else o for o in program.ops)
         with pytest.raises(UserError, match=match):
             CudaBackend(replace(program, ops=ops), {}, {}, devices())

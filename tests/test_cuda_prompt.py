@@ -64,7 +64,7 @@ def test_logits_equal_transformers(name: str, tmp_path: Path) -> None:
     assert np.abs(got.numpy() - expected[rows]).max() < 1e-3
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "mistral", "deepseek_v3", "glm_moe_dsa-shared"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "mistral", "deepseek_v3", "glm_moe_dsa"])
 def test_pieces_give_the_same(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made(name, tmp_path)
     tokens = tokens_for(150)
