@@ -85,6 +85,21 @@ def test_bytes_of_a_step(bench: Any, name: str, gigabytes: float) -> None:
     assert bench.step_bytes(name, program, 100) - weights == 100 * position
 
 
+@pytest.mark.parametrize(("kind", "each"), [("", 2 * 3 * 64 * 128), ("-FP8", 3 * (64 * 128 + 4))])
+def test_of_experts_those_of_a_token_count(
+    bench: Any, kind: str, each: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights of one expert, in FP8 with one scale for each matrix."""
+    sizes = {**TINY, "model_type": "qwen3_moe", "num_hidden_layers": 1, "num_experts": 8,
+             "moe_intermediate_size": 128}  # fmt: skip
+    found: list[float] = []
+    for chosen in (1, 4):
+        monkeypatch.setitem(bench.MODELS, "Mix", {**sizes, "num_experts_per_tok": chosen})
+        program = bench.compiled(f"Mix{kind}", 128, SimpleNamespace(machine=machine.H200))
+        found.append(bench.step_bytes(f"Mix{kind}", program, 0))
+    assert found[1] - found[0] == 3 * each
+
+
 def test_the_capacity_holds_the_last_token_in_whole_pages(bench: Any) -> None:
     assert [bench.capacity(n) for n in ([32], [1024, 32], [64], [65])] == [192, 1152, 192, 256]
 

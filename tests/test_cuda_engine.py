@@ -88,6 +88,15 @@ def test_latent_attention_under_the_engine(
     assert found.outputs[0].token_ids[:alike] == wanted.outputs[0].token_ids[:alike]
 
 
+def test_tokens_of_a_mixture_equal_the_cpu(tmp_path: Path, device: EmulatedDevice) -> None:
+    """Its steps have one row each, also where a prompt or several requests would have more."""
+    families.make("qwen3_moe", tmp_path, vocab_size=300)
+    params = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
+    cpu = LLM(tmp_path, skip_tokenizer_init=True, max_model_len=64)
+    gpu = LLM(tmp_path, skip_tokenizer_init=True, max_model_len=64, backend="cuda")
+    assert answers(gpu, params) == answers(cpu, params)
+
+
 def test_loading_is_timed_by_phase(glassllm: Path, device: EmulatedDevice) -> None:
     gpu = LLM(glassllm, skip_tokenizer_init=True, max_model_len=64, backend="cuda")
     assert list(gpu.load_phases) == ["device", "files", "program", "weights", "kernel"]

@@ -90,8 +90,18 @@ def test_logits_equal_the_dequantised_model(folders: tuple[Path, np.ndarray]) ->
     assert np.abs(own - expected).max() < 1e-3
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("family", ["qwen3_moe", "qwen2_moe", "deepseek_v32"])
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [
+        ("qwen3_moe", "blocks"),
+        ("qwen3_moe", "channel"),
+        ("qwen2_moe", "blocks"),
+        ("qwen2_moe", "tensor"),
+        ("deepseek_v32", "blocks"),
+        ("deepseek_v32", "channel"),
+        ("deepseek_v32", "tensor"),
+    ],
+)
 def test_logits_of_experts_equal_the_dequantised_model(
     family: str, kind: str, tmp_path: Path
 ) -> None:

@@ -381,12 +381,13 @@ def _tables(
         homes[b.kind][b.name] if b.kind in homes else states.get(b.name, b.offset // 4)
         for b in program.buffers
     ]
-    makers = _makers(program)
+    choices = _choices(program)
     runs = np.zeros(sum(map(len, program.queues)), RUN)
     records = iter(runs)
     waits: list[int] = []
     wait_begin = [0]
     for queue in program.queues:
+        known = -1  # the choice that the loader has
         for run in queue:
             record = next(records)
             record["variant"] = variants[run.op]
@@ -394,12 +395,17 @@ def _tables(
             record["wait_count"] = len(run.waits)
             record["signal"] = NO_SIGNAL if run.signal < 0 else run.signal
             _resolve(record, program, run, at)
-            op, ordered = program.ops[run.op], run.waits
+            ordered, op = run.waits, program.ops[run.op]
             if isinstance(op, ExpertGate | ExpertDown):
-                first = [w for w in run.waits if w.counter in makers[run.op] and not w.lag]
-                ordered = (*first, *(w for w in run.waits if w not in first))
-                record["x3"] = len(first)
-                _resolve_choice(record, program, op, arena)
+                maker, signals = choices[run.op]
+                # Those for the choice first: the loader has them, too.
+                ordered = sorted(run.waits, key=lambda w: bool(w.lag) or w.counter not in signals)
+                if maker != known:
+                    record["x3"] = sum(w.counter in signals and not w.lag for w in ordered)
+                known = maker
+                record["bias_up"] = arena + program.buffers[op.chosen].offset
+                if isinstance(op, ExpertDown):
+                    record["bias"] = arena + program.buffers[op.weights].offset
             _add_ranks(record, program, run.op, tags)
             waits += [w.counter | (w.threshold | w.lag << 15) << 16 for w in ordered]
         wait_begin.append(len(waits))
@@ -413,25 +419,19 @@ def _tables(
     }
 
 
-def _makers(program: Program) -> dict[int, set[int]]:
-    """The counters that say that a choice of experts is there, for each op that streams those."""
+def _choices(program: Program) -> dict[int, tuple[int, set[int]]]:
+    """For each op that streams what is chosen: the op that chooses, and the counters that it signals."""
     signals: dict[int, set[int]] = defaultdict(set)
     for run in (run for queue in program.queues for run in queue):
         signals[run.op].add(run.signal)
-    found: dict[int, set[int]] = {}
+    found: dict[int, tuple[int, set[int]]] = {}
     last: dict[int, int] = {}  # the op that wrote each choice
     for index, op in enumerate(program.ops):
         if isinstance(op, ExpertGate | ExpertDown):
-            found[index] = signals[last[op.chosen]]
+            found[index] = last[op.chosen], signals[last[op.chosen]]
         elif isinstance(op, Route):
             last[op.chosen] = index
     return found
-
-
-def _resolve_choice(record: Any, program: Program, op: ExpertGate | ExpertDown, arena: int) -> None:
-    record["bias_up"] = arena + program.buffers[op.chosen].offset
-    if isinstance(op, ExpertDown):
-        record["bias"] = arena + program.buffers[op.weights].offset
 
 
 def _add_ranks(record: Any, program: Program, index: int, tags: Tags) -> None:

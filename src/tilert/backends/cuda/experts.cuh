@@ -12,6 +12,8 @@ struct Chosen {
     const u32* chosen = reinterpret_cast<const u32*>(run.bias_up);
     return {load_relaxed(chosen + min(lane(), kCount - 1))};
   }
+  // An earlier run of the queue has waited for it, as the loader has.
+  static __device__ __forceinline__ bool known(const Run& run) { return run.x3 == 0; }
   // By all lanes of a warp.
   __device__ __forceinline__ u32 expert(int slot) const { return __shfl_sync(~0u, own, slot); }
 };
@@ -27,6 +29,7 @@ struct InTurn {
   static_assert(kCount <= kMaxChosen, "a lane has one expert");
   using Choice = Chosen<kCount>;
   static __device__ __forceinline__ Choice choice(const Run& run) { return Choice::of(run); }
+  static __device__ __forceinline__ bool known(const Run& run) { return Choice::known(run); }
   static __device__ __forceinline__ u32 slot(const Run& run, u32 row) {
     return (run.first + row) / kPitch;
   }
@@ -35,7 +38,7 @@ struct InTurn {
   }
 
   static __device__ __forceinline__ bool ready(Loader& l, const Run& run) {
-    return l.choose(run, kCount);
+    return l.template choose<kCount>(run);
   }
   static __device__ __forceinline__ u32 stored(const Block& b, const Run& run, u32 row, int) {
     return load_shared(&b.shared.chosen[slot(run, row)]) * kRows + in_matrix(run, row);
@@ -77,9 +80,10 @@ struct SideBySide : Straight {
   static_assert(kCount <= kMaxChosen, "a lane has one expert");
   using Choice = Chosen<kCount>;
   static __device__ __forceinline__ Choice choice(const Run& run) { return Choice::of(run); }
+  static __device__ __forceinline__ bool known(const Run& run) { return Choice::known(run); }
 
   static __device__ __forceinline__ bool ready(Loader& l, const Run& run) {
-    return l.choose(run, kCount);
+    return l.template choose<kCount>(run);
   }
   static __device__ __forceinline__ u32 stored(const Block& b, const Run& run, u32 row, int part) {
     return load_shared(&b.shared.chosen[part]) * kRows + run.first + row;

@@ -27,8 +27,9 @@ struct Linear {
   static_assert(kBlockRows % kTileRows == 0 && (kBlockRows == 0 || !Input::kNormed),
                 "a tile lies in one block");
   static constexpr bool kRowScaled = Scales::kGiven && !Product::kScaled;  // sums are multiplied
-  static constexpr bool kByChoice = Source::kChosen && Scales::kGiven;  // of scales, by the warps
-  static constexpr int kFinishers = kChunkRows * kTokens / 32;          // warps that finish a chunk
+  // All inputs say themselves whether they are there; a choice does not.
+  static constexpr bool kSelfTold = Input::kTagged && !Source::kChosen;
+  static constexpr int kFinishers = kChunkRows * kTokens / 32;  // warps that finish a chunk
 
   static __device__ __forceinline__ bool stream(Loader& l, const Run& run) {
     return T::stream(l, run);
@@ -139,14 +140,22 @@ struct Linear {
     if (finisher == 0 && lane() == 0) signal<kTagged>(b, run);
   }
 
+  // Those of the first tile; others follow as they are needed.
+  static __device__ __forceinline__ void fetch_scales(const Run& run,
+                                                      typename Source::Choice& choice, Operand& x) {
+    if constexpr (Scales::kGiven) choice = Source::choice(run);
+    if constexpr (Product::kScaled) Product::load_scales(run, 0, choice, x);
+  }
+
   static __device__ __forceinline__ bool consume(Block& b, const Run& run) {
     typename In::template Held<Input> held;
     In::prefetch(run, held);
     Operand x;
-    if constexpr (Product::kScaled && !kByChoice) Product::load_scales(run, 0, {}, x);
-    if (!wait_for_inputs < Input::kTagged && !kByChoice > (b, run)) return false;
     typename Source::Choice choice;
-    if constexpr (kByChoice) choice = Source::choice(run);
+    const bool known = Source::known(run);
+    if (known) fetch_scales(run, choice, x);
+    if (!wait_for_inputs<kSelfTold>(b, run)) return false;
+    if (!known) fetch_scales(run, choice, x);
     for (u32 first = 0; first < run.count;) {
       const u32 end = block_end(run, first), block = (run.first + first) / max(kBlockRows, 1u);
       In::make(b, run, block * Source::kBlockStride, held, x);

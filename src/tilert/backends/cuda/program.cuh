@@ -35,7 +35,7 @@ struct Run {
   // Operands in the arena: offset in floats, and in the top byte the rank of the tag (ir/tags.py).
   u32 x, y;
   // attend: k and v; x2 of linear: y as the residual; x3 of experts: how many of the run's waits,
-  // the first ones, are for the choice
+  // the first ones, are for the choice; 0 where the run before of the kind had the same
   u32 x2, x3;
 };
 constexpr u16 kNoSignal = 0xffff;
@@ -378,11 +378,13 @@ struct Loader {
     while (arrived < issued)
       if (!land()) return;
   }
-  // Until there is the choice of the weights of a run, `count` numbers, which are left in
-  // shared.chosen. False: the launch has ended. What is under way is watched as ever; when all of
-  // it is in, the warps can come to this run, and it is they who give up and say for what they
-  // waited.
-  __device__ __forceinline__ bool choose(const Run& run, int count) {
+  // Until there is the choice of the weights of a run, kCount numbers, which are left in
+  // shared.chosen; at once where they are there from an earlier run. False: the launch has ended.
+  // What is under way is watched as ever; when all of it is in, the warps can come to this run, and
+  // it is they who give up and say for what they waited.
+  template <int kCount>
+  __device__ __forceinline__ bool choose(const Run& run) {
+    if (run.x3 == 0) return true;
     for (u32 at = run.wait_begin; at < run.wait_begin + run.x3; ++at) {
       const Wait w = b.waits[at];
       const u32* counter = b.params.counters + w.counter * kCounterPitch;
@@ -392,9 +394,17 @@ struct Loader {
         if (load_shared(&b.shared.verdict)) return false;
       }
     }
+    constexpr int kBatch = kCount < 8 ? kCount : 8;  // loads that are under way together
     const u32* chosen = reinterpret_cast<const u32*>(run.bias_up);
-#pragma unroll 4
-    for (int i = 0; i < count; ++i) store_shared(&b.shared.chosen[i], load_relaxed(chosen + i));
+#pragma unroll 1
+    for (int first = 0; first < kCount; first += kBatch) {
+      u32 v[kBatch];
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) v[i] = load_relaxed(chosen + min(first + i, kCount - 1));
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i)
+        if (first + i < kCount) store_shared(&b.shared.chosen[first + i], v[i]);
+    }
     return true;
   }
 };

@@ -51,6 +51,7 @@ struct Straight {
   static constexpr u32 kBlockRows = 0, kBlockStride = 0;  // all rows have the same x
   struct Choice {};                                       // what the warps know of it
   static __device__ __forceinline__ Choice choice(const Run&) { return {}; }
+  static __device__ __forceinline__ bool known(const Run&) { return true; }  // before its waits
 
   // The loader's side. False: the launch has ended.
   static __device__ __forceinline__ bool ready(Loader&, const Run&) { return true; }
