@@ -44,13 +44,13 @@ def loaded(folder: Path, dtype: torch.dtype = torch.float32) -> PromptRunner:
 
 
 # Heads of 6 elements and latents of 20 have no whole pieces; the kernel refuses such as well.
-WHOLE = {"qk_rope_head_dim": 8}
+WHOLE: dict[str, Any] = {"qk_rope_head_dim": 8}
 
 
 def made(name: str, folder: Path) -> Any:
     """See families.make."""
     latent = "kv_lora_rank" in families.FAMILIES[name][1]
-    return families.make(name, folder, **(WHOLE if latent else {}))
+    return families.make(name, folder, torch.float32, **(WHOLE if latent else {}))
 
 
 @pytest.mark.parametrize("name", [name for name in families.FAMILIES if name != "llama-odd"])
