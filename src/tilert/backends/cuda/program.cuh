@@ -148,11 +148,14 @@ struct Block {
   }
 };
 
-__device__ __forceinline__ int thread() { return threadIdx.x; }
-__device__ __forceinline__ int warp() { return threadIdx.x / 32; }
-__device__ __forceinline__ int lane() { return threadIdx.x % 32; }
-// Which thread this is, told anew: what a long op makes of it is not kept in registers, or in local
-// memory, from one run to the next.
+// What an op makes of a thread's place (addresses, above all) does not change from run to run, so
+// the compiler keeps it, of all ops at once, and spills it where there are many. There it is made
+// anew at each use.
+constexpr bool kMadeAnew = kVariants > 16;
+__device__ __forceinline__ int thread() { return kMadeAnew ? opaque(threadIdx.x) : threadIdx.x; }
+__device__ __forceinline__ int warp() { return thread() / 32; }
+__device__ __forceinline__ int lane() { return thread() % 32; }
+// The same for one op in any program, made once where this is.
 struct Here {
   int thread, warp, lane;
   __device__ __forceinline__ Here() {
