@@ -156,22 +156,22 @@ struct Linear {
     if (known) fetch_scales(run, choice, x);
     if (!wait_for_inputs<kSelfTold>(b, run)) return false;
     if (!known) fetch_scales(run, choice, x);
-    for (u32 first = 0; first < run.count;) {
-      const u32 end = block_end(run, first), block = (run.first + first) / max(kBlockRows, 1u);
-      In::make(b, run, block * Source::kBlockStride, held, x);
-      multiply_rows(b, run, choice, x, first, end);
-      first = end;
+    if constexpr (kBlockRows == 0) {
+      In::make(b, run, 0, held, x);
+      multiply_rows(b, run, choice, x, 0, run.count);
+    } else {
+      for (u32 first = 0; first < run.count;) {
+        const u32 at = run.first + first,
+                  end = min(first + kBlockRows - at % kBlockRows, run.count);
+        In::make(b, run, at / kBlockRows * Source::kBlockStride, held, x);
+        multiply_rows(b, run, choice, x, first, end);
+        first = end;
+      }
     }
     return true;
   }
 
  private:
-  // The end of the rows of the run that have the same x as row `first`.
-  static __device__ __forceinline__ u32 block_end(const Run& run, u32 first) {
-    if constexpr (kBlockRows == 0) return run.count;
-    return min(first + kBlockRows - (run.first + first) % max(kBlockRows, 1u), run.count);
-  }
-
   // Rows [first, last) of the run.
   static __device__ __forceinline__ void multiply_rows(Block& b, const Run& run,
                                                        const typename Source::Choice& choice,
