@@ -46,16 +46,17 @@ class Reference:
         with torch.no_grad():
             return self.block(inputs_embeds=self._known(tokens)[None]).logits[0].numpy()
 
-    def draft(self, tokens: list[int], count: int) -> list[int]:
-        """`count` guesses, the layer applied again to what it made."""
+    def draft(self, tokens: list[int], count: int) -> tuple[list[int], np.ndarray]:
+        """`count` guesses, the layer applied again to what it made, and the logits of the last."""
         guesses: list[int] = []
         with torch.no_grad():
             x = self._known(tokens)
             while True:
                 made = self.block.model(inputs_embeds=x[None]).last_hidden_state[0, -1:]
-                guesses.append(int(self.block.lm_head(made).argmax()))
+                logits = self.block.lm_head(made)[0]
+                guesses.append(int(logits.argmax()))
                 if len(guesses) == count:
-                    return guesses
+                    return guesses, logits.numpy()
                 x = torch.cat([x, self.inputs(torch.tensor(guesses[-1:]), made)])
 
     def hidden(self, tokens: list[int]) -> torch.Tensor:

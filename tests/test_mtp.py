@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import guessing
 import numpy as np
@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from test_models import TOLERANCE, tokens_for
 
 from tilert import LLM, SamplingParams
+from tilert.engine.cache import PageCache
 from tilert.engine.mtp import LayerDrafter
 from tilert.engine.runner import Row, Runner
 from tilert.errors import UserError
@@ -63,33 +64,41 @@ def test_hidden_states_and_guesses_are_those_of_torch(
         assert np.abs(layer.logits()[0] - expected[begin - 1]).max() < TOLERANCE
 
 
+class Draft(NamedTuple):
+    """A draft, the tokens before it, and the logits of its last guess."""
+
+    tokens: list[int]
+    guesses: list[int]
+    logits: np.ndarray
+
+
 @pytest.fixture
-def drafts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[int], list[int]]]:
-    """Every draft with the tokens before it."""
-    seen: list[tuple[list[int], list[int]]] = []
+def drafts(monkeypatch: pytest.MonkeyPatch) -> list[Draft]:
+    """Every draft that is made."""
+    seen: list[Draft] = []
     draft = LayerDrafter.draft
 
     def noted(self: LayerDrafter, most: int) -> list[int]:
         guesses = draft(self, most)
         if guesses:
-            seen.append((list(self.tokens), guesses))
+            seen.append(Draft(list(self.tokens), guesses, self.runner.logits()[0].copy()))
         return guesses
 
     monkeypatch.setattr(LayerDrafter, "draft", noted)
     return seen
 
 
-def check(reference: guessing.Reference, drafts: list[tuple[list[int], list[int]]]) -> None:
+def check(reference: guessing.Reference, drafts: list[Draft]) -> None:
     """The first, the last, and some between."""
     assert drafts
-    for tokens, guesses in [*drafts[:: len(drafts) // 3 + 1], drafts[-1]]:
-        assert guesses == reference.draft(tokens, len(guesses)), len(tokens)
+    for draft in [*drafts[:: len(drafts) // 3 + 1], drafts[-1]]:
+        guesses, logits = reference.draft(draft.tokens, len(draft.guesses))
+        assert draft.guesses == guesses, len(draft.tokens)
+        assert np.abs(draft.logits - logits).max() < TOLERANCE, len(draft.tokens)
     drafts.clear()
 
 
-def test_drafts_are_those_of_torch(
-    tmp_path: Path, drafts: list[tuple[list[int], list[int]]]
-) -> None:
+def test_drafts_are_those_of_torch(tmp_path: Path, drafts: list[Draft]) -> None:
     """Also after a prompt in pieces, a prefix that was found, a time among others, and a cancellation."""
     reference = guessing.make("deepseek_v32", tmp_path, 0.3, max_position_embeddings=512)
     llm, tokens = opened(tmp_path), tokens_for(300)
@@ -111,7 +120,7 @@ def test_drafts_are_those_of_torch(
     prompts = [{"prompt_token_ids": tokens[i : 40 + i]} for i in (100, 140)]
     long = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
     llm.generate(prompts, [few, long])
-    lengths = [len(tokens) for tokens, _ in drafts]  # while both ran, nothing was drafted
+    lengths = [len(draft.tokens) for draft in drafts]  # while both ran, nothing was drafted
     assert lengths[0] == 41
     assert min(lengths[1:]) > 40 + 4
     check(reference, drafts)
@@ -120,6 +129,31 @@ def test_drafts_are_those_of_torch(
             next(stream)
     llm.engine.cache.check()
     made(llm, tokens[30:110], few)
+    check(reference, drafts)
+
+
+def test_sequences_that_start_over_are_drafted_for_as_before(
+    tmp_path: Path, drafts: list[Draft]
+) -> None:
+    reference = guessing.make("deepseek_v3", tmp_path)
+    prompts = [{"prompt_token_ids": tokens_for(58 + i)} for i in range(3)]
+    params = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
+    plain, llm = opened(tmp_path, 0), opened(tmp_path)
+    llm.engine.cache = PageCache(4)  # each sequence grows into its second page
+    requests, expected = (m.generate(prompts, params) for m in (llm, plain))
+    assert [r.outputs[0].token_ids for r in requests] == [r.outputs[0].token_ids for r in expected]
+    llm.engine.cache.check()
+    check(reference, drafts)
+
+
+def test_a_prefix_of_a_sequence_that_was_never_drafted_for(
+    tmp_path: Path, drafts: list[Draft]
+) -> None:
+    reference = guessing.make("deepseek_v3", tmp_path)
+    llm, tokens = opened(tmp_path), tokens_for(230)
+    made(llm, tokens, SamplingParams(temperature=0, max_tokens=1))
+    assert not drafts
+    made(llm, tokens)
     check(reference, drafts)
 
 

@@ -46,9 +46,8 @@ class LayerDrafter:
         if count <= 0:
             return []
         draft = [self._feed(guess=True)]
-        for position in range(
-            self._done, self._done + count - 1
-        ):  # later steps overwrite these rows
+        # The rows of guesses are overwritten once it is known what comes there.
+        for position in range(self._done, self._done + count - 1):
             row, given = Row(draft[-1], position, self._slot), self.runner.hidden(0, 1)
             draft.append(int(self.runner.step([row], [0], given)[0]))
         return draft
