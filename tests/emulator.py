@@ -94,6 +94,7 @@ class EmulatedDevice:
         self.machine = Machine(
             "emulated", 4, slots=4, slot_bytes=4096, window=2, read_bandwidth=4e9,
             worker_bandwidth=2e9, worker_flops=1e9, cache_dtype=DType.BF16,
+            index_dtype=DType.F8E4M3,
         )  # fmt: skip
 
     name = "emulated GPU"

@@ -244,3 +244,14 @@ def test_units_stay_where_there_is_no_room() -> None:
     deep = replace(machine.H200, window=5)  # nine slots are less than twice that
     assert units_for(QWEN3_4B, deep) == deep
     assert units_for(QWEN3_4B, machine.cpu(2)) == machine.cpu(2)
+
+
+def test_units_hold_sixteen_rows_of_a_latent_cache() -> None:
+    latent = {"model_type": "deepseek_v3", "vocab_size": 512, "hidden_size": 1024, "rms_norm_eps": 1e-6,
+              "intermediate_size": 512, "num_hidden_layers": 1, "first_k_dense_replace": 1,
+              "num_attention_heads": 16, "num_key_value_heads": 16, "q_lora_rank": 256,
+              "max_position_embeddings": 128}  # fmt: skip
+    h200 = machine.H200
+    assert units_for(latent, h200) == replace(h200, slots=9, slot_bytes=20480)
+    small = replace(h200, slots=24, slot_bytes=8192)  # half as much again is not enough
+    assert units_for(latent, small) == replace(small, slots=10, slot_bytes=18432)

@@ -67,6 +67,27 @@ def test_tokens_equal_the_cpu(glassllm: Path, device: EmulatedDevice) -> None:
         assert answers(gpu, params) == answers(cpu, params)
 
 
+@pytest.mark.parametrize(("name", "alike"), [("deepseek_v3", 12), ("glm_moe_dsa", 6)])
+def test_latent_attention_under_the_engine(
+    name: str, alike: int, device: EmulatedDevice, tmp_path: Path
+) -> None:
+    """Whole models, experts and shared choices of positions among their layers: the tokens that the
+    interpreter gives on a machine that rounds less. Of the keys by which positions are chosen (8 of 6 to
+    17 here) that is so much less that other positions are chosen at some time."""
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4, "vocab_size": 96,
+             "num_key_value_heads": 4, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "v_head_dim": 16,
+             "qk_rope_head_dim": 16, "q_lora_rank": 32, "moe_intermediate_size": 32}  # fmt: skip
+    families.make(name, tmp_path, torch.bfloat16, **sizes)
+    options: dict[str, Any] = {"skip_tokenizer_init": True, "max_model_len": 64}
+    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    exact = LLM(tmp_path, backend="interpreter", **options)
+    gpu = LLM(tmp_path, backend="cuda", **options)
+    prompt = {"prompt_token_ids": [5, 9, 33, 7, 60, 12]}
+    (wanted,), (found,) = (m.generate([prompt], params) for m in (exact, gpu))
+    assert len(found.outputs[0].token_ids) == 12
+    assert found.outputs[0].token_ids[:alike] == wanted.outputs[0].token_ids[:alike]
+
+
 def test_tokens_of_a_mixture_equal_the_cpu(tmp_path: Path, device: EmulatedDevice) -> None:
     """Its steps have one row each, also where a prompt or several requests would have more."""
     families.make("qwen3_moe", tmp_path, vocab_size=300)
@@ -289,8 +310,11 @@ def test_what_was_measured_before_counts_until_a_model_is_tuned(
 ) -> None:
     size = sum(array.nbytes for array in tunable(glassllm).runner.weights.values())
     entries = (
-        Shipped("another GPU", 10 * size, {"window": 4}), Shipped("emulated", size - 1, {"window": 4}),
-        Shipped("emulated", size, {"window": 1, "slots": 3}), Shipped("emulated", 10 * size, {"window": 3}),
+        Shipped("another GPU", 0, 10 * size, {"window": 4}),
+        Shipped("emulated", 0, size - 1, {"window": 4}),
+        Shipped("emulated", size + 1, 10 * size, {"window": 4}),
+        Shipped("emulated", size, size, {"window": 1, "slots": 3}),
+        Shipped("emulated", 0, 10 * size, {"window": 3}),
     )  # fmt: skip
     tuning.setattr(shipping, "SHIPPED", entries)
     model = tunable(glassllm)
@@ -304,7 +328,7 @@ def test_what_comes_with_tilert_fits_its_cards(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every entry, and one of another field; other cards and larger models get nothing."""
-    entries = (*SHIPPED, Shipped("H200", 1_300_000_000, {"window": 2}))
+    entries = (*SHIPPED, Shipped("H200", 0, 1_300_000_000, {"window": 2}))
     monkeypatch.setattr(shipping, "SHIPPED", entries)
     for entry in entries:
         own = by_name(entry.card)

@@ -16,6 +16,7 @@ from tilert.backends.cuda.jit import TARGETS, compile_cubin
 from tilert.backends.cuda.limits import fitting_slots
 from tilert.backends.cuda.source import KERNEL, Source, generate
 from tilert.compiler import Limits, build
+from tilert.compiler.units import with_units
 from tilert.errors import UserError
 from tilert.ir import machine
 from tilert.ir.dtype import DType
@@ -57,6 +58,9 @@ SHAPES: dict[str, dict[str, Any]] = {
     "mixtral-8x7b": {"model_type": "mixtral", "hidden_size": 4096, "intermediate_size": 14336,
                      "num_attention_heads": 32, "num_key_value_heads": 8, "num_local_experts": 8,
                      "num_experts_per_tok": 2},
+    # As one of eight GPUs has it; a layer without experts.
+    "deepseek-v3.2": {"model_type": "deepseek_v32", "hidden_size": 7168, "intermediate_size": 2304,
+                      "num_attention_heads": 16, "num_key_value_heads": 16, "first_k_dense_replace": 1},
     "smollm2": {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9,
                 "num_key_value_heads": 3},
 }  # fmt: skip
@@ -78,6 +82,8 @@ def source_of(name: str, arch: str, **tuned: int) -> Source:
     if name.endswith("fp8"):
         scales = {w: Scale(f"{w}_scale_inv", (128, 128)) for w in dtypes if "_proj" in w}
         dtypes |= dict.fromkeys(scales, DType.F8E4M3)
+    if name.startswith("deepseek"):
+        target = with_units(graph, target, dtypes)
     target = replace(target, **tuned)
     program = build(graph, target, Limits(1, 1, 1, 8192, name == "sampled"), dtypes, scales)
     return generate(program, fitting_slots(program, TARGETS[arch]))
@@ -93,7 +99,8 @@ def test_kernels_compile_for_every_target(name: str, arch: str, tmp_path: Path) 
     )
     used = cubin.resources[KERNEL]
     assert used.registers <= 168
-    assert max(used.stack, used.spill_stores) <= 512, used
+    mixture = "num_experts" in SHAPES[name] or "num_local_experts" in SHAPES[name]
+    assert max(used.stack, used.spill_stores) <= (512 if mixture else 256), used
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -101,10 +108,11 @@ def test_no_op_spills_in_its_loops(name: str, tmp_path: Path) -> None:
     """A kernel of one variant has no values to keep for others, so all that it spilled would be its own."""
     source = source_of(name, "sm_90a")
     variants = source.headers["variants.h"]
-    for number in sorted(set(source.variants)):
-        kind = re.search(rf"V{number} = (.*);", variants)
-        if "Route<" in variants and kind and not re.search("Route|InTurn|SideBySide", kind[1]):
-            continue  # other models have it as well
+    kinds = dict(re.findall(r"using V(\d+) = (.*);", variants))
+    own = re.compile("Route|InTurn|SideBySide|Latent|Index|Select|Blocks")
+    if any(own.search(kind) for kind in kinds.values()):  # other models have the rest as well
+        kinds = {number: kind for number, kind in kinds.items() if own.search(kind)}
+    for number in kinds:
         alone = re.sub(r"(?<=VARIANTS\(X\)).*", f" X({number})", variants)
         cubin = compile_cubin(
             source.text, name=KERNEL, arch="sm_90a", headers={**source.headers, "variants.h": alone},

@@ -31,17 +31,31 @@ def loaded(folder: Path, dtype: torch.dtype = torch.float32) -> PromptRunner:
     arrays = bind(graph, config, 256, checkpoint.tensors)
     weights = {name: torch.tensor(array.astype(np.float32)) for name, array in arrays.items()}
     weights = {n: w if n == "tilert.rope_table" else w.to(dtype) for n, w in weights.items()}
-    shape = (8, config.num_key_value_heads, 64, config.head_dim)
-    names = [f"layers.{i}.{kv}_cache" for i in range(config.num_hidden_layers) for kv in "kv"]
-    return PromptRunner(
-        graph, weights, {name: torch.full(shape, 9.0, dtype=dtype) for name in names}, {}
-    )
+    heads, widths = config.num_key_value_heads, dict.fromkeys("kv", config.head_dim)
+    if config.latent:
+        index = config.latent.index
+        heads, widths = 1, {"latent": config.latent.cache_width}
+        widths |= {"index": index.index_head_dim} if index else {}
+    caches = {
+        f"layers.{i}.{kind}_cache": torch.full((8, heads, 64, width), 9.0, dtype=dtype)
+        for i in range(config.num_hidden_layers) for kind, width in widths.items()
+    }  # fmt: skip
+    return PromptRunner(graph, weights, caches, {})
 
 
-# A head of 6 elements has no whole pieces; the kernel refuses it as well.
+# Heads of 6 elements and latents of 20 have no whole pieces; the kernel refuses such as well.
+WHOLE: dict[str, Any] = {"qk_rope_head_dim": 8}
+
+
+def made(name: str, folder: Path) -> Any:
+    """See families.make."""
+    latent = "kv_lora_rank" in families.FAMILIES[name][1]
+    return families.make(name, folder, torch.float32, **(WHOLE if latent else {}))
+
+
 @pytest.mark.parametrize("name", [name for name in families.FAMILIES if name != "llama-odd"])
 def test_logits_equal_transformers(name: str, tmp_path: Path) -> None:
-    model = families.make(name, tmp_path)
+    model = made(name, tmp_path)
     limit = model.config.max_position_embeddings
     tokens = tokens_for(min(150, limit if "dynamic" in name else 60 if "longrope" in name else 150))
     expected = families.logits(model, tokens)
@@ -50,9 +64,9 @@ def test_logits_equal_transformers(name: str, tmp_path: Path) -> None:
     assert np.abs(got.numpy() - expected[rows]).max() < 1e-3
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "mistral"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "mistral", "deepseek_v3", "glm_moe_dsa"])
 def test_pieces_give_the_same(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    families.make(name, tmp_path)
+    made(name, tmp_path)
     tokens = tokens_for(150)
     whole = loaded(tmp_path)
     expected = whole.run(tokens, 0, PAGES, [149])
@@ -87,9 +101,9 @@ def test_pages_are_stored_as_the_kernel_reads_them(tmp_path: Path) -> None:
     assert torch.equal(read[:, 64:70], plain[2][:, :6])
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "deepseek_v32"])
 def test_what_an_unwritten_row_holds_does_not_matter(name: str, tmp_path: Path) -> None:
-    families.make(name, tmp_path)
+    made(name, tmp_path)
     tokens = tokens_for(70)
     expected = loaded(tmp_path).run(tokens, 0, PAGES, [69])
     runner = loaded(tmp_path)
@@ -135,9 +149,9 @@ def test_an_op_that_it_does_not_know_is_refused() -> None:
         PromptRunner(graph, {"w": torch.zeros(1)}, {}, {})
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "mistral"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "mistral", "deepseek_v32"])
 def test_warming_up_leaves_caches_alone(name: str, tmp_path: Path) -> None:
-    families.make(name, tmp_path)
-    made = loaded(tmp_path)
-    made.warm_up()
-    assert all((cache == 9).all() for cache in made.caches.values())
+    made(name, tmp_path)
+    runner = loaded(tmp_path)
+    runner.warm_up()
+    assert all((cache == 9).all() for cache in runner.caches.values())

@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import families
 import numpy as np
@@ -20,7 +20,7 @@ from tilert.backends.cpu import CpuBackend
 from tilert.compiler.simulate import Span, simulate
 from tilert.errors import UserError
 from tilert.ir.machine import Machine
-from tilert.ir.program import Buf, Cost, Counter, Op, Program, Region, Run, Wait
+from tilert.ir.program import Cost, Counter, Op, Program, Region, Run, Wait
 from tilert.serve import trace
 from tilert.serve.trace import Recorded, Timeline
 
@@ -52,23 +52,6 @@ class Load(Op):
 
     def cost(self, lo: int, hi: int, dtype_bytes: int, context: int) -> Cost:
         return Cost((hi - lo) * self.size, 0, (hi - lo) * self.flops)
-
-
-@dataclass(frozen=True, slots=True)
-class Choose(Load):
-    """Writes what Chosen chooses by."""
-
-    def writes(self, lo: int, hi: int) -> list[Region]:
-        return [Region(7, 0, 1, 0, 1)]
-
-
-@dataclass(frozen=True, slots=True)
-class Chosen(Load):
-    """Its bytes are those that a choice names."""
-
-    @property
-    def choice(self) -> Buf:
-        return Buf(7)
 
 
 def program(
@@ -132,38 +115,6 @@ def test_devices_have_their_own_memories() -> None:
     apart = replace(made.machine, workers_per_device=1, devices=2)
     assert set(ends(simulate(made, 0)).values()) == {16.0}
     assert set(ends(simulate(replace(made, machine=apart), 0)).values()) == {10.0}
-
-
-RING: dict[str, Any] = {"slots": 2, "slot_bytes": 8}  # room for 16 bytes
-
-
-def test_bytes_flow_into_a_ring_ahead_of_their_run_as_far_as_there_is_room() -> None:
-    ops = (Load(0, 400), Load(8), Load(40))
-    found = simulate(program(ops, [[Run(0, 0, 1), Run(1, 0, 1)]], **RING), 0)
-    assert ends(found) == {(0, 0): 4.0, (0, 1): 4.0}
-    found = simulate(program(ops, [[Run(0, 0, 1), Run(2, 0, 1)]], **RING), 0)
-    assert ends(found) == {(0, 0): 4.0, (0, 1): 7.0}  # 24 bytes are left at 4 s
-    found = simulate(program(ops, [[Run(0, 0, 1), Run(1, 0, 1), Run(2, 0, 1)]], **RING), 0)
-    assert ends(found) == {(0, 0): 4.0, (0, 1): 4.0, (0, 2): 8.0}
-
-
-def test_what_a_choice_names_flows_when_the_choice_is_seen() -> None:
-    waits = (Wait(0, 1),)
-    for ops, expected in (
-        ((Load(0, 100), Choose(0, 300), Load(8), Load(8)), (3.5, 3.5)),
-        ((Load(0, 100), Choose(0, 300), Chosen(8), Load(8)), (4.5, 5.5)),  # in order, so both late
-    ):
-        mine = [Run(0, 0, 1), Run(2, 0, 1, waits), Run(3, 0, 1)]
-        queues = [mine, [Run(1, 0, 1, signal=0)]]
-        found = ends(simulate(program(ops, queues, [1], handoff=0.5, **RING), 0))
-        assert (found[0, 1], found[0, 2]) == expected
-
-
-def test_a_loader_sees_its_own_worker_s_choice_at_once() -> None:
-    ops = (Choose(0, 300), Load(0, 100), Chosen(8))
-    queue = [Run(0, 0, 1, signal=0), Run(1, 0, 1), Run(2, 0, 1, (Wait(0, 1),))]
-    found = ends(simulate(program(ops, [queue], [1], handoff=0.5, **RING), 0))
-    assert found == {(0, 0): 3.0, (0, 1): 4.0, (0, 2): 4.0}  # it came while the second run went on
 
 
 def test_a_program_that_never_ends_is_found() -> None:

@@ -275,11 +275,14 @@ def _emit_linear(
     dtype, matrices = low.dtypes.get(w[0].name, DType.F32), 2 if up else 1
     tile = tile_rows(low.machine, rows, k * dtype.bytes, matrices)
     blocks = int(nodes[0].attrs.get("groups", 1)), int(nodes[0].attrs.get("stride", 0))
+    if blocks[0] > 1:  # no tile has rows of two blocks; with a ring, tiles are powers of two
+        block = n // blocks[0]
+        tile = math.gcd(tile, block) if low.machine.slots else min(tile, block)
     low.ops.append(
         Linear(low.home[source], low.joined(w), low.weight(up.inputs["w"]) if up else NONE,
                low.joined(biases) if biases else NONE, low.weight(up.inputs["bias"]) if up else NONE,
                norm, y, low.state("counts"), 1 if x.rows == OUTPUTS else 0, rows, k, n,
-               0, min(tile, n // blocks[0]) if blocks[0] > 1 else tile, epilogue, eps,
+               0, tile, epilogue, eps,
                gather, low.rows(source) if gather != NONE else 1, *shares,
                # What rounding moves across a border would send a token to another expert.
                DType.F32 if nodes[0].output in low.routing else _x_type(low, w[0], dtype),

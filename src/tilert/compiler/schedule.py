@@ -2,7 +2,8 @@
 
 The balance carries over op borders: a worker that got more of one op gets less of the next, which
 is what matters when weights are streamed ahead of the hand-offs. Where hand-offs are what a step waits
-for, an op should end early everywhere: a machine may ask that each op is dealt out evenly for itself.
+for, an op should end early everywhere: each op is dealt out evenly for itself where a machine asks for it,
+and where weights are chosen at run time, for nobody can stream past a choice that all wait for.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from itertools import pairwise
 import numpy as np
 
 from tilert.ir.machine import Machine
-from tilert.ir.program import Buffer, Op, Program, Run
+from tilert.ir.program import NONE, Buffer, Op, Program, Run
 
 TYPICAL_PAST = 512  # positions assumed in the cache when costs are weighed
 
@@ -30,6 +31,7 @@ def schedule(machine: Machine, buffers: tuple[Buffer, ...], ops: tuple[Op, ...])
     tickets = [0 if machine.slots else -1] * machine.workers
     load = np.zeros(machine.workers)
     queues: list[list[Run]] = [[] for _ in range(machine.workers)]
+    chosen = machine.slots > 0 and any(op.choice != NONE for op in ops)
     for index, op in enumerate(ops):
         itemsize = sizes.weight_itemsize(op)
         seconds = np.asarray([tile_seconds(op, t, t + 1, itemsize, machine) for t in _samples(op)])
@@ -38,7 +40,7 @@ def schedule(machine: Machine, buffers: tuple[Buffer, ...], ops: tuple[Op, ...])
         # A tile without weights takes mostly latency, which its bytes and flops do not tell: two of them
         # on one worker would take twice as long.
         alone = machine.slots and op.tiles <= machine.workers and not _uniform(op)
-        even = alone or machine.even
+        even = alone or machine.even or chosen
         ranges = _evenly(op.tiles, load) if even else _ranges(seconds, load)
         for worker, (lo, hi) in enumerate(ranges):
             if lo < hi:

@@ -19,7 +19,8 @@ class Machine:
 
     slots/slot_bytes/window describe the ring that streams weights on each worker (0 slots: weights
     are read in place). splits: shares of the past positions of one kv head in steps of few tokens (0:
-    the compiler's rule). even: each op is dealt out evenly for itself (False: a whole step is). These
+    the compiler's rule). even: each op is dealt out evenly for itself (False: a whole step is, but
+    for models with weights that are chosen at run time). These
     five are what `tilert tune` searches. Times are in seconds, bandwidths in bytes per second, flops per
     second.
     """

@@ -115,6 +115,9 @@ class IndexRope(Op):
                 out.append(Region(self.index_scale, 0, self.rows, 0, 1))
         return out
 
+    def tag_checking(self) -> tuple[Buf, ...]:
+        return (self.k,)
+
     def cost(self, lo: int, hi: int, dtype_bytes: int, context: int) -> Cost:
         return Cost(0, 0, 2 * (hi - lo) * self.rows * self.head_dim * self.head_dim.bit_length())
 
@@ -212,6 +215,9 @@ class IndexScore(Op):
     def writes(self, lo: int, hi: int) -> list[Region]:
         places = [self.place(tile) for tile in range(lo, hi)]
         return [Region(self.y, b, e, s * self.width, (s + 1) * self.width) for b, e, s in places]
+
+    def tag_checking(self) -> tuple[Buf, ...]:
+        return (self.head_weights,)
 
     def cost(self, lo: int, hi: int, dtype_bytes: int, context: int) -> Cost:
         if context < self.topk:

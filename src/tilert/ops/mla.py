@@ -85,6 +85,9 @@ class LatentRope(Op):
             out.append(Region(self.latent_cache, 0, self.rows, 0, self.lora + self.rope))
         return out
 
+    def tag_checking(self) -> tuple[Buf, ...]:
+        return (self.kv,)
+
     def cost(self, lo: int, hi: int, dtype_bytes: int, context: int) -> Cost:
         elements = (min(hi, self.heads) - lo) * self.rope
         if hi > self.heads:
@@ -208,6 +211,9 @@ class LatentAttention(Op):
             for b, e, g, split in places
             for head in self.heads_of(g)
         ]
+
+    def tag_checking(self) -> tuple[Buf, ...]:
+        return (self.q,)
 
     def cost(self, lo: int, hi: int, dtype_bytes: int, context: int) -> Cost:
         cache_bytes = flops = 0

@@ -29,7 +29,7 @@ import numpy as np
 from tilert.backends.cuda.backend import CudaBackend
 from tilert.backends.cuda.limits import MIN_SLOTS
 from tilert.backends.cuda.runtime import CudaRuntime
-from tilert.compiler.units import bytes_in_tiles
+from tilert.compiler.units import bytes_in_tiles, cache_unit
 from tilert.engine.runner import Runner
 from tilert.errors import UserError
 from tilert.files import cache_folder, keep, kept
@@ -38,7 +38,7 @@ from tilert.ir.graph import Graph
 from tilert.ir.machine import Machine
 from tilert.ir.program import PAGE, Program
 from tilert.models.derived import ROPE_TABLE
-from tilert.ops import Attend
+from tilert.ops import Attend, LatentAttention
 from tilert.serve.shipped import shipped
 
 FIELDS = ("window", "slots", "slot_bytes", "splits", "even")  # of the machine, as they are kept
@@ -172,7 +172,8 @@ class _Search:
         """As many bytes in the ring and under way, in other units; see compiler/units.py."""
         own, program = self.place.device.machine, self._program(base)
         ring, flight = own.slots * own.slot_bytes, base.window * base.slot_bytes
-        page = max(2 * PAGE * op.head_dim for op in program.ops if isinstance(op, Attend))
+        pages = [2 * PAGE * op.head_dim for op in program.ops if isinstance(op, Attend)]
+        page = max([cache_unit(program.ops), *pages])
         sizes = {*UNITS, own.slot_bytes} - {base.slot_bytes}
         fitting = [size for size in sizes if page <= size <= ring // MIN_SLOTS]
         made = [
@@ -188,9 +189,10 @@ class _Search:
 
     def _splits(self, base: Machine) -> Iterator[Machine]:
         """Half and twice as many, of which each still has a worker."""
-        attend = next(op for op in self._program(base).ops if isinstance(op, Attend))
+        ops = self._program(base).ops
+        attend = next(op for op in ops if isinstance(op, Attend | LatentAttention))
         for splits in (attend.splits // 2, attend.splits * 2):
-            if 2 <= splits <= base.workers // attend.kv_heads:
+            if 2 <= splits <= base.workers // (attend.tiles // attend.splits):
                 yield replace(base, splits=splits)
 
     def _program(self, machine: Machine) -> Program:

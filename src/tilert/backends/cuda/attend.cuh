@@ -93,12 +93,7 @@ struct Attend {
   // started in the step before: it comes after all appends of this op (verified as rule `stream`).
   static __device__ __forceinline__ bool stream(Loader& l, const Run& run) {
     Block& b = l.b;
-    if (b.step) {
-      u32 passed = (b.step - 1) * b.length + b.number + kStreamLead + 1;
-      while (load_shared(&b.shared.progress) < passed)
-        if (load_shared(&b.shared.verdict)) return false;
-      fence_proxy();
-    }
+    if (b.step && !l.passed((b.step - 1) * b.length + b.number + kStreamLead + 1)) return false;
     for (u32 tile = run.first; tile < run.first + run.count; ++tile)
       for (Span span; span.next(b.params);) {
         const u32 split = tile % kSplits, first = first_of(b, span), end = end_of(b, span);

@@ -29,9 +29,14 @@ from tilert.ops import (
     Embed,
     ExpertDown,
     ExpertGate,
+    IndexRope,
+    IndexScore,
+    LatentAttention,
+    LatentRope,
     Linear,
     NextToken,
     Route,
+    Select,
     Sift,
     Totals,
 )
@@ -131,12 +136,18 @@ class _Params(ctypes.Structure):
 
 
 def cache_shapes(program: Program, pages: int) -> dict[str, tuple[int, int, int, int]]:
-    """Shape [pages, kv_heads, 64, head_dim] of each cache by buffer name."""
+    """Shape [pages, kv_heads, 64, head_dim] of each cache by buffer name; latents and what an indexer keeps
+    are of one head."""
     shapes: dict[str, tuple[int, int, int, int]] = {}
     for op in program.ops:
         if isinstance(op, Attend):
             for buf in (op.k_cache, op.v_cache):
                 shapes[program.buffers[buf].name] = (pages, op.kv_heads, PAGE, op.head_dim)
+        elif isinstance(op, LatentRope | IndexRope):
+            latent = isinstance(op, LatentRope)
+            for buf in (op.latent_cache,) if latent else (op.index_cache, op.index_scale):
+                b = program.buffers[buf]
+                shapes[b.name] = (pages, 1, PAGE, b.cols)
     return shapes
 
 
@@ -157,8 +168,8 @@ class CudaBackend:
 
     In `state`, tokens of one sequence stand together and at consecutive positions; with several tokens
     every one has an output.
-    weights: address by buffer name, of the bytes as stored. caches: likewise, of bf16 in the shapes of
-    cache_shapes, each page swizzled as attend.cuh says. Whoever gives addresses keeps what lies there.
+    weights: address by buffer name, of the bytes as stored. caches: likewise, in the shapes of cache_shapes;
+    pages in bf16 are swizzled as attend.cuh says. Whoever gives addresses keeps what lies there.
     """
 
     def __init__(
@@ -416,8 +427,8 @@ def _choices(program: Program) -> dict[int, tuple[int, set[int]]]:
     found: dict[int, tuple[int, set[int]]] = {}
     last: dict[int, int] = {}  # the op that wrote each choice
     for index, op in enumerate(program.ops):
-        if op.choice != NONE:
-            found[index] = last[op.choice], signals[last[op.choice]]
+        if isinstance(op, ExpertGate | ExpertDown):
+            found[index] = last[op.chosen], signals[last[op.chosen]]
         elif isinstance(op, Route):
             last[op.chosen] = index
     return found
@@ -436,13 +447,22 @@ def _add_ranks(record: Any, program: Program, index: int, tags: Tags) -> None:
         adds = isinstance(op, ExpertDown) or (isinstance(op, Linear) and op.epilogue == ADD)
         if adds and op.y in tags.writers:
             record["x2"] = writer(op.y)
+    operands: tuple[tuple[str, Buf], ...] = ()
+    if isinstance(op, Attend):
+        operands = ("x", op.q), ("x2", op.k), ("x3", op.v)
     elif isinstance(op, Route):
-        if op.logits in tags.writers:
-            record["x"] += writer(op.logits)
-    elif isinstance(op, Attend):
-        for name, buf in (("x", op.q), ("x2", op.k), ("x3", op.v)):
-            if buf in tags.writers:
-                record[name] += writer(buf)
+        operands = (("x", op.logits),)
+    elif isinstance(op, LatentRope):
+        operands = (("x2", op.kv),)
+    elif isinstance(op, LatentAttention):
+        operands = (("x", op.q),)
+    elif isinstance(op, IndexRope):
+        operands = (("x2", op.k),)
+    elif isinstance(op, IndexScore):
+        operands = (("x2", op.head_weights),)
+    for name, buf in operands:
+        if buf in tags.writers:
+            record[name] += writer(buf)
     if tags.silent(index):
         record["y"] += tags.rank[index] % TAGS << RANK_SHIFT
 
@@ -461,7 +481,11 @@ def _resolve(record: Any, program: Program, run: Run, at: list[int]) -> None:
         record["bias"], record["bias_up"] = home(op.bias, begin, 1), home(op.bias_up, begin, 1)
         scales = (program.buffers[w].scale if w != NONE else NONE for w in (op.w, op.w_up))
         record["scale"], record["scale_up"] = (home(scale) for scale in scales)
-        record["norm"], record["x"], record["y"] = home(op.norm), at[op.x], at[op.y] + op.y_col
+        record["norm"], record["x"], record["y"] = (
+            home(op.norm),
+            at[op.x] + op.x_col,
+            at[op.y] + op.y_col,
+        )
         return
     record["first"], record["count"] = run.lo, run.hi - run.lo
     if isinstance(op, ExpertGate | ExpertDown):
@@ -471,6 +495,28 @@ def _resolve(record: Any, program: Program, run: Run, at: list[int]) -> None:
         record["norm"], record["norm2"] = home(op.q_norm), home(op.k_norm)
         record["bias_up"] = at[op.table]
         record["x"], record["x2"], record["x3"] = at[op.q], at[op.k] + op.k_col, at[op.v] + op.v_col
+    elif isinstance(op, LatentRope):
+        record["w"], record["norm"], record["bias_up"] = (
+            at[op.latent_cache],
+            at[op.weight],
+            at[op.table],
+        )
+        record["x"], record["x2"] = at[op.q] + op.q_col, at[op.kv] + op.kv_col
+    elif isinstance(op, LatentAttention):
+        record["w"], record["y"] = at[op.latent_cache], at[op.y]
+        record["x"], record["x2"] = at[op.q], at[op.q_rope] + op.q_col
+        record["x3"] = 0 if op.selected == NONE else at[op.selected]
+    elif isinstance(op, IndexRope):
+        record["w"], record["w_up"] = at[op.index_cache], at[op.index_scale]
+        record["norm"], record["norm2"] = at[op.weight], at[op.shift]
+        record["bias_up"] = at[op.table]
+        record["x"], record["x2"] = at[op.q] + op.q_col, at[op.k] + op.k_col
+    elif isinstance(op, IndexScore):
+        record["w"], record["w_up"] = at[op.index_cache], at[op.index_scale]
+        record["x"], record["x2"] = at[op.q] + op.q_col, at[op.head_weights] + op.w_col
+        record["y"] = at[op.y]
+    elif isinstance(op, Select):
+        record["x"], record["y"] = at[op.scores], at[op.chosen]
     elif isinstance(op, Embed):
         record["w"], record["y"] = at[op.table], at[op.y]
     elif isinstance(op, Argmax):

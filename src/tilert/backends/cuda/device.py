@@ -23,6 +23,7 @@ from tilert.backends.cuda.late import LateRunner, libraries
 from tilert.backends.cuda.source import Source
 from tilert.errors import UserError
 from tilert.ir import machine
+from tilert.ir.dtype import DType
 from tilert.ir.graph import Graph
 from tilert.ir.program import Scale
 
@@ -297,7 +298,7 @@ class Device:
 
     def prompt_runner(
         self, graph: Graph, weights: Mapping[str, tuple[Memory, np.ndarray]],
-        caches: Mapping[str, tuple[Memory, tuple[int, ...]]], scales: Mapping[str, Scale],
+        caches: Mapping[str, tuple[Memory, tuple[int, ...], DType]], scales: Mapping[str, Scale],
     ) -> LateRunner | None:  # fmt: skip
         """Prompts by PyTorch, over the same memory; None where it is not installed."""
         return self.torch and LateRunner(self.torch, graph, weights, caches, scales)

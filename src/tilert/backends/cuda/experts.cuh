@@ -25,6 +25,7 @@ template <int kRows, int kTileRows, int kCount>
 struct InTurn {
   static constexpr bool kChosen = true;
   static constexpr int kParts = 1, kPitch = (kRows + kTileRows - 1) / kTileRows * kTileRows;
+  static constexpr u32 kBlockRows = 0, kBlockStride = 0;
   static_assert(kCount <= kMaxChosen, "a lane has one expert");
   using Choice = Chosen<kCount>;
   static __device__ __forceinline__ Choice choice(const Run& run) { return Choice::of(run); }

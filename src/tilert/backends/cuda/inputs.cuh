@@ -1,6 +1,9 @@
 // How x', the input of a product, is made of what lies in the arena: copied, normed, or merged from
 // the shares of attention. Every block makes its own, each thread the elements that it will need.
 //
+// x' begins `first_x` floats behind run.x: a block-diagonal product takes another part for each
+// block.
+//
 // A Layout says which: kRounds pieces of kWide elements; piece r begins at offset(r) of row(r), a
 // token, where inside(r), and put(operand, r, values) takes it. Pieces r = i modulo kPair are of
 // the i-th row of a thread.
@@ -25,7 +28,8 @@ template <bool kChecked, int kEach, int kCount>
 struct Weighted {
   static constexpr bool kTagged = false, kNormed = false;  // the weights have no tags
 };
-template <int kSplits, int kGroup, int kHeadDim, int kAttnWindow>
+// Active: which of the shares hold something; see below.
+template <int kSplits, int kGroup, int kHeadDim, class Active>
 struct Merged {
   static constexpr bool kTagged = false, kNormed = false;
 };
@@ -45,6 +49,27 @@ __device__ __forceinline__ u32 split_of(u32 page, u32 splits) {
 __device__ __forceinline__ u32 first_visible(u32 position, u32 window) {
   return window && position + 1 > window ? position + 1 - window : 0;
 }
+
+// The number of shares, from the first on, that hold something of one token, and how many a thread
+// with few elements takes at once.
+template <int kAttnWindow>
+struct PastPages {  // of Attend: the positions before the token's own, which the first share has
+  static constexpr int kAtOnce = 2;
+  static __device__ __forceinline__ int count(const Block& b, int splits) {
+    const u32 hi = b.position(0);
+    return max(1u, active_shares(first_visible(hi, kAttnWindow), hi, splits));
+  }
+};
+struct SeenPages {  // of LatentAttention: all positions up to the token's own
+  static constexpr int kAtOnce = 8;
+  static __device__ __forceinline__ int count(const Block& b, int splits) {
+    return active_shares(0, b.position(0) + 1, splits);
+  }
+};
+struct EveryShare {  // of LatentAttention over chosen positions: empty shares say so
+  static constexpr int kAtOnce = 8;
+  static __device__ __forceinline__ int count(const Block&, int splits) { return splits; }
+};
 
 // Shares of attention join one after another: what is known fades, and the next one gets a weight.
 struct Blend {
@@ -100,13 +125,14 @@ struct Inputs {
   }
 
   template <bool kTagged>
-  static __device__ __forceinline__ void make(Block& b, const Run& run, Held<Plain<kTagged>>&,
-                                              Operand& out) {
-    fill<kTagged>(b, run, [&](int round, float (&v)[kWide]) { Layout::put(out, round, v); });
+  static __device__ __forceinline__ void make(Block& b, const Run& run, u32 first_x,
+                                              Held<Plain<kTagged>>&, Operand& out) {
+    fill<kTagged>(b, run, first_x,
+                  [&](int round, float (&v)[kWide]) { Layout::put(out, round, v); });
   }
 
   template <bool kTagged, int kEach, int kCount>
-  static __device__ __forceinline__ void make(Block& b, const Run& run,
+  static __device__ __forceinline__ void make(Block& b, const Run& run, u32 first_x,
                                               Held<Weighted<kTagged, kEach, kCount>>&,
                                               Operand& out) {
     static_assert(
@@ -114,7 +140,7 @@ struct Inputs {
         "a lane has one weight, and a piece has one");
     const float weight =
         load_float(reinterpret_cast<const float*>(run.bias) + min(lane(), kCount - 1));
-    fill<kTagged>(b, run, [&](int round, float (&v)[kWide]) {
+    fill<kTagged>(b, run, first_x, [&](int round, float (&v)[kWide]) {
       const int at = Layout::inside(round) ? Layout::offset(round) / kEach : 0;
       const float own = __shfl_sync(~0u, weight, at);
 #pragma unroll
@@ -124,16 +150,16 @@ struct Inputs {
   }
 
   template <class L = Layout>
-  static __device__ __forceinline__ void make(Block& b, const Run& run, Held<Stored>&,
+  static __device__ __forceinline__ void make(Block& b, const Run& run, u32, Held<Stored>&,
                                               Operand& out) {
     L::load_stored(reinterpret_cast<const u16*>(b.at(run.x)), out);
   }
 
   template <bool kTagged, class T, u32 kEps>
-  static __device__ __forceinline__ void make(Block& b, const Run& run,
+  static __device__ __forceinline__ void make(Block& b, const Run& run, u32 first_x,
                                               Held<Normed<kTagged, T, kEps>>& held, Operand& out) {
     float sums[Layout::kPair][Layout::kParts];
-    fill<kTagged>(b, run, [&](int round, float (&v)[kWide]) {
+    fill<kTagged>(b, run, first_x, [&](int round, float (&v)[kWide]) {
       if (round == 0)  // again where words are read again
 #pragma unroll
         for (int i = 0; i < Layout::kPair * Layout::kParts; ++i)
@@ -173,25 +199,24 @@ struct Inputs {
 
   // Adds up the shares of attention that Attend left: merge of ops/attention.py. Shares are taken a
   // few at a time, all loads of those before the first use.
-  template <int kSplits, int kGroup, int kHeadDim, int kAttnWindow>
-  static __device__ __forceinline__ void make(Block& b, const Run& run,
-                                              Held<Merged<kSplits, kGroup, kHeadDim, kAttnWindow>>&,
+  template <int kSplits, int kGroup, int kHeadDim, class Active>
+  static __device__ __forceinline__ void make(Block& b, const Run& run, u32 first_x,
+                                              Held<Merged<kSplits, kGroup, kHeadDim, Active>>&,
                                               Operand& out) {
     static_assert(kHeadDim % kWide == 0, "a piece lies in one head");
     static_assert(kTokens == 1 || kSplits == 0, "several tokens are merged by Combine");
     constexpr int kPitch = kHeadDim + 2, kStride = kGroup * kPitch;  // of a head, of a share
-    const u32 hi = b.position(0);
-    const int shares = max(1u, active_shares(first_visible(hi, kAttnWindow), hi, kSplits));
+    const int shares = Active::count(b, kSplits);
     Blend blend[kRounds];
     float x[kRounds][kWide] = {};
     const float* from[kRounds];
 #pragma unroll
     for (int r = 0; r < kRounds; ++r) {
       int at = Layout::inside(r) ? Layout::offset(r) : 0, head = at / kHeadDim;
-      from[r] =
-          b.at(run.x) + (head / kGroup * kSplits * kGroup + head % kGroup) * kPitch + at % kHeadDim;
+      from[r] = b.at(run.x) + first_x +
+                (head / kGroup * kSplits * kGroup + head % kGroup) * kPitch + at % kHeadDim;
     }
-    constexpr int kAtOnce = kRounds * kWide > 32 ? 1 : 2;
+    constexpr int kAtOnce = kRounds * kWide > 32 ? 1 : kRounds * kWide > 8 ? 2 : Active::kAtOnce;
     for (int first = 0; first < shares; first += kAtOnce) {
       float2 top[kAtOnce][kRounds];  // maximum and sum of a share
       float v[kAtOnce][kRounds][kWide];
@@ -244,8 +269,9 @@ struct Inputs {
   // Loads all pieces of this thread, again while tags say that some are late, and gives each to
   // take(round, values).
   template <bool kTagged, class Take>
-  static __device__ __forceinline__ void fill(const Block& b, const Run& run, Take take) {
-    const float* from = b.at(run.x);
+  static __device__ __forceinline__ void fill(const Block& b, const Run& run, u32 first_x,
+                                              Take take) {
+    const float* from = b.at(run.x) + first_x;
     const u32 tag = b.tag(run.x);
     Retry retry;
     for (bool again = true; again;) {

@@ -1,9 +1,8 @@
 // The persistent program: one block per worker walks its queue, step after step, until all steps
 // are made or somebody ends the launch. constants.h is made for one program: shapes, sizes,
 // variants.
-#include "attend.cuh"
-#include "draw.cuh"
 #include "experts.cuh"
+#include "index.cuh"
 #include "variants.h"
 
 __device__ __forceinline__ void load_weights(Block& b) {
@@ -93,7 +92,7 @@ extern "C" __global__ void __launch_bounds__(kBlockThreads, 1)
       barrier_init(&shared.empty[i], kWarps);
     }
     barrier_init_done();
-    shared.verdict = shared.progress = shared.lost = shared.stopped = 0;
+    shared.verdict = shared.progress = shared.listed = shared.lost = shared.stopped = 0;
   }
   __syncthreads();
   Block block{params, shared, memory, scratch, queue, waits, totals, length};

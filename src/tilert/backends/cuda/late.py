@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import numpy as np
 
 from tilert.errors import UserError
+from tilert.ir.dtype import DType
 from tilert.ir.graph import Graph
 from tilert.ir.program import Scale
 
@@ -89,7 +90,7 @@ class LateRunner:
 
     def __init__(
         self, loaded: Later[None], graph: Graph, weights: Mapping[str, tuple[Any, np.ndarray]],
-        caches: Mapping[str, tuple[Any, tuple[int, ...]]], scales: Mapping[str, Scale],
+        caches: Mapping[str, tuple[Any, tuple[int, ...], DType]], scales: Mapping[str, Scale],
     ) -> None:  # fmt: skip
         def make() -> PromptRunner:
             loaded.get()

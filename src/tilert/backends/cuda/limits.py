@@ -5,15 +5,28 @@ from __future__ import annotations
 from tilert.errors import UserError
 from tilert.ir.dtype import DType
 from tilert.ir.program import NONE, Program
-from tilert.ops import Attend, Draw, Linear, Route
+from tilert.ops import (
+    Attend,
+    Draw,
+    IndexRope,
+    IndexScore,
+    LatentAttention,
+    LatentRope,
+    Linear,
+    Route,
+    Select,
+)
 
 SLOT_PAD = 128  # bytes behind a slot: rows that are not aligned arrive with their neighbours' bytes
 DRAW_BYTES = 13 << 10  # struct DrawScratch
+INDEX_BYTES = 8448  # Select's Scratch, which is larger than IndexScore's
 RUN_BYTES, WAIT_BYTES = 96, 4  # struct Run, struct Wait
 MIN_SLOTS = 2
 THREADS, WARPS = 256, 8  # that compute
 HELD_WORDS = 128  # of x' in the registers of a thread: half of them; the rest is in shared memory
 ENOUGH_SLOTS = 4  # of the ring that a step of several tokens must leave
+UNIT_ROWS = 16  # of a latent cache, in a slot
+TAKEN_ROWS = 64  # of a latent cache, at once
 MAX_CHOSEN = MAX_GROUPS = 32  # experts of a token, groups of experts: one for each lane of a warp
 MAX_ROWS = 32  # of query heads, of all tokens of a step: two blocks of 16 for the matrix units
 
@@ -22,8 +35,11 @@ def step_rows(program: Program, available: int) -> int:
     """Most tokens of a step (1, 2, 4 or 8), from the program of one, where a block has so many bytes of
     shared memory: each block holds x' of all tokens, in its registers and what they leave over there.
 
-    One where a product does not go through the matrix units, or where each token has experts of its own.
+    One where a product does not go through the matrix units, where each token has experts of its own, and
+    with latent attention.
     """
+    if any(isinstance(op, LatentAttention) for op in program.ops):
+        return 1
     linears = [op for op in program.ops if isinstance(op, Linear)]
     if any(op.x_type == DType.F32 for op in linears):
         return 1
@@ -75,6 +91,10 @@ def scratch_bytes(program: Program) -> int:
     sizes += [DRAW_BYTES for op in program.ops if isinstance(op, Draw)]
     linears = (op for op in program.ops if isinstance(op, Linear))
     sizes += [kept_bytes(program, op, program.tokens) for op in linears]
+    sizes += [_latent_bytes(op) for op in program.ops if isinstance(op, LatentAttention)]
+    sizes += [4 * (op.lora + op.rope) for op in program.ops if isinstance(op, LatentRope)]
+    sizes += [32 * op.head_dim for op in program.ops if isinstance(op, IndexRope)]
+    sizes += [INDEX_BYTES for op in program.ops if isinstance(op, IndexScore | Select)]
     sizes += [4 * op.experts for op in program.ops if isinstance(op, Route) and op.n_group > 1]
     return -(-max([256, *sizes]) // 16) * 16
 
@@ -84,6 +104,13 @@ def _attend_bytes(group: int, head_dim: int, tokens: int) -> int:
     halves = (-(-rows // 16) * 16 + 2 * tokens) * head_dim
     raw, merged = tokens * (group + 2) * head_dim, 4 * min(rows, 16) * (head_dim + 2)
     return 2 * halves + 4 * (tokens * head_dim + max(raw, merged) + rows)
+
+
+def _latent_bytes(op: LatentAttention) -> int:
+    share = -(-op.topk // op.splits)
+    listed = -(-share // UNIT_ROWS) * UNIT_ROWS + 4
+    scores = 2 * 16 * (TAKEN_ROWS + 8)
+    return 2 * 17 * (op.lora + op.rope) + 4 * (scores + listed)
 
 
 def queue_bytes(program: Program) -> int:

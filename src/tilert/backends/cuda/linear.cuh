@@ -23,6 +23,9 @@ struct Linear {
   using Product = typename Either<kOnMatrixUnits, Matrix<T, Scales>, Scalar<T, Scales>>::Type;
   using Operand = typename Product::Operand;
   using In = Inputs<Product>;
+  static constexpr u32 kBlockRows = Source::kBlockRows;
+  static_assert(kBlockRows % kTileRows == 0 && (kBlockRows == 0 || !Input::kNormed),
+                "a tile lies in one block");
   static constexpr bool kRowScaled = Scales::kGiven && !Product::kScaled;  // sums are multiplied
   // All inputs say themselves whether they are there; a choice does not.
   static constexpr bool kSelfTold = Input::kTagged && !Source::kChosen;
@@ -72,12 +75,12 @@ struct Linear {
     int token;
     u32 in_chunk, row, y;  // y: element of the output buffer
     bool inside;
-    __device__ __forceinline__ Place(const Run& run, u32 begin, u32 index)
+    __device__ __forceinline__ Place(const Run& run, u32 begin, u32 index, u32 last)
         : token(index / kChunkRows),
           in_chunk(index % kChunkRows),
           row(begin + in_chunk),
           y(token * kPitch + Source::output(run, row)),
-          inside(Source::inside(run, row)) {}
+          inside(row < last && Source::inside(run, row)) {}
   };
 
   // What finishing a row needs besides its sums, fetched before they are there.
@@ -153,12 +156,31 @@ struct Linear {
     if (known) fetch_scales(run, choice, x);
     if (!wait_for_inputs<kSelfTold>(b, run)) return false;
     if (!known) fetch_scales(run, choice, x);
-    In::make(b, run, held, x);
-    for (u32 begin = 0; begin < run.count; begin += kChunkRows) {
+    for (u32 first = 0; first < run.count;) {
+      const u32 end = block_end(run, first), block = (run.first + first) / max(kBlockRows, 1u);
+      In::make(b, run, block * Source::kBlockStride, held, x);
+      multiply_rows(b, run, choice, x, first, end);
+      first = end;
+    }
+    return true;
+  }
+
+ private:
+  // The end of the rows of the run that have the same x as row `first`.
+  static __device__ __forceinline__ u32 block_end(const Run& run, u32 first) {
+    if constexpr (kBlockRows == 0) return run.count;
+    return min(first + kBlockRows - (run.first + first) % max(kBlockRows, 1u), run.count);
+  }
+
+  // Rows [first, last) of the run.
+  static __device__ __forceinline__ void multiply_rows(Block& b, const Run& run,
+                                                       const typename Source::Choice& choice,
+                                                       Operand& x, u32 first, u32 last) {
+    for (u32 begin = first; begin < last; begin += kChunkRows) {
       const int finisher = (warp() - begin / kChunkRows * kFinishers) % kWarps;
       const bool mine = finisher < kFinishers;
-      const Place at(run, begin, finisher * 32 + lane());
-      const u32 end = min(begin + kChunkRows, run.count);
+      const Place at(run, begin, finisher * 32 + lane(), last);
+      const u32 end = min(begin + kChunkRows, last);
       Rest rest;
       if (mine) rest = fetch_rest(b, run, choice, at);
       for (u32 r = begin; r < end;) {
@@ -180,6 +202,5 @@ struct Linear {
       }
       ++b.chunk;
     }
-    return true;
   }
 };

@@ -95,6 +95,7 @@ struct Shared {
   u64 full[kSlots], empty[kSlots];
   u32 verdict;   // told to all threads of the block
   u32 progress;  // waits that have held so far in this launch
+  u32 listed;    // lists of chosen rows that have been made so far in this launch
   // 1 + runs in this launch before that in which the loader lost a unit, or in which a warp stopped
   // to wait for one; 0: none.
   u32 lost, stopped;
@@ -108,6 +109,10 @@ struct Cursor {
   u32 slot = 0, parity = 0;
   __device__ __forceinline__ void advance() {
     if (++slot == kSlots) slot = 0, parity ^= 1;
+  }
+  __device__ __forceinline__ Cursor after(u32 units) const {  // at most kSlots
+    const bool around = slot + units >= kSlots;
+    return {around ? slot + units - kSlots : slot + units, around ? parity ^ 1 : parity};
   }
 };
 
@@ -124,9 +129,13 @@ struct Block {
   u32 turn = 0;              // added to the ranks of tags, in this step
   Cursor cursor;
   u32 chunk = 0;    // chunks of rows so far: picks the buffer of partial sums
+  u32 lists = 0;    // of chosen rows, so far
   u64 started = 0;  // with kTrace: when the inputs of the run were there
 
-  __device__ __forceinline__ u8* slot() const { return ring + cursor.slot * kSlotPitch; }
+  __device__ __forceinline__ u8* slot() const { return slot(cursor); }
+  __device__ __forceinline__ u8* slot(const Cursor& at) const {
+    return ring + at.slot * kSlotPitch;
+  }
   __device__ __forceinline__ u32 position(int token) const {
     return params.positions[token] + step;
   }
@@ -139,9 +148,21 @@ struct Block {
   }
 };
 
-__device__ __forceinline__ int thread() { return threadIdx.x; }
-__device__ __forceinline__ int warp() { return threadIdx.x / 32; }
-__device__ __forceinline__ int lane() { return threadIdx.x % 32; }
+// What an op makes of a thread's place (addresses, above all) does not change from run to run, so
+// the compiler keeps it, of all ops at once, and spills it where there are many. There it is made
+// anew at each use.
+constexpr bool kMadeAnew = kVariants > 16;
+__device__ __forceinline__ int thread() { return kMadeAnew ? opaque(threadIdx.x) : threadIdx.x; }
+__device__ __forceinline__ int warp() { return thread() / 32; }
+__device__ __forceinline__ int lane() { return thread() % 32; }
+// The same for one op in any program, made once where this is.
+struct Here {
+  int thread, warp, lane;
+  __device__ __forceinline__ Here() {
+    const u32 index = opaque(threadIdx.x);
+    thread = index, warp = index / 32, lane = index % 32;
+  }
+};
 __device__ __forceinline__ void sync_consumers() { sync_threads<1, kThreads>(); }
 
 __device__ __forceinline__ float warp_sum(float v) {
@@ -272,13 +293,15 @@ __device__ __forceinline__ void load_tagged(const Block& b, const float* const (
 
 // Until the bytes of the next unit are in its slot; the loader has asked for them or soon will, and
 // tells when they do not come.
-__device__ __forceinline__ void wait_full(const Block& b) {
-  while (!barrier_test(&b.shared.full[b.cursor.slot], b.cursor.parity)) {
+__device__ __forceinline__ void wait_full(const Block& b, const Cursor& unit) {
+  while (!barrier_test(&b.shared.full[unit.slot], unit.parity)) {
     if (!load_shared(&b.shared.verdict)) continue;
     store_shared(&b.shared.stopped, b.step * b.length + b.number + 1);
     break;  // the block ends at its next wait for inputs
   }
 }
+
+__device__ __forceinline__ void wait_full(const Block& b) { wait_full(b, b.cursor); }
 
 // By one thread at the end of the block: a lost unit is why all others waited in vain.
 __device__ __forceinline__ void tell_lost(const Block& b) {
@@ -302,7 +325,21 @@ struct Loader {
   Block& b;
   Cursor landed;                // the oldest unit under way
   u32 issued = 0, arrived = 0;  // units
+  u32 lists = 0;                // of chosen rows, so far
 
+  // Until as many waits have held in this launch; what was appended before can be streamed then.
+  // False: the launch has ended.
+  __device__ __forceinline__ bool passed(u32 waits) { return reached(&b.shared.progress, waits); }
+  // Until the next list of chosen rows is made.
+  __device__ __forceinline__ bool listed() { return reached(&b.shared.listed, ++lists); }
+  __device__ __forceinline__ bool reached(const u32* word, u32 wanted) {
+    while (load_shared(word) < wanted) {
+      if (arrived < issued && !land()) return false;  // what is under way is watched as ever
+      if (load_shared(&b.shared.verdict)) return false;
+    }
+    fence_proxy();
+    return true;
+  }
   // Until the oldest unit under way has all its bytes. False: they do not come.
   __device__ __forceinline__ bool land() {
     u64 since = 0;

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from tilert.backends.cuda.backend import swizzle
+from tilert.backends.cuda import prompt_latent as latent
+from tilert.backends.cuda.paged import PagedCaches
 from tilert.ir.dtype import DType
 from tilert.ir.graph import Graph, Node, Value
 from tilert.ir.program import PAGE, Scale
@@ -36,6 +37,11 @@ class _Step:
     values: dict[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
 
     @property
+    def end(self) -> int:
+        """The position behind the last token."""
+        return self.begin + len(self.tokens)
+
+    @property
     def positions(self) -> torch.Tensor:
         """[T]"""
         return torch.arange(self.begin, self.begin + len(self.tokens), device=self.tokens.device)
@@ -44,8 +50,8 @@ class _Step:
 class PromptRunner:
     """Runs `graph` on the device of its weights.
 
-    weights: as stored, by name, [rows, cols]. caches: 'layers.N.k_cache' and '.v_cache', each [pages,
-    kv_heads, 64, head_dim] with the pieces of a row permuted by `swizzle`.
+    weights: as stored, by name, [rows, cols]. caches: 'layers.N.k_cache' and so on, each [pages, kv_heads,
+    64, head_dim] as paged.py says.
     """
 
     def __init__(
@@ -54,10 +60,12 @@ class PromptRunner:
     ) -> None:  # fmt: skip
         self.graph, self.weights, self.caches, self.scales = graph, weights, caches, scales
         self.device = next(iter(weights.values())).device
-        self.orders: dict[int, torch.Tensor] = {}  # swizzles by head_dim
+        self.paged = PagedCaches(caches, self.device)
         self.ops: dict[str, Callable[[_Step, Node], torch.Tensor]] = {
             "embed": self._embed, "rms_norm": self._rms_norm, "linear": self._linear, "add": self._add,
             "silu_mul": self._silu_mul, "rope": self._rope, "attention": self._attention,
+            "latent_rope": self._latent_rope, "latent_attention": self._latent_attention,
+            "index_rope": self._index_rope, "index_score": self._index_score, "select": self._select,
             "route": self._route, "experts": self._experts,
         }  # fmt: skip
         unknown = {node.op for node in graph.nodes} - self.ops.keys()
@@ -85,12 +93,14 @@ class PromptRunner:
 
     def warm_up(self) -> None:
         """Load what the first prompts would load: two pieces of one that leaves nothing in the caches."""
-        rope = next(node for node in self.graph.nodes if node.op == "rope")
-        table, cache = rope.inputs["table"], next(iter(self.caches.values()))
+        rope = next(
+            node for node in self.graph.nodes if "table" in node.inputs and node.op != "embed"
+        )
+        table = rope.inputs["table"]
         assert table is not None, f"{rope} lacks its table"
         count = min(WARM, len(self.weights[table.name]) // 2)
         pages = range(-(-2 * count // PAGE))
-        caches = dict.fromkeys(self.caches, cache.new_zeros(len(pages), *cache.shape[1:]))
+        caches = {n: c.new_zeros(len(pages), *c.shape[1:]) for n, c in self.caches.items()}
         scratch = PromptRunner(self.graph, self.weights, caches, self.scales)
         for begin, outputs in ((0, []), (count, [count - 1])):
             scratch.run([0] * count, begin, pages, outputs).cpu()
@@ -140,6 +150,9 @@ class PromptRunner:
         w, bias = self._matrix(value), self._optional(node.inputs["bias"])
         if node.output in self.routing:  # what rounding moves would send a token to another expert
             w = w.float()
+        if groups := int(node.attrs.get("groups", 0)):
+            x = self._input(step, node, "x")
+            return latent.block_linear(x, w, groups, int(node.attrs["stride"]))
         y = _product(self._input(step, node, "x"), w)
         return y if bias is None else y + bias.float()
 
@@ -207,30 +220,13 @@ class PromptRunner:
         self._append(step, f"layers.{layer}.v_cache", v)
         return turned["q"].reshape(len(step.tokens), -1)
 
-    def _columns(self, head_dim: int) -> torch.Tensor:
-        """[64, head_dim / 8] pieces of a row, permuted."""
-        if head_dim not in self.orders:
-            pieces = torch.from_numpy(swizzle(head_dim)[:, ::8] // 8)
-            self.orders[head_dim] = pieces.to(self.device)
-        return self.orders[head_dim]
-
     def _append(self, step: _Step, name: str, x: torch.Tensor) -> None:
         """x [T, kv_heads, head_dim] at the step's positions."""
-        cache, rows = self.caches[name], step.positions % PAGE
-        pieces = x.to(cache.dtype).unflatten(-1, (-1, 8))  # [T, kv_heads, pieces, 8]
-        order = self._columns(x.shape[-1])[rows]
-        stored = pieces.gather(2, order[:, None, :, None].expand(pieces.shape))
-        cache[step.pages[step.positions // PAGE], :, rows] = stored.flatten(-2)
+        self.paged.append(name, step.pages, step.positions, x)
 
     def _cached(self, step: _Step, name: str, first_page: int) -> torch.Tensor:
         """[kv_heads, positions, head_dim] from a page on to the last token of the step."""
-        end = step.begin + len(step.tokens)
-        stored = self.caches[name].index_select(0, step.pages[first_page : -(-end // PAGE)])
-        stored = stored.unflatten(-1, (-1, 8))
-        order = self._columns(stored.shape[3] * 8)[None, None, :, :, None].expand(stored.shape)
-        pages = stored.gather(3, order).flatten(-2)  # [pages, kv_heads, 64, head_dim]
-        # Rows not yet written may hold anything, and a weight of 0 does not silence a NaN.
-        return pages.transpose(0, 1).flatten(1, 2)[:, : end - first_page * PAGE]
+        return self.paged.read(name, step.pages, first_page, step.end)
 
     def _attention(self, step: _Step, node: Node) -> torch.Tensor:
         d, layer, window = (int(node.attrs[name]) for name in ("head_dim", "layer", "window"))
@@ -240,9 +236,61 @@ class PromptRunner:
         y = _attend(q, k, v, node.attrs["scale"], self._mask(step, first * PAGE, window))
         return y.transpose(0, 1).reshape(len(step.tokens), -1).float()
 
+    def _angles(self, step: _Step, node: Node) -> torch.Tensor:
+        """[T, 1, columns]: cosines, then sines, for all heads."""
+        return self._input(step, node, "table")[step.positions][:, None]
+
+    def _latent_rope(self, step: _Step, node: Node) -> torch.Tensor:
+        layer, heads, nope = (int(node.attrs[name]) for name in ("layer", "heads", "nope"))
+        interleave, angles = bool(node.attrs["interleave"]), self._angles(step, node)
+        kv, weight = self._input(step, node, "kv"), self._input(step, node, "norm")
+        lora = weight.shape[-1]
+        key = latent.turned(kv[:, None, lora:], angles, interleave)
+        row = torch.cat([_norm(kv[:, None, :lora], weight, node.attrs["eps"]), key], dim=-1)
+        self._append(step, f"layers.{layer}.latent_cache", row)
+        q = self._input(step, node, "q").unflatten(1, (heads, -1))
+        q = torch.cat([q[..., :nope], latent.turned(q[..., nope:], angles, interleave)], dim=-1)
+        return q.flatten(1)
+
+    def _latent_attention(self, step: _Step, node: Node) -> torch.Tensor:
+        layer, heads, lora, nope = (int(node.attrs[n]) for n in ("layer", "heads", "lora", "nope"))
+        rotated = self._input(step, node, "rotated").unflatten(1, (heads, -1))[..., nope:]
+        q = torch.cat([self._input(step, node, "q").unflatten(1, (heads, lora)), rotated], dim=-1)
+        rows = self._cached(step, f"layers.{layer}.latent_cache", 0)[0]
+        if node.inputs["selected"] is None:
+            mask = torch.arange(step.end, device=self.device) <= step.positions[:, None]
+        else:
+            mask = self._input(step, node, "selected")
+        return latent.attend(q, rows, lora, node.attrs["scale"], mask).flatten(1)
+
+    def _index_rope(self, step: _Step, node: Node) -> torch.Tensor:
+        k, angles = self._input(step, node, "k"), self._angles(step, node)
+        norm, shift = self._input(step, node, "norm"), self._input(step, node, "bias")
+        layer, interleave = int(node.attrs["layer"]), bool(node.attrs["interleave"])
+        key = latent.index_key(k, norm, shift, node.attrs["eps"], angles, interleave)
+        q = self._input(step, node, "q").unflatten(1, (-1, k.shape[1]))
+        q = latent.index_query(q, angles, interleave)
+        if latent.append_key(self.paged, layer, step.pages, step.positions, key):
+            values, scale = latent.quantised(q)
+            q = values.float() * scale
+        return q.flatten(1)
+
+    def _index_score(self, step: _Step, node: Node) -> torch.Tensor:
+        q, weights = self._input(step, node, "q"), self._input(step, node, "weights")
+        return latent.index_scores(
+            self.paged, int(node.attrs["layer"]), step.pages, step.end,
+            q.unflatten(1, (weights.shape[1], -1)), weights, node.attrs["scale"],
+        )  # fmt: skip
+
+    def _select(self, step: _Step, node: Node) -> torch.Tensor:
+        """bool [T, positions]"""
+        return latent.select(
+            self._input(step, node, "scores"), step.positions, int(node.attrs["topk"])
+        )
+
     def _mask(self, step: _Step, first: int, window: int) -> torch.Tensor | None:
         """[T, keys from `first` on] which keys a query sees; None for all up to its own."""
-        end = step.begin + len(step.tokens)
+        end = step.end
         if step.begin == 0 and (window == 0 or end <= window):
             return None
         ago = step.positions[:, None] - torch.arange(first, end, device=self.device)
@@ -290,14 +338,15 @@ def _rotate(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
 
 def over_memory(
     graph: Graph, weights: Mapping[str, tuple[Any, np.ndarray]],
-    caches: Mapping[str, tuple[Any, tuple[int, ...]]], scales: Mapping[str, Scale],
+    caches: Mapping[str, tuple[Any, tuple[int, ...], DType]], scales: Mapping[str, Scale],
 ) -> PromptRunner:  # fmt: skip
-    """A runner over memory of the device, each with an array of its type and shape, or its shape."""
+    """A runner over memory of the device, each with an array of its type and shape, or both of them."""
     typed = {
         name: memory.tensor.view(_TORCH[DType.of(array)]).view(array.shape)
         for name, (memory, array) in weights.items()
     }
     pages = {
-        n: memory.tensor.view(torch.bfloat16).view(shape) for n, (memory, shape) in caches.items()
+        name: memory.tensor.view(_TORCH[dtype]).view(shape)
+        for name, (memory, shape, dtype) in caches.items()
     }
     return PromptRunner(graph, typed, pages, scales)

@@ -18,6 +18,12 @@ __device__ __forceinline__ u8* shared_memory() {
   return memory;
 }
 
+// The same value, of which the compiler knows nothing.
+__device__ __forceinline__ u32 opaque(u32 v) {
+  asm volatile("" : "+r"(v));
+  return v;
+}
+
 // mbarriers: a phase completes when `count` arrivals and all announced bytes are in.
 
 __device__ __forceinline__ void barrier_init(u64* b, u32 count) {
@@ -252,6 +258,13 @@ __device__ __forceinline__ void floats_of_e4m3(u32 v, float (&f)[4]) {
   halves_of_e4m3(v, low, high);
   f[0] = float_of_half(u16(low)), f[1] = float_of_half(u16(low >> 16));
   f[2] = float_of_half(u16(high)), f[3] = float_of_half(u16(high >> 16));
+}
+
+// Two floats rounded to e4m3, the first in the low byte; what is too large becomes the largest.
+__device__ __forceinline__ u32 e4m3_of(float low, float high) {
+  u16 v;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(v) : "f"(high), "f"(low));
+  return v;
 }
 
 // Two floats rounded to f16, the first in the low half; what is too large becomes the largest.

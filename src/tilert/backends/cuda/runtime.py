@@ -18,6 +18,7 @@ import numpy as np
 
 from tilert.backends.cuda.backend import CudaBackend, Device, Memory, cache_shapes
 from tilert.backends.cuda.limits import step_rows
+from tilert.ir.dtype import DType
 from tilert.ir.graph import Graph
 from tilert.ir.machine import Machine
 from tilert.ir.program import NONE, Kind, Program, Scale
@@ -47,7 +48,7 @@ class GpuDevice(Device, Protocol):
 
     def prompt_runner(
         self, graph: Graph, weights: Mapping[str, tuple[Any, np.ndarray]],
-        caches: Mapping[str, tuple[Any, tuple[int, ...]]], scales: Mapping[str, Scale],
+        caches: Mapping[str, tuple[Any, tuple[int, ...], DType]], scales: Mapping[str, Scale],
     ) -> Any:  # fmt: skip
         """A LateRunner over memory of this device; None when the device has none."""
         ...
@@ -124,12 +125,15 @@ class CudaRuntime:
             tensors = self._load(made)
             marks.append(time.perf_counter())
             shapes = cache_shapes(made, self.num_pages)
-            self.caches = {n: self.device.allocate(2 * int(np.prod(s))) for n, s in shapes.items()}
+            types = {b.name: b.dtype for b in made.buffers if b.kind is Kind.CACHE}
+            self.caches = {
+                n: self.device.allocate(types[n].bytes * int(np.prod(s))) for n, s in shapes.items()
+            }
             for memory in self.caches.values():
                 memory.clear()  # values that no token has written yet are multiplied by 0
             self._prompts = self.device.prompt_runner(
                 self.graph, {n: (m, self.arrays[n]) for n, m in tensors.items()},
-                {n: (m, shapes[n]) for n, m in self.caches.items()}, _scales(made),
+                {n: (m, shapes[n], types[n]) for n, m in self.caches.items()}, _scales(made),
             )  # fmt: skip
             self._decode = self.bound(made)
             marks.append(time.perf_counter())

@@ -15,6 +15,7 @@ from tilert.backends.cuda.limits import (
     MAX_CHOSEN,
     MAX_GROUPS,
     SLOT_PAD,
+    UNIT_ROWS,
     scratch_bytes,
     shared_struct_bytes,
 )
@@ -32,9 +33,14 @@ from tilert.ops import (
     Embed,
     ExpertDown,
     ExpertGate,
+    IndexRope,
+    IndexScore,
+    LatentAttention,
+    LatentRope,
     Linear,
     NextToken,
     Route,
+    Select,
     Sift,
     Totals,
 )
@@ -42,7 +48,7 @@ from tilert.ops import (
 FOLDER = Path(__file__).parent
 HEADERS = (
     "ptx.cuh", "program.cuh", "tile.cuh", "inputs.cuh", "products.cuh", "linear.cuh", "attend.cuh",
-    "sample.cuh", "draw.cuh", "experts.cuh",
+    "sample.cuh", "draw.cuh", "experts.cuh", "mla.cuh", "index.cuh",
 )  # fmt: skip
 KERNEL = "tilert_program"
 
@@ -73,7 +79,7 @@ def generate(program: Program, slots: int, *, trace: bool = False) -> Source:
         "kWindow": min(machine.window, slots), "kPage": PAGE, "kScratchBytes": scratch_bytes(program),
         "kCounters": len(program.counters), "kTurn": tags.stride % TAGS, "kTokens": program.tokens,
         "kStreamLead": program.stream_lead, "kSharedBytes": shared_struct_bytes(program.tokens),
-        "kHeldWords": HELD_WORDS,
+        "kHeldWords": HELD_WORDS, "kVariants": len(known),
     }  # fmt: skip
     headers = {name: (FOLDER / name).read_text(encoding="utf-8") for name in HEADERS}
     headers["constants.h"] = "#pragma once\n" + "".join(
@@ -97,6 +103,10 @@ def _type(program: Program, op: Op, tags: Tags) -> str:
             f" {_bits(op.eps)}, {_bits(op.scale)},"
             f" {', '.join(str(program.buffers[b].cols) for b in (op.q, op.k, op.v))}>"
         )
+    if isinstance(op, LatentRope | LatentAttention):
+        return _latent(program, op, tags)
+    if isinstance(op, IndexRope | IndexScore | Select):
+        return _index(program, op, tags)
     if isinstance(op, Combine):
         return (
             f"Combine<{op.kv_heads}, {op.group}, {op.head_dim}, {op.splits}, {op.window},"
@@ -121,11 +131,7 @@ def _type(program: Program, op: Op, tags: Tags) -> str:
         return _gate(program, op, tags)
     if isinstance(op, ExpertDown):
         return _down(program, op, tags)
-    if not isinstance(op, NextToken):
-        raise UserError(
-            f"the model needs the op {type(op).__name__}, which the back end 'cuda' does not have; 'cpu'"
-            " and 'interpreter' run it"
-        )
+    assert isinstance(op, NextToken), f"{type(op).__name__} has no CUDA form"
     return f"NextToken<{op.chunks}>"
 
 
@@ -138,6 +144,49 @@ def _check_heads(program: Program, op: Attend) -> None:
         )
 
 
+def _latent(program: Program, op: LatentRope | LatentAttention, tags: Tags) -> str:
+    width, slot = op.lora + op.rope, program.machine.slot_bytes
+    if op.lora % 16 or op.rope % 16 or op.nope % 4 or 2 * UNIT_ROWS * width > slot:
+        raise UserError(
+            f"the model has latents of {op.lora} and rotated keys of {op.rope} elements; the back end 'cuda'"
+            f" accepts multiples of 16, together up to {slot // (2 * UNIT_ROWS)}; 'cpu' runs it"
+        )
+    assert op.q_col % 4 == 0, "a piece of a head is loaded as four words"
+    if isinstance(op, LatentRope):
+        return (
+            f"LatentRope<{op.heads}, {op.nope}, {op.rope}, {op.lora}, {_flag(bool(op.interleave))},"
+            f" {_flag(op.kv in tags.writers)}, {_weight(program, op.weight)}, {_bits(op.eps)}>"
+        )
+    return (
+        f"LatentAttention<{op.tile_heads}, {op.nope}, {op.rope}, {op.lora}, {op.splits}, {op.topk},"
+        f" {_flag(op.q in tags.writers)}, {_bits(op.scale)}>"
+    )
+
+
+def _index(program: Program, op: IndexRope | IndexScore | Select, tags: Tags) -> str:
+    if isinstance(op, Select):
+        return f"Select<{op.topk}, {op.splits}, {op.width}>"
+    slot = program.machine.slot_bytes
+    most = min(128, slot // PAGE - 4)
+    if not 16 <= op.head_dim <= most or op.heads > 128:
+        raise UserError(
+            f"the indexer has {op.heads} heads of {op.head_dim} elements; the back end 'cuda' accepts up to"
+            f" 128 heads of 16 to {most}; 'cpu' runs it"
+        )
+    assert op.q_col % 4 == 0, "a piece of a head is loaded as four words"
+    assert op.index_scale != NONE, "keys are e4m3 with scales"
+    if isinstance(op, IndexScore):
+        return (
+            f"IndexScore<{op.heads}, {op.head_dim}, {op.topk}, {op.splits}, {op.width},"
+            f" {_flag(op.head_weights in tags.writers)}, {_bits(op.scale)}>"
+        )
+    norms = ", ".join(_weight(program, b) for b in (op.weight, op.shift))
+    return (
+        f"IndexRope<{op.heads}, {op.head_dim}, {op.rope}, {_flag(bool(op.interleave))},"
+        f" {_flag(op.k in tags.writers)}, {norms}, {_bits(op.eps)}>"
+    )
+
+
 def _flag(value: bool) -> str:
     return "true" if value else "false"
 
@@ -147,12 +196,14 @@ def _narrow(program: Program, buf: Buf) -> str:
 
 
 def _linear(program: Program, op: Linear, tags: Tags) -> str:
-    x = _input(program, op, tags)
+    x, rows = _input(program, op, tags), "Straight"
     if op.splits > 1:
-        window = next(o.window for o in program.ops if isinstance(o, Attend) and o.y == op.x)
-        x = f"Merged<{op.splits}, {op.group}, {op.head_dim}, {window}>"
+        x = f"Merged<{op.splits}, {op.group}, {op.head_dim}, {_active(program, op)}>"
+    if op.groups > 1:
+        stride = op.splits * (op.head_dim + 2) if op.splits > 1 else op.x_stride
+        rows = f"Blocks<{op.n // op.groups}, {stride}>"
     epilogue = ("kStore", "kAdd", "kGate")[op.epilogue]
-    return _product(program, op, tags, epilogue, x, "Straight")
+    return _product(program, op, tags, epilogue, x, rows)
 
 
 def _gate(program: Program, op: ExpertGate, tags: Tags) -> str:
@@ -183,6 +234,14 @@ def _product(
         f" {_flag(op.y in tags.writers)}, {_narrow(program, op.y)}, {_flag(op.x_type != DType.F32)},"
         f" {y.cols}, {x}, {_weight(program, bias)}, {_scales(program, op)}, {rows}>"
     )
+
+
+def _active(program: Program, op: Linear) -> str:
+    """Which of the shares that a product merges hold something."""
+    made = next(o for o in program.ops if isinstance(o, Attend | LatentAttention) and o.y == op.x)
+    if isinstance(made, Attend):
+        return f"PastPages<{made.window}>"
+    return "EveryShare" if made.topk else "SeenPages"
 
 
 def _check_choice(op: Route) -> None:

@@ -48,7 +48,8 @@ struct None {  // of an operand that an op does not have
 struct Straight {
   static constexpr bool kChosen = false;  // by what an earlier op has left
   static constexpr int kParts = 1;
-  struct Choice {};  // what the warps know of it
+  static constexpr u32 kBlockRows = 0, kBlockStride = 0;  // all rows have the same x
+  struct Choice {};                                       // what the warps know of it
   static __device__ __forceinline__ Choice choice(const Run&) { return {}; }
   static __device__ __forceinline__ bool known(const Run&) { return true; }  // before its waits
 
@@ -80,6 +81,13 @@ struct Straight {
   static __device__ __forceinline__ u32 scale_row(const Choice&, u32 group, int) {
     return group;
   }
+};
+
+// Rows of a block-diagonal matrix: so many have the same x, and that of the next ones is so much
+// further on.
+template <u32 kRows, u32 kStride>
+struct Blocks : Straight {
+  static constexpr u32 kBlockRows = kRows, kBlockStride = kStride;
 };
 
 // kTileRows output rows at a time, of kMatrices matrices (gate and up). Where a tile fits a slot it

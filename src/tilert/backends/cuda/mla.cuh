@@ -1,0 +1,488 @@
+// Latent attention: query heads over one row per position, whose first kLora elements are its
+// values too. Pages are stored as [64 positions][kLora + kRope] bf16, with the 16-byte pieces of a
+// row permuted (see swizzle).
+//
+// A unit of the ring is 16 positions. The warps take a few units together: first each scores 8
+// positions with all heads of the tile, which are the rows of A, and leaves the scores in shared
+// memory; then each makes the weights of all positions for itself and multiplies its own columns of
+// the values with them. So nothing is merged at the end, and every row is read from memory once.
+#pragma once
+#include "attend.cuh"
+
+// Element `e` of a rotated piece of kRope elements; x: the elements before. Interleaved: neighbours
+// are pairs, and the first elements of all pairs come before the second ones.
+template <int kRope, bool kInterleaved, class Load>
+__device__ __forceinline__ float turned(Load x, const float* angles, int e) {
+  constexpr int kHalf = kRope / 2;
+  const int pair = e % kHalf;
+  const float first = x(kInterleaved ? 2 * pair : pair);
+  const float second = x(kInterleaved ? 2 * pair + 1 : pair + kHalf);
+  const float cosine = __ldg(angles + pair), sine = __ldg(angles + kHalf + pair);
+  return e < kHalf ? fmaf(first, cosine, -(second * sine)) : fmaf(second, cosine, first * sine);
+}
+
+// The page of one token's sequence that holds a position, as a number of the cache.
+__device__ __forceinline__ u32 physical_page(const Block& b, u32 position) {
+  const u32* table = b.params.pages + b.params.sequences[0] * b.params.page_cols;
+  return __ldg(table + position / kPage);
+}
+
+// run.w: the cache, run.norm: weight of the latent's norm, run.bias_up: the rope table, run.x: the
+// query heads, run.x2: the latent and the shared key. A warp takes a tile.
+template <int kHeads, int kNope, int kRope, int kLora, bool kInterleaved, bool kTagged, class Norm,
+          u32 kEpsBits>
+struct LatentRope {
+  static constexpr int kWidth = kLora + kRope;
+  static constexpr int kLoads = (kWidth + 31) / 32, kTurned = (kRope + 31) / 32;
+  static constexpr int kPieces = (kLora / 8 + 31) / 32;
+  struct Scratch {
+    float row[kWidth];
+  };
+  static_assert(sizeof(Scratch) <= kScratchBytes, "scratch is too small");
+
+  static __device__ __forceinline__ bool stream(Loader&, const Run&) { return true; }
+
+  static __device__ __forceinline__ bool consume(Block& b, const Run& run) {
+    if (!wait_for_inputs<false>(b, run)) return false;
+    for (u32 i = run.first + warp(); i < run.first + run.count; i += kWarps)
+      i < kHeads ? turn_head(b, run, i) : append(b, run);
+    sync_consumers();
+    if (thread() == 0) signal<false>(b, run);
+    return true;
+  }
+
+ private:
+  static __device__ __forceinline__ const float* angles(const Block& b, const Run& run) {
+    return reinterpret_cast<const float*>(run.bias_up) + u64(b.position(0)) * kRope;
+  }
+
+  static __device__ __forceinline__ void turn_head(const Block& b, const Run& run, u32 head) {
+    float* q = b.at(run.x) + head * (kNope + kRope) + kNope;
+    float v[kTurned];
+#pragma unroll
+    for (int i = 0; i < kTurned; ++i) {
+      const int e = min(lane() + 32 * i, kRope - 1);
+      v[i] = turned<kRope, kInterleaved>([&](int at) { return load_float(q + at); }, angles(b, run),
+                                         e);
+    }
+    __syncwarp();  // all lanes have read what some will overwrite
+#pragma unroll
+    for (int i = 0; i < kTurned; ++i)
+      if (lane() + 32 * i < kRope) store_float(q + lane() + 32 * i, v[i]);
+  }
+
+  static __device__ __forceinline__ void append(Block& b, const Run& run) {
+    float* row = reinterpret_cast<Scratch*>(b.scratch)->row;
+    const float factor = fetch(b, run, row);
+    const u32 position = b.position(0), at = position % kPage;
+    u8* cache = const_cast<u8*>(run.w) + u64(physical_page(b, position)) * kPage * kWidth * 2;
+    u16* to = reinterpret_cast<u16*>(cache) + at * kWidth;
+    auto weight = reinterpret_cast<const typename Norm::Bits*>(run.norm);
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i) {
+      const u32 piece = lane() + 32 * i;
+      if (piece >= kLora / 8) continue;
+      u32 words[4];
+#pragma unroll
+      for (u32 k = 0; k < 4; ++k) {
+        const u32 e = piece * 8 + 2 * k;
+        words[k] = pack_bf16(row[e] * factor * Norm::widen(__ldg(weight + e)),
+                             row[e + 1] * factor * Norm::widen(__ldg(weight + e + 1)));
+      }
+      reinterpret_cast<uint4*>(to)[swizzle<kWidth>(at, piece)] = {words[0], words[1], words[2],
+                                                                  words[3]};
+    }
+#pragma unroll
+    for (int i = 0; i < kTurned; ++i) {
+      const u32 e = lane() + 32 * i, column = kLora + e;
+      if (e >= kRope) continue;
+      const float v = turned<kRope, kInterleaved>([&](int from) { return row[kLora + from]; },
+                                                  angles(b, run), e);
+      to[swizzle<kWidth>(at, column / 8) * 8 + column % 8] = u16(pack_bf16(v, 0));
+    }
+    fence_proxy();  // others will stream what is new
+  }
+
+  // What the product left, to shared memory; the factor that norms the latent.
+  static __device__ __forceinline__ float fetch(const Block& b, const Run& run, float* row) {
+    const float* from[kLoads];
+    u32 tag[kLoads];
+    float v[kLoads], sum = 0;
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      tag[i] = b.tag(run.x2);
+      from[i] = lane() + 32 * i < kWidth ? b.at(run.x2) + lane() + 32 * i : nullptr;
+    }
+    if constexpr (kTagged) {
+      load_tagged(b, from, tag, v);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kLoads; ++i) v[i] = from[i] ? load_float(from[i]) : 0;
+    }
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      if (from[i]) row[lane() + 32 * i] = v[i];
+      if (lane() + 32 * i < kLora) sum = fmaf(v[i], v[i], sum);
+    }
+    __syncwarp();
+    return inverse_root(warp_sum(sum) / kLora + __uint_as_float(kEpsBits));
+  }
+};
+
+// What a share covers, a piece of kTake at a time. Without chosen positions these are positions, of
+// pages that are dealt out as page_share of ops/attend.py does; else places in the list of them.
+template <int kTake, int kSplits, int kTopk>
+struct Walk {
+  u32 split, end;
+  u32 from = 0, rows = 0;  // the piece
+
+  __device__ __forceinline__ Walk(const Block& b, u32 of_split) : split(of_split) {
+    const u32 seen = b.position(0) + 1;
+    if constexpr (kTopk == 0) {
+      end = seen;
+    } else {
+      const u32 chosen = min(seen, u32(kTopk));
+      end = chosen * (split + 1) / kSplits;
+      next_at = first = chosen * split / kSplits;
+    }
+  }
+  __device__ __forceinline__ bool next() {
+    if constexpr (kTopk == 0) {
+      for (;; ++round, next_at = 0) {
+        const u32 page = page_of(round, split, kSplits) * kPage;
+        if (page >= end) return false;
+        if (next_at == kPage || page + next_at >= end) continue;
+        from = page + next_at;
+        break;
+      }
+    } else {
+      if (next_at >= end) return false;
+      from = next_at;
+    }
+    rows = min(u32(kTake), end - from);
+    next_at += kTake;
+    return true;
+  }
+  __device__ __forceinline__ bool last() const { return from + rows == end; }
+  __device__ __forceinline__ bool idle() const {
+    if constexpr (kTopk == 0) return split >= active_shares(0, end, kSplits);
+    return first == end;
+  }
+  u32 first = 0;  // of the list
+
+ private:
+  u32 round = 0, next_at = 0;
+};
+
+// Tile g * kSplits + s: heads [g * kTileHeads, (g + 1) * kTileHeads), share s of the positions.
+// With kTopk a token attends to the positions that Select has chosen. run.w: the cache, run.x:
+// queries as latents, run.x2: rotated queries, run.x3: the chosen positions.
+template <int kTileHeads, int kNope, int kRope, int kLora, int kSplits, int kTopk, bool kTagged,
+          u32 kScaleBits>
+struct LatentAttention {
+  static constexpr int kWidth = kLora + kRope, kRowBytes = 2 * kWidth;
+  static constexpr int kUnitRows = 16, kUnitBytes = kUnitRows * kRowBytes;
+  static_assert(kWidth % 16 == 0 && kLora % 16 == 0 && kNope % 4 == 0 && kTileHeads <= 16, "shape");
+  static_assert(kUnitBytes <= kSlotBytes, "16 positions fit a slot");
+  static constexpr int kUnits = kSlots >= 8 ? 4 : kSlots >= 4 ? 2 : 1;  // taken together
+  static constexpr int kTake = kUnits * kUnitRows;
+  static constexpr int kSteps = kWidth / 16, kRowPieces = kWidth / 8;
+  static constexpr int kColumns = kLora / 16;                      // blocks of columns of values
+  static constexpr int kOwn = (kColumns + kWarps - 1) / kWarps;    // of a warp
+  static constexpr int kPitch = kTake + 8;                         // of scores; no bank conflicts
+  static constexpr int kListed = (kTopk + kSplits - 1) / kSplits;  // positions of a share at most
+  static constexpr int kYPitch = kLora + 2;
+  using Share = Walk<kTake, kSplits, kTopk>;
+  static __device__ __forceinline__ float scale() { return __uint_as_float(kScaleBits) * kLog2e; }
+
+  struct Scratch {
+    u16 q[16 * kWidth];
+    u16 own[kWidth];  // the row of the token's own position, as it is stored
+    alignas(16) float scores[2][16][kPitch];
+    u32 rows[(kListed + kUnitRows - 1) / kUnitRows * kUnitRows + 4];  // of the cache
+  };
+  static_assert(sizeof(Scratch) <= kScratchBytes, "scratch is too small");
+
+  // Rows that this launch has appended may be streamed as those of Attend. The token's own may not:
+  // what is copied for it is replaced. Chosen rows may be once their list is made.
+  static __device__ __forceinline__ bool stream(Loader& l, const Run& run) {
+    Block& b = l.b;
+    const Scratch& scratch = *reinterpret_cast<const Scratch*>(b.scratch);
+    if (kTopk == 0 && b.step && !l.passed((b.step - 1) * b.length + b.number + kStreamLead + 1))
+      return false;
+    for (u32 tile = run.first; tile < run.first + run.count; ++tile) {
+      Share share(b, tile % kSplits);
+      if (share.idle()) continue;
+      if (kTopk && !l.listed()) return false;
+      while (share.next())
+        for (u32 row = 0; row < share.rows; row += kUnitRows) {
+          if (!l.acquire()) return false;
+          l.expect(kUnitBytes);
+          kTopk ? copy_rows(l, run, scratch.rows + share.from - share.first + row)
+                : l.copy(0, run.w + row_at(b, share.from + row), kUnitBytes);
+          l.next();
+        }
+    }
+    return true;
+  }
+
+  static __device__ __forceinline__ bool consume(Block& b, const Run& run) {
+    if (!wait_for_inputs<false>(b, run)) return false;
+    const Here me;
+    for (u32 i = run.first; i < run.first + run.count; ++i) tile(me, b, run, i);
+    if (me.thread == 0) signal<false>(b, run);
+    return true;
+  }
+
+ private:
+  // Online softmax, alike in all warps, in powers of two; sums of the warp's own columns. Lane l
+  // has rows l / 4 and l / 4 + 8.
+  struct State {
+    float most[2] = {-infinity(), -infinity()}, sum[2] = {0, 0};
+    float out[2 * kOwn][4] = {};
+  };
+
+  static __device__ __forceinline__ u64 row_at(const Block& b, u32 position) {
+    return (u64(physical_page(b, position)) * kPage + position % kPage) * kRowBytes;
+  }
+
+  static __device__ __forceinline__ void copy_rows(Loader& l, const Run& run, const u32* rows) {
+#pragma unroll 4
+    for (int r = 0; r < kUnitRows; ++r)
+      l.copy(r * kRowBytes, run.w + u64(load_shared(rows + r)) * kRowBytes, kRowBytes);
+  }
+
+  // Where the chosen positions of a share lie; the last unit is filled up with the last of them,
+  // for what its weights of zero meet must be numbers.
+  static __device__ __forceinline__ void list_rows(const Here& me, Block& b, const Run& run,
+                                                   const Share& share, Scratch& scratch) {
+    const u32* chosen = reinterpret_cast<const u32*>(b.at(run.x3));
+    const u32 count = share.end - share.first;
+    for (u32 i = me.thread; i < (count + kUnitRows - 1) / kUnitRows * kUnitRows; i += kThreads) {
+      const u32 position = load_relaxed(chosen + share.first + min(i, count - 1));
+      scratch.rows[i] = physical_page(b, position) * kPage + position % kPage;
+    }
+    sync_consumers();
+    if (me.thread == 0) store_shared(&b.shared.listed, ++b.lists);
+  }
+
+  // One query's elements [e, e + 4) to shared memory.
+  static __device__ __forceinline__ void put(Scratch& scratch, u32 head, u32 e, float4 v) {
+    u16* to = scratch.q + head * kWidth + swizzle<kWidth>(head, e / 8) * 8 + e % 8;
+    *reinterpret_cast<uint2*>(to) = {pack_bf16(v.x, v.y), pack_bf16(v.z, v.w)};
+  }
+
+  // Queries and the token's own row to shared memory. Rows of q that no head has hold anything.
+  static __device__ __forceinline__ void prepare(const Here& me, const Block& b, const Run& run,
+                                                 u32 group, Scratch& scratch) {
+    constexpr int kOfHead = kLora / 4, kLatents = kTileHeads * kOfHead;
+    constexpr int kLoads = (kLatents + kThreads - 1) / kThreads;
+    constexpr int kOfTurned = kRope / 4, kTurned = kTileHeads * kOfTurned;
+    if (kTopk == 0 && me.thread < kRowPieces)
+      reinterpret_cast<float4*>(scratch.own)[me.thread] = load_float4(
+          reinterpret_cast<const float*>(run.w + row_at(b, b.position(0))) + me.thread * 4);
+    for (u32 i = me.thread; i < kTurned; i += kThreads) {
+      const u32 head = i / kOfTurned, e = i % kOfTurned * 4;
+      const float* from = b.at(run.x2) + (group * kTileHeads + head) * (kNope + kRope) + kNope + e;
+      put(scratch, head, kLora + e, load_float4(from));
+    }
+    const float* from = b.at(run.x) + group * kTileHeads * kLora;
+    float4 v[kLoads];
+    Retry retry;
+    for (u32 other = 1; other;) {
+      other = 0;
+#pragma unroll
+      for (int i = 0; i < kLoads; ++i)
+        v[i] = load_float4(from + min(me.thread + i * kThreads, kLatents - 1) * 4);
+#pragma unroll
+      for (int i = 0; i < kLoads; ++i)
+        if constexpr (kTagged) other |= other_tags(v[i], b.tag(run.x));
+      if (other && retry.in_vain(b, b.tag(run.x))) break;
+    }
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      const int index = me.thread + i * kThreads;
+      if (index < kLatents) put(scratch, index / kOfHead, index % kOfHead * 4, cleaned(v[i]));
+    }
+  }
+
+  static __device__ __forceinline__ u32 other_tags(float4 v, u32 tag) {
+    return other_tag(v.x, tag) | other_tag(v.y, tag) | other_tag(v.z, tag) | other_tag(v.w, tag);
+  }
+  static __device__ __forceinline__ float4 cleaned(float4 v) {
+    if constexpr (!kTagged) return v;
+    return {untagged(v.x), untagged(v.y), untagged(v.z), untagged(v.w)};
+  }
+
+  static __device__ __forceinline__ void tile(const Here& me, Block& b, const Run& run, u32 index) {
+    Scratch& scratch = *reinterpret_cast<Scratch*>(b.scratch);
+    const u32 group = index / kSplits, split = index % kSplits;
+    Share share(b, split);
+    State state;
+    if (!share.idle()) {
+      if constexpr (kTopk > 0) list_rows(me, b, run, share, scratch);
+      prepare(me, b, run, group, scratch);
+      sync_consumers();
+      for (u32 turn = 0; share.next(); turn ^= 1) take(me, b, share, turn, scratch, state);
+    } else if (kTopk == 0) {
+      return;  // nobody reads the result
+    }
+    store(me, b, run, group, split, state);
+    sync_consumers();
+  }
+
+  // The next piece of a share.
+  static __device__ __forceinline__ void take(const Here& me, Block& b, const Share& share,
+                                              u32 turn, Scratch& scratch, State& state) {
+    const Cursor first = b.cursor;
+    const u32 units = (share.rows + kUnitRows - 1) / kUnitRows, mine = me.warp / 2;
+    const u32* rows = scratch.rows + share.from - share.first;  // with kTopk
+    if (mine < units) {
+      wait_full(b, first.after(mine));
+      u16* unit = reinterpret_cast<u16*>(b.slot(first.after(mine)));
+      const u32 own = share.rows - 1;  // of the last piece: the token's own position
+      if (kTopk == 0 && share.last() && own / 8 == u32(me.warp))
+        replace(me, unit, own % kUnitRows, scratch);
+      float s[4];
+      score(me, scratch.q, unit, kTopk ? rows + mine * kUnitRows : nullptr, s);
+      float* to = &scratch.scores[turn][me.lane / 4][me.warp * 8 + me.lane % 4 * 2];
+      to[0] = s[0], to[1] = s[1];
+      to[8 * kPitch] = s[2], to[8 * kPitch + 1] = s[3];
+    }
+    sync_consumers();
+    u32 p[kUnits][4];
+    weigh(me, state, scratch.scores[turn], share.rows, p);
+#pragma unroll
+    for (u32 u = 0; u < kUnits; ++u) {
+      if (u >= units) continue;
+      wait_full(b);
+      add_values(me, state, p[u], reinterpret_cast<const u16*>(b.slot()),
+                 kTopk ? rows + u * kUnitRows : nullptr);
+      release_slot(b);
+    }
+  }
+
+  // What was copied for the token's own position may be older than what is there now.
+  static __device__ __forceinline__ void replace(const Here& me, u16* unit, u32 row,
+                                                 const Scratch& scratch) {
+    for (u32 piece = me.lane; piece < kRowPieces; piece += 32)
+      reinterpret_cast<uint4*>(unit + row * kWidth)[piece] =
+          reinterpret_cast<const uint4*>(scratch.own)[piece];
+    fence_proxy();  // the copy engine will write to this slot again
+    __syncwarp();
+  }
+
+  // The row of a page that a row of a unit was: it tells how its pieces are permuted.
+  static __device__ __forceinline__ u32 origin(const u32* rows, u32 row) {
+    return kTopk ? rows[row] : row;
+  }
+
+  // Where a lane finds the pieces c + h of a row, c a constant and h its own, less than the power
+  // of two that c is a multiple of: (c + h) ^ key is (c & ~7) + ((c & 7) ^ (h ^ key)).
+  struct Pieces {
+    u32 base, own;
+    __device__ __forceinline__ Pieces(const u16* rows, u32 row, u32 from, u32 h)
+        : base(shared_address(rows + row * kWidth)), own((h ^ swizzle<kWidth>(from, 0)) * 16) {}
+    __device__ __forceinline__ u32 at(u32 c) const {
+      return base + (own ^ (c & 7) * 16) + (c & ~7u) * 16;
+    }
+  };
+
+  // s = q k^T of the warp's 8 positions, two steps of 16 elements at a time.
+  static __device__ __forceinline__ void score(const Here& me, const u16* q, const u16* unit,
+                                               const u32* rows, float (&s)[4]) {
+    const u32 row = me.warp % 2 * 8 + me.lane % 8, head = me.lane % 16;
+    const Pieces keys(unit, row, origin(rows, row), me.lane / 8);
+    const Pieces queries(q, head, head, me.lane / 16);
+    float odd[4] = {0, 0, 0, 0};
+    s[0] = s[1] = s[2] = s[3] = 0;
+#pragma unroll 6
+    for (int step = 0; step < kSteps; step += 2) {
+      u32 k[4], a[4];
+      // Where the last step has no second one, its pieces are read and not used.
+      load_matrices(k, keys.at(step * 2));
+      load_matrices(a, queries.at(step * 2));
+      multiply(s, a, k[0], k[1]);
+      if (step + 1 == kSteps) continue;
+      load_matrices(a, queries.at(step * 2 + 2));
+      multiply(odd, a, k[2], k[3]);
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) s[i] += odd[i];
+  }
+
+  // Two scores in powers of two; those of positions beyond the piece do not count.
+  static __device__ __forceinline__ float2 seen(const Here& me, const float* row, int block,
+                                                u32 rows) {
+    const float2 v = reinterpret_cast<const float2*>(row)[block * 4];
+    const u32 at = block * 8 + me.lane % 4 * 2;
+    return {at < rows ? v.x * scale() : -infinity(), at + 1 < rows ? v.y * scale() : -infinity()};
+  }
+
+  // Scores of a piece to weights, as rows of A for each unit.
+  static __device__ __forceinline__ void weigh(const Here& me, State& state,
+                                               const float (&scores)[16][kPitch], u32 rows,
+                                               u32 (&p)[kUnits][4]) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float* row = scores[me.lane / 4 + half * 8] + me.lane % 4 * 2;
+      float most = state.most[half], sum = 0;
+#pragma unroll
+      for (int block = 0; block < 2 * kUnits; ++block) {  // of 8 positions, two of a lane
+        const float2 v = seen(me, row, block, rows);
+        most = fmaxf(most, fmaxf(v.x, v.y));
+      }
+      most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));
+      most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
+      const float base = most == -infinity() ? 0 : most;
+      const float fade = exp2_fast(state.most[half] - base);
+#pragma unroll
+      for (int block = 0; block < 2 * kUnits; ++block) {
+        const float2 v = seen(me, row, block, rows);
+        const u32 word = pack_bf16(exp2_fast(v.x - base), exp2_fast(v.y - base));
+        sum += __uint_as_float(word << 16) + __uint_as_float(word & 0xffff0000u);
+        p[block / 2][block % 2 * 2 + half] = word;
+      }
+      sum += __shfl_xor_sync(~0u, sum, 1);
+      sum += __shfl_xor_sync(~0u, sum, 2);
+      state.most[half] = most;
+      state.sum[half] = fmaf(state.sum[half], fade, sum);
+#pragma unroll
+      for (int n = 0; n < 2 * kOwn; ++n)
+        state.out[n][half * 2] *= fade, state.out[n][half * 2 + 1] *= fade;
+    }
+  }
+
+  static __device__ __forceinline__ void add_values(const Here& me, State& state, const u32 (&p)[4],
+                                                    const u16* unit, const u32* rows) {
+    const u32 row = me.lane % 16;
+    const Pieces values(unit, row, origin(rows, row), me.lane / 16);
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      const u32 block = me.warp * kOwn + i;
+      if (kColumns % kWarps && block >= kColumns) continue;
+      u32 m[4];
+      load_matrices_transposed(m, values.at(block * 2));
+      multiply(state.out[2 * i], p, m[0], m[1]);
+      multiply(state.out[2 * i + 1], p, m[2], m[3]);
+    }
+  }
+
+  static __device__ __forceinline__ void store(const Here& me, const Block& b, const Run& run,
+                                               u32 group, u32 split, const State& state) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const u32 row = me.lane / 4 + half * 8;
+      if (row >= kTileHeads) continue;
+      float* y = b.at(run.y) + ((group * kTileHeads + row) * kSplits + split) * kYPitch;
+      if (me.warp == 0 && me.lane % 4 == 0)
+        store_float2(y + kLora, {state.most[half] / kLog2e, state.sum[half]});
+#pragma unroll
+      for (int n = 0; n < 2 * kOwn; ++n) {
+        const u32 column = (me.warp * 2 * kOwn + n) * 8 + me.lane % 4 * 2;
+        if (column < kLora)
+          store_float2(y + column, {state.out[n][half * 2], state.out[n][half * 2 + 1]});
+      }
+    }
+  }
+};

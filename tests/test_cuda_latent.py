@@ -1,0 +1,159 @@
+"""Latent and sparse attention in the CUDA kernel, step by step against the interpreter. Whole tokens of
+such models are in test_cuda_kernel.py."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import test_cuda_kernel as kernel
+import torch
+from test_cuda_kernel import INDEX, LATENT, Devices, begin, loaded
+
+from tilert.backends.cuda import backend as cuda
+from tilert.backends.cuda.backend import CudaBackend
+from tilert.backends.cuda.jit import TARGETS
+from tilert.backends.cuda.limits import step_rows
+from tilert.backends.cuda.prompt import PromptRunner
+from tilert.errors import UserError
+from tilert.ir.dtype import DType
+from tilert.ir.program import Program
+from tilert.models import load_config
+from tilert.models.decoder import build
+from tilert.models.derived import ROPE_TABLE
+from tilert.ops import IndexRope, LatentAttention
+
+folder, devices = kernel.folder, kernel.devices  # fixtures
+
+ONE_LAYER = {"num_hidden_layers": 1, "indexer_types": ["full"]}
+# Lengths at which everything is chosen, all but one, a page and a bit, and most is not.
+POSITIONS = [3, 23, 24, 63, 64, 150, 255]
+
+
+def compiled(
+    monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], workers: int, **machine: int
+) -> tuple[Program, dict[str, np.ndarray]]:
+    """See test_cuda_kernel.compiled."""
+    monkeypatch.setitem(kernel.MODELS, "own", (changes, DType.BF16, workers, machine))
+    return kernel.compiled("own")
+
+
+def words(backend: CudaBackend, name: str, dtype: Any) -> np.ndarray:
+    """The first row of an activation."""
+    b = backend.program.buffers[backend.program.buffer_ids[name]]
+    return backend.arena.read(b.offset, b.cols, dtype)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_the_positions_that_the_indexer_chooses(
+    ties: bool, devices: Devices, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scores, and the choice among them; with ties nearly all scores are zeros of both signs."""
+    program, weights = compiled(monkeypatch, {**INDEX, **ONE_LAYER}, 3)
+    made, interpreter = loaded(program, weights, devices())
+    name = next(b.name for b in program.buffers if b.name.endswith("index_scale_cache"))
+    scales = interpreter.memory.arrays[program.buffer_ids[name]]
+    if ties:
+        scales[np.random.default_rng(2).random(scales.shape) < 0.95] = 0
+    made.__dict__["homes"][name].write(np.ascontiguousarray(scales.astype(np.float32)))
+    for position in POSITIONS:
+        for each in (made, interpreter):
+            begin(each, 3, position)
+            list(each.steps(1))
+        seen = min(position + 1, INDEX["index_topk"])
+        chosen = words(made, "l0.selected", np.int32)[:seen]
+        assert chosen.tolist() == interpreter.read("l0.selected")[0, :seen].tolist()
+        assert (np.diff(chosen) > 0).all()
+        assert (position + 1 > seen) or chosen.tolist() == list(range(seen))
+        if position + 1 > seen:
+            scores, wanted = words(made, "l0.index", np.float32), interpreter.read("l0.index")[0]
+            pages = range(position // 64 + 1)
+            columns = np.concatenate(  # of three shares, one page after another
+                [
+                    np.arange(min(64, position + 1 - 64 * n)) + n % 3 * 128 + n // 3 * 64
+                    for n in pages
+                ]
+            )
+            scale = np.abs(wanted[columns]).max()
+            assert np.abs(scores[columns] - wanted[columns]).max() < 1e-3 * scale
+
+
+def test_all_positions_chosen_is_attention_to_all(
+    devices: Devices, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same weights with an indexer that chooses all there are, and without one, over a page's border."""
+    logits = []
+    for changes in ({**LATENT}, {**INDEX, **ONE_LAYER, "index_topk": 256}):
+        program, weights = compiled(monkeypatch, {**changes, "num_hidden_layers": 1}, 3, slots=8)
+        rng = np.random.default_rng(11)
+        for name in sorted(w for w in weights if "indexer" not in w and "rope_table" not in w):
+            fresh = rng.standard_normal(weights[name].shape) * weights[name].shape[1] ** -0.5
+            weights[name] = fresh.astype(weights[name].dtype)
+        made, _ = loaded(program, weights, devices())
+        cache = made.__dict__["homes"]["layers.0.latent_cache"]
+        cache.write(np.zeros(kernel.PAGES * 64 * 48, np.uint16))
+        begin(made, 5, 0)
+        tokens = [int(t[0]) for t in made.steps(70)]
+        logits.append((tokens, made.read("logits")[0]))
+    assert logits[0][0] == logits[1][0]
+    assert np.abs(logits[0][1] - logits[1][1]).max() < 0.02 * np.abs(logits[0][1]).max()
+
+
+def test_prompts_leave_what_the_kernel_reads(
+    devices: Devices, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same tokens as a prompt through PyTorch and one by one through the kernel: logits, and rows of
+    latents and of the indexer's keys, which are swizzled and quantised."""
+    changes = {**INDEX, **ONE_LAYER}
+    program, weights = compiled(monkeypatch, changes, 3)
+    made, _ = loaded(program, weights, devices())
+    tokens = [(5 * i + 3) % 96 for i in range(30)]
+    for position, token in enumerate(tokens):
+        begin(made, token, position)
+        list(made.steps(1))
+    config = load_config({k: v for k, v in {**kernel.BASE, **changes}.items() if v is not None})
+    tensors = {n: torch.tensor(w.astype(np.float32)) for n, w in weights.items()}
+    tensors = {n: t if n == ROPE_TABLE else t.to(torch.bfloat16) for n, t in tensors.items()}
+    types = {"latent": torch.bfloat16, "index": torch.float8_e4m3fn, "index_scale": torch.float32}
+    caches = {
+        name: torch.zeros(shape, dtype=types[name.split(".")[2].removesuffix("_cache")])
+        for name, shape in cuda.cache_shapes(program, kernel.PAGES).items()
+    }
+    runner = PromptRunner(build(config, kernel.CONTEXT), tensors, caches, {})
+    logits = runner.run(tokens, 0, kernel.TABLE, [len(tokens) - 1])[0].numpy()
+    assert np.abs(made.read("logits")[0] - logits).max() < 0.02 * np.abs(logits).max()
+    rows: dict[str, list[torch.Tensor]] = {}
+    for name, cache in caches.items():
+        page = cache[kernel.TABLE[0], 0]  # all of them are in it
+        mine = made.__dict__["homes"][name].read(
+            kernel.TABLE[0] * page.numel() * page.element_size(),
+            len(tokens) * page.shape[1] * page.element_size(),
+            np.uint8,
+        )
+        own = torch.from_numpy(mine).view(cache.dtype).view(len(tokens), -1)
+        rows[name.split(".")[2]] = [own.float(), page[: len(tokens)].float()]
+    scales = rows.pop("index_scale_cache")
+    rows["index_cache"] = [k * scale for k, scale in zip(rows["index_cache"], scales, strict=True)]
+    for name, (own, prompt) in rows.items():
+        # A sum that rounds the other way moves an e4m3 by a step, an eighth of itself at most.
+        most = 0.13 if name == "index_cache" else 0.02
+        assert ((own - prompt).abs() <= most * prompt.abs().clamp(min=1)).all(), name
+
+
+def test_shapes_that_the_kernel_cannot_run_are_refused(
+    devices: Devices, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program, _ = compiled(monkeypatch, {**INDEX, **ONE_LAYER}, 2)
+    assert step_rows(program, TARGETS["sm_90a"]) == 1
+
+    def refused(kind: type[LatentAttention | IndexRope], match: str, **changes: int) -> None:
+        ops = tuple(replace(o, **changes) if isinstance(o, kind) else o for o in program.ops)
+        with pytest.raises(UserError, match=match):
+            CudaBackend(replace(program, ops=ops), {}, {}, devices())
+
+    refused(
+        LatentAttention, r"latents of 24 and rotated keys of 16 elements; .* up to 128", lora=24
+    )
+    refused(IndexRope, r"indexer has 16 heads of 8 elements; .* heads of 16 to 60", head_dim=8)
