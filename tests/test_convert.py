@@ -28,7 +28,7 @@ from tilert import LLM, SamplingParams
 from tilert.errors import UserError
 from tilert.models import load_config
 from tilert.models.decoder import build
-from tilert.models.derived import ROPE_TABLE, head_parts
+from tilert.models.derived import ROPE_TABLE, tensor_parts
 from tilert.models.shards import cut_axes
 from tilert.serve import cli
 from tilert.serve.convert import run
@@ -135,7 +135,7 @@ def test_experts_latents_and_the_guessing_layer(tmp_path: Path) -> None:
 def test_eight_devices_share_the_published_model() -> None:
     """All 61 layers by shape alone: every cut falls between blocks of scales, and nothing large is whole."""
     config = load_config(tiny_deepseek.PUBLISHED)
-    graph, parts = build(config, 1), head_parts(config)
+    graph, parts = build(config, 1), tensor_parts(config)
     shapes: dict[str, tuple[int, ...]] = {}
     for name, value in graph.weights.items():
         assert isinstance(value.rows, int)

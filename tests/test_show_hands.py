@@ -121,6 +121,8 @@ def test_deepseek_v32_from_its_checkpoint_to_text(
         shown = capsys.readouterr()
         assert shown.out == expected + "\n"
         assert "interpreter" not in shown.err
+        assert ("Accepted length: mean=" in shown.err) == with_mtp
+        assert ("mtp: " in shown.err) == with_mtp  # the checkpoint's own layer
     made.enable_thinking = True
     assert made.llm is not None
     assert made._prompt(made.llm, PROMPT)["prompt"] == turn.replace("</think>", "<think>")
@@ -136,7 +138,7 @@ def test_greedy_tokens_equal_transformers(
     shown = capsys.readouterr()
     assert shown.out == expected + "\n"
     assert ("Accepted length: " in shown.err) == with_mtp
-    assert ("not run yet" in shown.err) == with_mtp
+    assert ("has no layer for that" in shown.err) == with_mtp
     assert made.generate(PROMPT, print_log=False) == expected
     assert capsys.readouterr().out == ""
 

@@ -231,7 +231,7 @@ def test_too_many_tokens_are_refused(tmp_path: Path) -> None:
 
 
 def test_the_statistics_name_drafts_and_steps() -> None:
-    metrics = RequestMetrics(0.0, 5, 20, 1.0, 2.0, 2.0, 6, [4, 1, 3])
+    metrics = RequestMetrics(0.0, 5, 20, 1.0, 2.0, 2.0, 6, [4, 1, 3], "lookup")
     assert report.speculation(metrics) == (
-        "5 of 6 drafted tokens accepted: 2.67 tokens per verifying step (1 to 4, 3 steps)"
+        "lookup: 5 of 6 drafted tokens accepted: 2.67 tokens per verifying step (1 to 4, 3 steps)"
     )

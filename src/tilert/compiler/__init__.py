@@ -30,7 +30,7 @@ def build(
     proven sound, which is a fault of the compiler and never of the input.
     """
     buffers, ops = lower(graph, machine, limits, dtypes, scales or {})
-    buffers, ops = place(buffers, ops)
+    buffers, ops = place(buffers, ops, {value.name for value in graph.outputs})
     queues = schedule(machine, buffers, ops)
     counters, queues = depend(buffers, ops, queues)
     program = Program(

@@ -86,6 +86,11 @@ def _lower_embed(low: Lowering, node: Node) -> None:
     )  # fmt: skip
 
 
+def _lower_given(low: Lowering, node: Node) -> None:
+    name, rows, cols = node.output.name, low.rows(node.output), node.output.cols
+    low.home[node.output] = low.buffer(name, Kind.STATE, DType.F32, rows, cols)
+
+
 BY_COLUMN = {"rms_norm", "latent_rope", "index_rope", "index_score"}
 
 
@@ -102,7 +107,7 @@ def _lower_norm(low: Lowering, node: Node) -> None:
 
 
 def _lower_linear(low: Lowering, node: Node) -> None:
-    if low.uses[node.output] == 1 and low.readers[node.output][0].op in ("add", "silu_mul"):
+    if low.uses[node.output] == 1 and _takes(low.readers[node.output][0], node.output):
         return  # emitted with its only consumer
     if node.output in low.home:
         return  # emitted with the first of its siblings
@@ -112,6 +117,11 @@ def _lower_linear(low: Lowering, node: Node) -> None:
         low.column[each.output] = column
         column += each.output.cols
     _emit_linear(low, nodes, y, STORE)
+
+
+def _takes(consumer: Node, product: Value) -> bool:
+    """True when `consumer` is computed by the product itself: a sum, but not where it is the residual."""
+    return consumer.op == "silu_mul" or (consumer.op == "add" and consumer.inputs["y"] is product)
 
 
 def _siblings(low: Lowering, node: Node) -> list[Node]:
@@ -453,6 +463,7 @@ def _lower_draw(low: Lowering, logits: Value) -> None:
 
 _LOWER = {
     "embed": _lower_embed,
+    "given": _lower_given,
     "rms_norm": _lower_norm,
     "linear": _lower_linear,
     "add": _lower_add,

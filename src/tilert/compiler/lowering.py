@@ -160,7 +160,7 @@ class Lowering:
     def folded(self, value: Value) -> bool:
         """True when the norm that makes `value` is repeated inside each product that reads it."""
         node = self.maker.get(value)
-        if node is None or node.op != "rms_norm" or not self.few:
+        if node is None or node.op != "rms_norm" or not self.few or value in self.graph.outputs:
             return False
         return value.rows != OUTPUTS or self.fused
 

@@ -1,13 +1,14 @@
 """Where activations live: buffers whose lifetimes do not meet share storage; offsets in the arena.
 
 Only buffers of the same type and shape share, so a region of one is a region of the other and the
-dependency pass sees every reuse. Program outputs (the logits, and their peaks where tokens are drawn)
-keep storage of their own: the host reads them.
+dependency pass sees every reuse. Program outputs (the logits, their peaks where tokens are drawn, and what
+the graph names) keep storage of their own: the host reads them.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from dataclasses import replace
 
 from tilert.ir.dtype import DType
@@ -18,9 +19,14 @@ from tilert.ops import Adjust, Argmax
 ALIGN = 64  # bytes; a cache line, and more than any vector load needs
 
 
-def place(buffers: list[Buffer], ops: list[Op]) -> tuple[tuple[Buffer, ...], tuple[Op, ...]]:
-    """Share, drop and number buffers again, give offsets, and rename the ops' operands."""
-    target = _share(buffers, ops)
+def place(
+    buffers: list[Buffer], ops: list[Op], outputs: Collection[str] = ()
+) -> tuple[tuple[Buffer, ...], tuple[Op, ...]]:
+    """Share, drop and number buffers again, give offsets, and rename the ops' operands.
+
+    outputs: names of buffers that the host reads besides the logits.
+    """
+    target = _share(buffers, ops, outputs)
     kept: list[Buffer] = []
     number: dict[Buf, Buf] = {NONE: NONE}
     offset = 0
@@ -42,7 +48,7 @@ def _operand_names(op: Op) -> list[str]:
     return [name for name, kind in field_kinds(type(op)) if kind == "Buf"]
 
 
-def _share(buffers: list[Buffer], ops: list[Op]) -> dict[Buf, Buf]:
+def _share(buffers: list[Buffer], ops: list[Op], names: Collection[str]) -> dict[Buf, Buf]:
     """For each buffer the one whose storage it takes (itself when it opens new storage)."""
     first: dict[Buf, int] = {}
     last: dict[Buf, int] = {}
@@ -53,6 +59,7 @@ def _share(buffers: list[Buffer], ops: list[Op]) -> dict[Buf, Buf]:
     target = {Buf(i): Buf(i) for i in range(len(buffers))}
     outputs = {op.logits for op in ops if isinstance(op, Argmax | Adjust)}
     outputs |= {op.peaks for op in ops if isinstance(op, Adjust)}
+    outputs |= {buf for buf in first if buf != NONE and buffers[buf].name in names}
     free: list[tuple[int, Buf]] = []  # (last op that uses the storage, storage)
     work = [b for b in first if b != NONE and buffers[b].kind is Kind.WORK]
     for buf in sorted(work, key=lambda b: (first[b], b)):

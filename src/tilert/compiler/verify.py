@@ -25,7 +25,7 @@ _WEIGHTS = ("w", "w_up", "bias", "bias_up", "norm", "weight", "table", "q_norm",
             "shift")  # fmt: skip
 _STATES = ("counts", "positions", "sequences", "pages", "tokens", "sampled", "gather", "controls",
            "mask", "tally")  # fmt: skip
-_WORKS = ("x", "y", "q", "k", "v", "part", "logits", "scores", "peaks", "weights", "kv", "q_rope",
+_WORKS = ("y", "q", "k", "v", "part", "logits", "scores", "peaks", "weights", "kv", "q_rope",
           "head_weights")  # fmt: skip
 _WORDS = ("bins", "totals", "candidates", "selected", "chosen")
 _CACHES = ("k_cache", "v_cache", "latent_cache", "index_cache", "index_scale")
@@ -35,6 +35,7 @@ _KINDS: dict[str, tuple[Kind, ...]] = {
     **dict.fromkeys((*_WORKS, *_WORDS), (Kind.WORK,)),
     **dict.fromkeys(_CACHES, (Kind.CACHE,)),
     "biases": (Kind.STATE,),
+    "x": (Kind.WORK, Kind.STATE),  # what the host gives is taken like an activation
 }
 _INTEGERS = {*_STATES, *_WORDS}
 _OPTIONAL = {"w_up", "bias", "bias_up", "norm", "gather", "q_norm", "k_norm", "selected",

@@ -198,8 +198,8 @@ class CompletionOutput:
 class RequestMetrics:
     """Times in seconds of time.perf_counter(), and counts of tokens over all outputs.
 
-    With speculation, `drafted_tokens` were guessed, and `verified` has for each step that verified some
-    how many tokens it gave: one, and one more for each right guess.
+    With speculation, `drafted_tokens` were guessed (by whom says `speculative_method`), and `verified` has
+    for each step that verified some how many tokens it gave: one, and one more for each right guess.
     """
 
     arrival_time: float
@@ -210,6 +210,7 @@ class RequestMetrics:
     finished_time: float | None = None
     drafted_tokens: int = 0
     verified: list[int] = field(default_factory=list)
+    speculative_method: str | None = None
 
     @property
     def accepted_tokens(self) -> int:

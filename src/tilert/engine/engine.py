@@ -3,9 +3,10 @@
 `step` is the loop body: admit what fits, work on one prompt, make one token for every other running
 sequence. When a single sequence runs, and it is greedy or the device samples, its tokens are chosen on
 the device and many steps go out in one launch. With speculation, a single sequence's next tokens are
-looked up in what it holds already and verified in one step of several rows: each row's token is chosen
-as plain decoding would choose it there, and the rows up to the first wrong guess count. Several sequences
-fill the rows of a step with tokens that are all of use, so nothing is drafted for them.
+guessed (looked up in what it holds already, or by the checkpoint's own layer) and verified in one step of
+several rows: each row's token is chosen as plain decoding would choose it there, and the rows up to the
+first wrong guess count. Several sequences fill the rows of a step with tokens that are all of use, so
+nothing is drafted for them.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import numpy as np
 
 from tilert.engine.cache import PageCache
 from tilert.engine.core import SamplingParams
+from tilert.engine.mtp import LayerDrafter
 from tilert.engine.runner import PROMPT, Row, Runner
 from tilert.engine.sampling import SampledToken, Sampler
 from tilert.engine.speculate import Drafter
@@ -44,7 +46,7 @@ class Sequence:
     limit: int  # most tokens in all
     sampler: Sampler
     stop_ids: frozenset[int]
-    drafter: Drafter | None = None  # with speculation
+    drafter: Drafter | LayerDrafter | None = None  # with speculation
     pages: list[int] = field(default_factory=list)
     computed: int = 0  # positions whose keys and values are in the cache
     slot: int = -1
@@ -74,12 +76,15 @@ class Engine:
     """Runs sequences on a Runner until none is left. Single-threaded: call from one thread.
 
     speculative_tokens: most tokens of a draft, 0 to MAX_DRAFT; 0 is decoding without speculation.
+    layer: made by `runner.beside`, of the layer that drafts; then `runner` gives hidden states. None: drafts
+    are looked up.
     """
 
     def __init__(
         self, runner: Runner, vocab_size: int, eos_token_ids: tuple[int, ...],
-        speculative_tokens: int = 0,
+        speculative_tokens: int = 0, layer: Runner | None = None,
     ) -> None:  # fmt: skip
+        self.layer = layer
         self.runner, self.vocab_size, self.eos_token_ids = runner, vocab_size, eos_token_ids
         self.speculative_tokens = min(
             speculative_tokens, runner.few - 1 if speculative_tokens else 0
@@ -116,7 +121,9 @@ class Engine:
         )
         sampler = Sampler(params, prompt, self.vocab_size, self.eos_token_ids, index=index)
         sequence = Sequence(next(self.ids), list(prompt), len(prompt), limit, sampler, stops)
-        if self.speculative_tokens:
+        if self.speculative_tokens and self.layer:
+            sequence.drafter = LayerDrafter(self.layer, sequence.tokens, self.speculative_tokens)
+        elif self.speculative_tokens:
             sequence.drafter = Drafter(sequence.tokens, self.speculative_tokens)
         self.waiting.append(sequence)
         return sequence.id
@@ -152,6 +159,10 @@ class Engine:
         while self.waiting and self.slots and all(s.pending == 1 for s in self.running):
             sequence = self.waiting[0]
             sequence.pages = self.cache.match(sequence.tokens)
+            if self.layer and sequence.pages:
+                # A page's last row in the layer's caches needs the token after the page. So that no row
+                # is missing or was made for another token, the last page that is found is made again.
+                self.cache.release([sequence.pages.pop()])
             sequence.computed = len(sequence.pages) * PAGE
             if self.cache.free < -(-len(sequence.tokens) // PAGE) - len(sequence.pages) + len(
                 self.running
@@ -161,6 +172,8 @@ class Engine:
                 return
             self.waiting.popleft()
             sequence.slot = self.slots.pop()
+            if isinstance(sequence.drafter, LayerDrafter):
+                sequence.drafter.begin(sequence.slot, sequence.computed)
             self.running.append(sequence)
 
     def _prompt(self, sequence: Sequence) -> Iterator[Event]:
@@ -170,6 +183,7 @@ class Engine:
         rows = [Row(sequence.tokens[p], p, sequence.slot) for p in range(begin, end)]
         last = end == len(sequence.tokens)
         self.runner.step(rows, [end - begin - 1] if last else [])
+        self._note(sequence, 0, len(rows))
         sequence.computed = end
         self.cache.remember(sequence.tokens[:end], sequence.pages)
         if last:
@@ -184,7 +198,8 @@ class Engine:
         greedy = self.runner.step(rows, range(len(rows)))
         events = []
         chosen = self._chosen([s.sampler for s in sequences], greedy)
-        for sequence, token in zip(sequences, chosen, strict=True):
+        for row, (sequence, token) in enumerate(zip(sequences, chosen, strict=True)):
+            self._note(sequence, row, row + 1)
             sequence.computed += 1
             events.append(self._commit(sequence, token))
         yield from events
@@ -200,6 +215,11 @@ class Engine:
             logits = self.runner.logits() if logits is None else logits
             yield sampler.sample(logits[row])
 
+    def _note(self, sequence: Sequence, begin: int, end: int) -> None:
+        """Rows [begin, end) of the last step are the next positions of the sequence."""
+        if isinstance(sequence.drafter, LayerDrafter):
+            sequence.drafter.note(self.runner.hidden(begin, end))
+
     def _draft(self, sequence: Sequence) -> list[int]:
         """Tokens that may come next; the step that verifies them makes one more, within the limit.
 
@@ -210,7 +230,9 @@ class Engine:
             self.runner.samples and not sequence.sampler.is_plain_greedy
         ):
             return []
-        return sequence.drafter.draft(sequence.limit - len(sequence.tokens) - 1)
+        most = min(sequence.limit - len(sequence.tokens) - 1, self.speculative_tokens)
+        self._reserve(sequence, sequence.computed + 1 + most)
+        return sequence.drafter.draft(most)
 
     def _verify(self, sequence: Sequence, draft: list[int]) -> Iterator[Event]:
         """The tokens of one step over the last token and those of a draft.
@@ -219,19 +241,22 @@ class Engine:
         its position count as computed. Later steps overwrite what wrong ones left in the cache.
         """
         first = sequence.computed
-        self._reserve(sequence, first + 1 + len(draft))
         fed = [sequence.tokens[-1], *draft]
         rows = [Row(token, first + i, sequence.slot) for i, token in enumerate(fed)]
         greedy = self.runner.step(rows, range(len(rows)))
         chosen = self._chosen([sequence.sampler] * len(rows), greedy)
         for i, (guess, token) in enumerate(zip([*draft, None], chosen, strict=True)):
+            self._note(sequence, i, i + 1)
             sequence.computed += 1
             yield self._commit(sequence, token, len(draft), i)
             if sequence.finish_reason or token.token_id != guess:
                 return
 
     def _launch_steps(self, sequence: Sequence) -> int:
-        """How many of its next tokens the device can choose in one launch."""
+        """How many of its next tokens the device can choose in one launch. None with a layer that drafts,
+        for it needs the hidden state of every step."""
+        if self.layer:
+            return 0
         most = LOOK_STEPS if sequence.drafter else LAUNCH_STEPS
         steps = min(sequence.limit - len(sequence.tokens), most)
         if sequence.sampler.is_plain_greedy:
@@ -269,6 +294,10 @@ class Engine:
             self.waiting.remove(sequence)
 
     def _give_back(self, sequence: Sequence) -> None:
+        if isinstance(
+            sequence.drafter, LayerDrafter
+        ):  # what may be found of it is all but the last page
+            sequence.drafter.settle((sequence.computed // PAGE - 1) * PAGE)
         self.cache.remember(sequence.tokens[: sequence.computed], sequence.pages)
         self.cache.release(sequence.pages)
         self.slots.append(sequence.slot)

@@ -73,6 +73,18 @@ class Runner:
         self._backends: dict[str, Backend] = {}
         self._caches: dict[str, np.ndarray] | None = None
 
+    def beside(
+        self, graph: Graph, weights: Mapping[str, np.ndarray], scales: Mapping[str, Scale]
+    ) -> Runner:
+        """A runner of another graph for the same sequences: it has caches of its own under the same page
+        table."""
+        other = Runner(
+            graph, weights, self.machine, context=self.context, sequences=self.sequences,
+            num_pages=self.num_pages, place=self.place, scales=scales,
+        )  # fmt: skip
+        other.page_table = self.page_table
+        return other
+
     def program(self, kind: str) -> Program:
         """The program of that kind, compiled at the first call."""
         if kind not in self.programs:
@@ -128,13 +140,18 @@ class Runner:
         """The physical pages of the sequence in `slot`."""
         self.page_table[slot, : len(pages)] = pages
 
-    def step(self, rows: Sequence[Row], outputs: Sequence[int]) -> np.ndarray:
+    def step(
+        self, rows: Sequence[Row], outputs: Sequence[int], given: np.ndarray | None = None
+    ) -> np.ndarray:
         """Run one step; greedy ids [n] of the rows named in `outputs`.
 
-        Rows of more than eight tokens must be one sequence's consecutive tokens. Raises UserError when the
-        device found no largest logit because they are no numbers.
+        given: [rows, cols], what a graph with that input takes besides tokens. Rows of more than eight
+        tokens must be one sequence's consecutive tokens. Raises UserError when the device found no largest
+        logit because they are no numbers.
         """
         backend = self._prepare(self._kind(len(rows)), rows, outputs)
+        if given is not None:
+            backend.state["given"][: len(rows)] = given
         self._stepped = backend, len(outputs)
         (sampled,) = backend.steps(1)
         if (sampled < 0).any():
@@ -145,6 +162,11 @@ class Runner:
         """Logits [n, vocab_size] of the last step's outputs; a view that the next step overwrites."""
         backend, outputs = self._stepped
         return backend.read("logits")[:outputs]
+
+    def hidden(self, begin: int = 0, end: int | None = None) -> np.ndarray:
+        """A copy of rows [begin, end) of the last step's hidden states [rows, hidden_size], where the graph
+        has them as an output: of the step's rows, or of its outputs, as the graph says."""
+        return self._stepped[0].read("hidden")[begin:end].copy()
 
     def loop(
         self, row: Row, steps: int, stop_ids: Iterable[int] = (), sampler: Sampler | None = None

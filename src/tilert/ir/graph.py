@@ -51,11 +51,16 @@ class Node:
 
 @dataclass(slots=True)
 class Graph:
-    """Nodes in order; each method appends one and returns its output."""
+    """Nodes in order; each method appends one and returns its output.
+
+    `outputs` are the activations that the host reads after a step, besides the logits, which the last node
+    makes.
+    """
 
     name: str
     nodes: list[Node] = field(default_factory=list[Node])
     weights: dict[str, Value] = field(default_factory=dict[str, Value])
+    outputs: list[Value] = field(default_factory=list[Value])
 
     def weight(self, name: str, rows: int, cols: int, shard: int | None = None) -> Value:
         """The weight of that name; asking again must ask for the same shape."""
@@ -92,6 +97,10 @@ class Graph:
     def embed(self, name: str, table: Value) -> Value:
         """Rows of `table` for the step's token ids."""
         return self._add("embed", name, TOKENS, table.cols, {"table": table})
+
+    def given(self, name: str, cols: int) -> Value:
+        """Numbers for each token of the step, which the host writes before it."""
+        return self._add("given", name, TOKENS, cols, {})
 
     def rms_norm(
         self, name: str, x: Value, weight: Value, eps: float, *, gather: bool = False

@@ -14,11 +14,14 @@ from tilert.models.derived import ROPE_TABLE
 from tilert.models.mla import latent_block
 
 
-def build(config: DecoderConfig, context: int) -> Graph:
-    """The graph of a model whose sequences have at most `context` positions."""
+def build(config: DecoderConfig, context: int, *, hidden: bool = False) -> Graph:
+    """The graph of a model whose sequences have at most `context` positions.
+
+    hidden: the hidden states [tokens, hidden_size] after the last norm are an output of that name.
+    """
     graph = Graph(config.model_type)
-    hidden, vocab = config.hidden_size, config.vocab_size
-    table = graph.weight("model.embed_tokens.weight", vocab, hidden)
+    width, vocab = config.hidden_size, config.vocab_size
+    table = graph.weight("model.embed_tokens.weight", vocab, width)
     x = graph.embed("embed", table)
     selected: Value | None = None
     for layer in range(config.num_hidden_layers):
@@ -26,10 +29,12 @@ def build(config: DecoderConfig, context: int) -> Graph:
             x, selected = latent_block(graph, config, layer, x, context, selected)
         else:
             x = _attention_block(graph, config, layer, x, context)
-        x = _mlp_block(graph, config, layer, x)
-    norm = graph.vector("model.norm.weight", hidden)
+        x = mlp_block(graph, config, layer, x)
+    norm = graph.vector("model.norm.weight", width)
+    if hidden:
+        graph.outputs.append(graph.rms_norm("hidden", x, norm, config.rms_norm_eps))
     last = graph.rms_norm("final", x, norm, config.rms_norm_eps, gather=True)
-    head = table if config.tie_word_embeddings else graph.weight("lm_head.weight", vocab, hidden, 0)
+    head = table if config.tie_word_embeddings else graph.weight("lm_head.weight", vocab, width, 0)
     graph.linear("logits", last, head)
     return graph
 
@@ -80,7 +85,8 @@ def _attention_block(
     return graph.add(f"l{layer}.x_attn", x, out)
 
 
-def _mlp_block(graph: Graph, config: DecoderConfig, layer: int, x: Value) -> Value:
+def mlp_block(graph: Graph, config: DecoderConfig, layer: int, x: Value) -> Value:
+    """The residual x with what the MLP or the experts of a layer add to it."""
     prefix, width, bias = f"model.layers.{layer}.mlp", config.intermediate_size, config.mlp_bias
     weight = graph.vector(
         f"model.layers.{layer}.post_attention_layernorm.weight", config.hidden_size

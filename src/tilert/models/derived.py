@@ -3,7 +3,8 @@
 The table of rotations is computed (rotary.py). Latent attention multiplies with the two parts of kv_b_proj
 apart: the keys' part transposed, so that queries become latents, and the values' part. Both are laid out as
 rows of weights, one head after another; elements and their block scales are moved, nothing is quantised
-again, and the tensor itself is not kept.
+again, and the tensor itself is not kept. The layer that guesses further tokens multiplies with the two
+halves of eh_proj apart, for its two inputs.
 """
 
 from __future__ import annotations
@@ -67,6 +68,29 @@ class HeadPart:
         return np.ascontiguousarray(found.reshape(-1, found.shape[2]))
 
 
+@dataclass(frozen=True, slots=True)
+class ColumnPart:
+    """Columns [first, first + cols) of a tensor of shape `stored`."""
+
+    source: str
+    stored: tuple[int, int]
+    first: int
+    cols: int
+
+    def rows(self, tensor: np.ndarray) -> np.ndarray:
+        """The columns, contiguous."""
+        return np.ascontiguousarray(tensor[:, self.first : self.first + self.cols])
+
+    def block(self, stored: tuple[int, int]) -> tuple[int, int]:
+        """As HeadPart.block."""
+        return stored[0], math.gcd(stored[1], self.first, self.cols)
+
+    def scales(self, scales: np.ndarray, stored: tuple[int, int]) -> np.ndarray:
+        """As HeadPart.scales."""
+        columns = np.arange(self.first, self.first + self.cols, self.block(stored)[1]) // stored[1]
+        return np.ascontiguousarray(scales[:, columns])
+
+
 def key_part(layer: int) -> str:
     """Name of the rows that make latents of a layer's queries."""
     return f"tilert.layers.{layer}.key_up"
@@ -77,12 +101,27 @@ def value_part(layer: int) -> str:
     return f"tilert.layers.{layer}.value_up"
 
 
-def head_parts(config: DecoderConfig) -> dict[str, HeadPart]:
-    """The weights of a model that are parts of a tensor, by name."""
+def embedding_part(layer: int) -> str:
+    """Name of the columns of a guessing layer's eh_proj that take the token."""
+    return f"tilert.layers.{layer}.e_proj"
+
+
+def hidden_part(layer: int) -> str:
+    """Name of the columns of a guessing layer's eh_proj that take the hidden state."""
+    return f"tilert.layers.{layer}.h_proj"
+
+
+def tensor_parts(config: DecoderConfig) -> dict[str, HeadPart | ColumnPart]:
+    """The weights of a model, and of the layers that guess further tokens, that are parts of a tensor."""
     if (latent := config.latent) is None:
         return {}
-    parts: dict[str, HeadPart] = {}
-    for layer in range(config.num_hidden_layers):
+    parts: dict[str, HeadPart | ColumnPart] = {}
+    layers, hidden = config.num_hidden_layers, config.hidden_size
+    for layer in range(layers, layers + latent.num_nextn_predict_layers):
+        source = f"model.layers.{layer}.eh_proj.weight"
+        for name, first in ((embedding_part(layer), 0), (hidden_part(layer), hidden)):
+            parts[name] = ColumnPart(source, (hidden, 2 * hidden), first, hidden)
+    for layer in range(layers + latent.num_nextn_predict_layers):
         source = f"model.layers.{layer}.self_attn.kv_b_proj.weight"
         for name, keys in ((key_part(layer), True), (value_part(layer), False)):
             parts[name] = HeadPart(

@@ -11,7 +11,7 @@ from tilert.ir.dtype import DType
 from tilert.ir.graph import Graph, Value
 from tilert.ir.program import Scale
 from tilert.models.config import DecoderConfig
-from tilert.models.derived import ROPE_TABLE, head_parts
+from tilert.models.derived import ROPE_TABLE, tensor_parts
 from tilert.models.quantization import grid, scale_name
 from tilert.models.rotary import rotary_table
 
@@ -25,7 +25,7 @@ def bind(graph: Graph, config: DecoderConfig, context: int, tensors: Mapping[str
 ]:  # fmt: skip
     """The array of every weight of the graph by name, vectors as one row, and of the scales of those
     in FP8, f32 and one per block. Raises like `check`."""
-    found, parts = check(graph, config, tensors), head_parts(config)
+    found, parts = check(graph, config, tensors), tensor_parts(config)
     bound: dict[str, np.ndarray] = {}
     for name, value in graph.weights.items():
         if name == ROPE_TABLE:
@@ -51,7 +51,7 @@ def scales(
     Raises UserError when they are missing, do not fit, or the config does not speak of them.
     """
     found: dict[str, Scale] = {}
-    parts = head_parts(config)
+    parts = tensor_parts(config)
     for name, value in graph.weights.items():
         part = parts.get(name)
         source = part.source if part else name
@@ -81,7 +81,7 @@ def dtypes(
     graph: Graph, config: DecoderConfig, tensors: Mapping[str, np.ndarray]
 ) -> dict[str, DType]:
     """Element type of every weight of the graph as `bind` gives it, before anything is read."""
-    parts = head_parts(config)
+    parts = tensor_parts(config)
     sources = {name: parts[name].source if name in parts else name for name in graph.weights}
     return {
         name: DType.F32 if name == ROPE_TABLE else DType.of(tensors[source])
@@ -101,7 +101,7 @@ def check(
     products |= {part.name for bank in _banks(graph) for part in bank.parts}
     gathered = {v.name for n in graph.nodes if n.op == "embed" for v in (n.inputs["table"],) if v}
     products -= gathered
-    parts = head_parts(config)
+    parts = tensor_parts(config)
     for name, value in graph.weights.items():
         if name == ROPE_TABLE:
             continue
@@ -144,20 +144,23 @@ def _banks(graph: Graph) -> list[Value]:
 
 
 def guessing_layers(config: DecoderConfig) -> tuple[str, ...]:
-    """Prefixes of the tensors of layers behind the last, which guess further tokens; they are not used."""
+    """Prefixes of the tensors of layers behind the last, which guess further tokens; see mtp.py."""
     layers, extra = config.num_hidden_layers, config.latent
     count = extra.num_nextn_predict_layers if extra else 0
     return tuple(f"model.layers.{layer}." for layer in range(layers, layers + count))
 
 
 def _check_names(graph: Graph, config: DecoderConfig, tensors: Mapping[str, np.ndarray]) -> None:
-    parts = head_parts(config)
+    parts = tensor_parts(config)
     wanted = (graph.weights.keys() - {ROPE_TABLE} - parts.keys()) | {
         parts[name].source for name in parts.keys() & graph.weights.keys()
     }
     ignored = {name for name in tensors if name.endswith(_RECOMPUTED)}
-    if config.latent:
-        ignored |= {name for name in tensors if name.startswith(guessing_layers(config))}
+    guessing = guessing_layers(config)
+    if not any(
+        name.startswith(guessing) for name in wanted
+    ):  # else the graph is that of such a layer
+        ignored |= {name for name in tensors if name.startswith(guessing)}
     if config.tie_word_embeddings:
         ignored.add("lm_head.weight")  # a stored copy of the embedding
     if config.quantization is not None:  # scales of weights, and of activations, which stay f32

@@ -16,7 +16,7 @@ from tilert.ir.dtype import DType
 from tilert.ir.graph import Graph
 from tilert.ir.program import Scale
 from tilert.models.config import DecoderConfig
-from tilert.models.derived import head_parts
+from tilert.models.derived import tensor_parts
 from tilert.models.load import check
 from tilert.models.quantization import scale_name
 
@@ -56,7 +56,7 @@ def _stored_axes(
     graph: Graph, config: DecoderConfig, names: Iterable[str]
 ) -> dict[str, int | None]:
     """The axis of each tensor that a weight is made of. A bias is cut as the rows of its matrix are."""
-    parts = head_parts(config)
+    parts = tensor_parts(config)
     axes = {
         parts[name].source if name in parts else name: value.shard
         for name, value in graph.weights.items()

@@ -81,10 +81,13 @@ def _load_options(p: argparse.ArgumentParser) -> None:
                        default="cpu", help="cuda: one GPU; interpreter: numpy, slow")  # fmt: skip
 
 
-def _speculation_option(p: argparse.ArgumentParser) -> None:
+def _speculation_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--num-speculative-tokens", type=int, default=0, metavar="N",
-                   help="guess up to N tokens (at most 7) from the text so far and check them in one step:"
-                        " the same answer, faster where it repeats (default 0: off)")  # fmt: skip
+                   help="guess up to N tokens (at most 7) and check them in one step: the same answer,"
+                        " faster where guesses are right (default 0: off)")  # fmt: skip
+    p.add_argument("--speculative-method", choices=["auto", "mtp", "lookup"], default="auto",
+                   help="who guesses: the checkpoint's layer for that, or how the text so far went on"
+                        " before (auto: the layer where there is one, but not on a GPU)")  # fmt: skip
 
 
 def _sampling_options(p: argparse.ArgumentParser, max_tokens: int) -> None:
@@ -124,7 +127,7 @@ def _generate(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--stats", action="store_true", help="at the end: tokens/s, ms/token, time to first token"
     )
-    _speculation_option(p)
+    _speculation_options(p)
     _sampling_options(p, 256)
     _load_options(p)
 
@@ -133,7 +136,7 @@ def _chat(p: argparse.ArgumentParser) -> None:
     p.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     p.add_argument("--system", metavar="TEXT", help="system message")
     p.add_argument("--stats", action="store_true", help="after each answer: tokens/s and times")
-    _speculation_option(p)
+    _speculation_options(p)
     _sampling_options(p, 1024)
     _load_options(p)
 

@@ -65,17 +65,22 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def load(args: argparse.Namespace, num_speculative_tokens: int = 0) -> LLM:
-    """The model that the arguments name."""
+def load(args: argparse.Namespace, **speculation: Any) -> LLM:
+    """The model that the arguments name. speculation: LLM's arguments about that."""
     bars = Bars()
     try:
         return LLM(
             args.model, dtype=args.dtype, max_model_len=args.max_model_len, threads=args.threads,
             backend=args.backend, max_num_seqs=1, progress=bars, notify=_say,
-            num_speculative_tokens=num_speculative_tokens,
+            **speculation,
         )  # fmt: skip
     finally:
         bars.close()
+
+
+def _speculation(args: argparse.Namespace) -> dict[str, Any]:
+    return {"num_speculative_tokens": args.num_speculative_tokens,
+            "speculative_method": args.speculative_method}  # fmt: skip
 
 
 def sampling_params(args: argparse.Namespace, defaults: Mapping[str, Any]) -> SamplingParams:
@@ -136,7 +141,7 @@ def _print_stats(llm: LLM, request: RequestOutput) -> None:
 def generate(args: argparse.Namespace) -> None:
     """`tilert generate`."""
     text = read_prompt(args)
-    llm = load(args, args.num_speculative_tokens)
+    llm = load(args, **_speculation(args))
     params = sampling_params(args, llm.checkpoint.generation_config)
     request = show(llm.stream(make_prompt(llm, args, text), params))
     print()
@@ -146,7 +151,7 @@ def generate(args: argparse.Namespace) -> None:
 
 def chat(args: argparse.Namespace) -> None:
     """`tilert chat`: /reset forgets, /exit or end of input leaves."""
-    llm = load(args, args.num_speculative_tokens)
+    llm = load(args, **_speculation(args))
     params = sampling_params(args, llm.checkpoint.generation_config)
     system = [{"role": "system", "content": args.system}] if args.system is not None else []
     messages: list[dict[str, str]] = list(system)

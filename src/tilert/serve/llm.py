@@ -31,7 +31,7 @@ from tilert.errors import UserError
 from tilert.ir import machine
 from tilert.ir.dtype import DType
 from tilert.ir.program import PAGE
-from tilert.models import load_config
+from tilert.models import load_config, mtp
 from tilert.models.config import DecoderConfig
 from tilert.models.decoder import build as build_graph
 from tilert.models.load import bind, scales
@@ -42,6 +42,8 @@ from tilert.weights import Checkpoint, open_checkpoint, resolve_model
 Prompt = str | Mapping[str, Any]
 Progress = Callable[[str, int, int], None]  # (label, done bytes, total bytes)
 GPU_RESERVE = 600_000_000  # bytes beside weights and cache: driver, kernel, activations, prompts
+SpeculativeMethod = Literal["auto", "mtp", "lookup"]
+METHODS: tuple[SpeculativeMethod, ...] = ("auto", "mtp", "lookup")
 DEFAULT_CONTEXT = 8192  # positions, unless the model has fewer or --max-model-len asks for more
 
 __all__ = ["LLM", "Delta", "RequestOutput", "SamplingParams"]
@@ -64,8 +66,10 @@ class LLM:
     model: folder, .gguf file, Hub name or pypi:PACKAGE. dtype: what a GGUF file is unpacked to
     ('bfloat16' or 'float32'); safetensors are used as stored. max_model_len: positions per
     sequence. backend: 'cpu' (threads: its workers), 'cuda' (one GPU) or 'interpreter', the numpy
-    definition. num_speculative_tokens: most tokens that are guessed from the text so far and checked
-    in one step, while a single sequence runs; 0 to 7, 0 is off. Outputs are the same either way.
+    definition. num_speculative_tokens: most tokens that are guessed and checked in one step, while a single
+    sequence runs; 0 to 7, 0 is off. speculative_method: who guesses, 'mtp' (the checkpoint's layer for
+    that; not on a GPU yet), 'lookup' (how the text so far went on before) or 'auto', the first where it can
+    be; the attribute of that name is what it came to. Outputs are the same either way.
     progress and notify are told of loading and of compiling.
     Raises UserError for everything that is wrong with the input.
     """
@@ -74,7 +78,7 @@ class LLM:
         self, model: str | os.PathLike[str], *, skip_tokenizer_init: bool = False,
         dtype: Literal["auto", "bfloat16", "float32"] = "auto", max_model_len: int | None = None,
         max_num_seqs: int = 8, threads: int | None = None, seed: int | None = None,
-        num_speculative_tokens: int = 0,
+        num_speculative_tokens: int = 0, speculative_method: SpeculativeMethod = "auto",
         backend: Literal["cpu", "cuda", "interpreter"] = "cpu", progress: Progress | None = None,
         notify: Callable[[str], None] | None = None,
     ) -> None:  # fmt: skip
@@ -83,14 +87,11 @@ class LLM:
             raise UserError(f"max_num_seqs is {max_num_seqs}; accepted are 1 to 8")
         if threads is not None and not 1 <= threads <= MAX_THREADS:
             raise UserError(f"threads is {threads}; accepted are 1 to {MAX_THREADS}")
-        if not 0 <= num_speculative_tokens <= MAX_DRAFT:
-            raise UserError(
-                f"num_speculative_tokens is {num_speculative_tokens}; accepted are 0 to {MAX_DRAFT}"
-            )
         if backend not in ("cpu", "cuda", "interpreter"):
             raise UserError(
                 f"backend '{backend}' is not known; accepted are cpu, cuda and interpreter"
             )
+        _check_speculation(num_speculative_tokens, speculative_method, backend)
         device = open_device(notify) if backend == "cuda" else None
         opened = time.perf_counter()
         self.seed = seed
@@ -103,7 +104,10 @@ class LLM:
         self.tokenizer = None if skip_tokenizer_init else Tokenizer.from_folder(folder)
         context = context_length(self.config, max_model_len, "max_model_len")
         self.long_prompt = self._long_prompt()
-        graph = build_graph(self.config, context)
+        self.speculative_method = None
+        if num_speculative_tokens:
+            self.speculative_method = self._drafter(speculative_method, backend)
+        graph = build_graph(self.config, context, hidden=self.speculative_method == "mtp")
         weights = bind(graph, self.config, context, checkpoint.tensors)
         stored_scales = scales(graph, self.config, checkpoint.tensors)
         self.pool = make_pool(threads) if backend == "cpu" else None
@@ -129,8 +133,9 @@ class LLM:
         if device is not None:
             self.runner.backend("decode")  # compiles the kernel and loads the weights
         self.engine = Engine(
-            self.runner, self.config.vocab_size, self.config.eos_token_ids, num_speculative_tokens
-        )
+            self.runner, self.config.vocab_size, self.config.eos_token_ids, num_speculative_tokens,
+            self._layer(context),
+        )  # fmt: skip
         self._owners: dict[int, tuple[_Request, int]] = {}  # by sequence id: request, output
         self._events: Generator[Event, None, None] | None = None  # of all requests together
         self.load_seconds = time.perf_counter() - started
@@ -141,6 +146,28 @@ class LLM:
             own = {"device": opened - started, "files": described - opened}
             self.load_phases, self.first_use = own | place.seconds, place.first_use
 
+    def _drafter(self, asked: SpeculativeMethod, backend: str) -> Literal["mtp", "lookup"]:
+        """Who guesses tokens. Raises UserError when 'mtp' is asked for and the checkpoint has no layer."""
+        if asked == "lookup" or backend == "cuda":
+            return "lookup"
+        if mtp.layer_tensors(self.config, self.checkpoint.tensors):
+            return "mtp"
+        if asked == "mtp":
+            raise UserError(
+                f"speculative_method is 'mtp', but {self.path} has no layer that guesses tokens; accepted"
+                " are auto and lookup"
+            )
+        return "lookup"
+
+    def _layer(self, context: int) -> Runner | None:
+        """What runs the checkpoint's layer that guesses tokens; None when that is not used."""
+        if self.speculative_method != "mtp":
+            return None
+        tensors = mtp.layer_tensors(self.config, self.checkpoint.tensors)
+        graph = mtp.build(self.config, context, tensors.keys())
+        weights = bind(graph, self.config, context, tensors)
+        return self.runner.beside(graph, weights, scales(graph, self.config, tensors))
+
     def _long_prompt(self) -> int | None:
         """Longest prompt whose rotation does not depend on its own length; None: any."""
         scaling = self.config.rope_scaling
@@ -150,7 +177,8 @@ class LLM:
 
     def _num_pages(self, context: int, sequences: int, memory: int, itemsize: int) -> int:
         """Pages for all sequences at full length, or as many as `memory` bytes hold."""
-        page_bytes = self.config.cache_elements * PAGE * itemsize
+        config = mtp.extended(self.config) if self.speculative_method == "mtp" else self.config
+        page_bytes = config.cache_elements * PAGE * itemsize
         one = -(-context // PAGE)
         fits = memory // page_bytes
         if fits < one:
@@ -305,6 +333,25 @@ class LLM:
             self._events = None
 
 
+def _check_speculation(tokens: int, method: str, backend: str) -> None:
+    if not 0 <= tokens <= MAX_DRAFT:
+        raise UserError(f"num_speculative_tokens is {tokens}; accepted are 0 to {MAX_DRAFT}")
+    if method not in METHODS:
+        raise UserError(
+            f"speculative_method '{method}' is not known; accepted are auto, mtp and lookup"
+        )
+    if method != "auto" and not tokens:
+        raise UserError(
+            f"speculative_method is '{method}', but num_speculative_tokens is 0; accepted are 1 to"
+            f" {MAX_DRAFT} then"
+        )
+    if method == "mtp" and backend == "cuda":
+        raise UserError(
+            "speculative_method is 'mtp', which the back end 'cuda' does not run yet; accepted there are auto"
+            " and lookup"
+        )
+
+
 def context_length(config: DecoderConfig, asked: int | None, flag: str) -> int:
     """Positions of a sequence: what `flag` asks for, else the model's own up to DEFAULT_CONTEXT.
 
@@ -333,7 +380,9 @@ class _Request:
         self.llm, self.params = llm, params
         self.inbox: deque[Delta] = deque()
         self.texts = [self._detokenizer() for _ in range(params.n)]
-        self.metrics = RequestMetrics(arrival_time=time.perf_counter(), prompt_tokens=len(ids))
+        self.metrics = RequestMetrics(
+            time.perf_counter(), len(ids), speculative_method=llm.speculative_method
+        )
         outputs = [CompletionOutput(i, "", [], None, None, None, None) for i in range(params.n)]
         self.output = RequestOutput(request_id, text, ids, None, outputs, False, self.metrics)
         self.sequence_ids: list[int] = []

@@ -43,11 +43,11 @@ def stats(
 
 
 def speculation(m: RequestMetrics) -> str:
-    """How many drafted tokens came true, and tokens per step that verified some."""
-    steps = len(m.verified)
+    """Who drafted tokens, how many came true, and tokens per step that verified some."""
+    steps, least, most = len(m.verified), min(m.verified), max(m.verified)
     return (
-        f"{m.accepted_tokens} of {m.drafted_tokens} drafted tokens accepted: {sum(m.verified) / steps:.2f}"
-        f" tokens per verifying step ({min(m.verified)} to {max(m.verified)}, {steps} steps)"
+        f"{m.speculative_method}: {m.accepted_tokens} of {m.drafted_tokens} drafted tokens accepted:"
+        f" {sum(m.verified) / steps:.2f} tokens per verifying step ({least} to {most}, {steps} steps)"
     )
 
 

@@ -18,6 +18,7 @@ from tilert.backends.cuda import open_device
 from tilert.engine.core import RequestMetrics, SamplingParams
 from tilert.errors import UserError
 from tilert.models import load_config
+from tilert.models.mtp import layer_tensors
 from tilert.serve import report
 from tilert.serve.commands import Bars, show
 from tilert.serve.llm import DEFAULT_CONTEXT, LLM
@@ -26,17 +27,17 @@ from tilert.weights import read_config, resolve_model, settings
 
 NAME = "deepseek_v3_2"  # what the user's settings call the model when no folder is given
 DRAFTS = 3  # tokens guessed in a step with with_mtp, as in the public package
-GUESSED = "with_mtp: tokens are guessed from the text so far; the checkpoint's layer for that is not run yet"
 
 
 class ShowHandsGenerator:
     """One model that answers one prompt at a time.
 
     max_new_tokens: most tokens of an answer. model_weights_dir: folder or name of the model; by default
-    what MODEL_WEIGHTS_DIR or ~/.tilert/config.toml say. with_mtp: guess three tokens, from the text so
-    far, and verify them in one step; the answer is the same. Greedy unless use_topp (then top_p and top_k
-    count, and a temperature of 1 unless another is given) or a temperature above 0 (then all tokens can
-    be drawn). sampling_seed: equal seeds give equal answers. enable_thinking: the model reasons first.
+    what MODEL_WEIGHTS_DIR or ~/.tilert/config.toml say. with_mtp: guess three tokens, with the checkpoint's
+    layer for that or else from the text so far, and verify them in one step; the answer is the same.
+    Greedy unless use_topp (then top_p and top_k count, and a temperature of 1 unless another is given) or
+    a temperature above 0 (then all tokens can be drawn). sampling_seed: equal seeds give equal answers.
+    enable_thinking: the model reasons first.
     Raises UserError for values outside their range.
     """
 
@@ -74,13 +75,13 @@ class ShowHandsGenerator:
         """
         given = os.fspath(self.model_weights_dir)
         bars = Bars()
-        if self.with_mtp:
-            bars.say(GUESSED)
         try:
             folder = resolve_model(
                 given or str(settings.default_folder(NAME)), write_gguf_tokenizer, progress=bars
             )
             self.llm = _load(folder, self.max_new_tokens, DRAFTS if self.with_mtp else 0, bars)
+            if self.llm.speculative_method == "lookup":
+                bars.say(f"with_mtp: tokens are guessed from the text so far; {_why(self.llm)}")
         finally:
             bars.close()
 
@@ -141,6 +142,13 @@ def _load(folder: Path, max_new_tokens: int, drafts: int, bars: Bars) -> LLM:
         bars.say(f"{error}; the interpreter takes its place, slowly")
         return loaded("interpreter")
     return llm
+
+
+def _why(llm: LLM) -> str:
+    """Why the layer that guesses tokens does not."""
+    if layer_tensors(llm.config, llm.checkpoint.tensors):
+        return "a GPU does not run the checkpoint's layer for that yet"
+    return "the checkpoint has no layer for that"
 
 
 def _has_gpu() -> bool:
