@@ -112,7 +112,10 @@ def test_no_op_spills_in_its_loops(name: str, tmp_path: Path) -> None:
     own = re.compile("Route|InTurn|SideBySide|Latent|Index|Select|Blocks")
     if any(own.search(kind) for kind in kinds.values()):  # other models have the rest as well
         kinds = {number: kind for number, kind in kinds.items() if own.search(kind)}
-    for number in kinds:
+    alike = re.compile("(Embed|Argmax|NextToken)<")  # they read no weights; one model stands for all
+    for number, kind in kinds.items():
+        if name != "llama-1b" and alike.match(kind):
+            continue
         alone = re.sub(r"(?<=VARIANTS\(X\)).*", f" X({number})", variants)
         cubin = compile_cubin(
             source.text, name=KERNEL, arch="sm_90a", headers={**source.headers, "variants.h": alone},
