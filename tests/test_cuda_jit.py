@@ -112,7 +112,9 @@ def test_no_op_spills_in_its_loops(name: str, tmp_path: Path) -> None:
     own = re.compile("Route|InTurn|SideBySide|Latent|Index|Select|Blocks")
     if any(own.search(kind) for kind in kinds.values()):  # other models have the rest as well
         kinds = {number: kind for number, kind in kinds.items() if own.search(kind)}
-    alike = re.compile("(Embed|Argmax|NextToken)<")  # they read no weights; one model stands for all
+    alike = re.compile(
+        "(Embed|Argmax|NextToken)<"
+    )  # they read no weights; one model stands for all
     for number, kind in kinds.items():
         if name != "llama-1b" and alike.match(kind):
             continue
