@@ -9,13 +9,18 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hypothesis
 import pytest
 
 from tilert.errors import UserError
 from tilert.files import cache_folder
+
+if TYPE_CHECKING:
+    from tilert.backends.cuda.runtime import GpuDevice
 
 hypothesis.settings.register_profile("tilert", deadline=None)  # no test asserts a time
 hypothesis.settings.load_profile("tilert")
@@ -59,3 +64,27 @@ def glassllm_wheel() -> Path:
         except OSError:
             assert folder.is_dir(), f"cannot move {unpacked} to {folder}"  # another run was first
     return folder
+
+
+@pytest.fixture(scope="session")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where emulated kernels are compiled, once for each source."""
+    return tmp_path_factory.mktemp("emulator")
+
+
+@pytest.fixture(params=["emulator", "gpu"])
+def devices(request: pytest.FixtureRequest, kernels: Path) -> Callable[..., GpuDevice]:
+    """Makes the device that the kernel runs on; called with the seed of an order of threads."""
+    from emulator import SUPPORTED, EmulatedDevice
+
+    from tilert.backends.cuda import open_device
+
+    if request.param == "emulator":
+        if not SUPPORTED:
+            pytest.skip("the emulator needs g++ on x86-64")
+        return lambda seed=0: EmulatedDevice(kernels, seed=seed)
+    try:
+        gpu = open_device()
+    except UserError as error:
+        pytest.skip(str(error))
+    return lambda seed=0: gpu

@@ -47,14 +47,8 @@ def compiled(shape: tuple[int, ...], workers: int) -> Program:
     return build(graph, machine, Limits(1, 1, 1, 4096, True), {"rows": DType.F32})
 
 
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where emulated kernels are compiled, once for each source."""
-    return tmp_path_factory.mktemp("emulator")
-
-
 @pytest.fixture(params=["interpreter", "emulator", "gpu"])
-def bound(request: pytest.FixtureRequest, folder: Path) -> Bound:
+def bound(request: pytest.FixtureRequest, kernels: Path) -> Bound:
     """Makes a back end that samples from given logits."""
 
     def on(device: GpuDevice, logits: np.ndarray, workers: int) -> Backend:
@@ -73,7 +67,7 @@ def bound(request: pytest.FixtureRequest, folder: Path) -> Bound:
         if not SUPPORTED:
             pytest.skip("the emulator needs g++ on x86-64")
         return lambda logits, workers=3, seed=0: on(
-            EmulatedDevice(folder, seed=seed), logits, workers
+            EmulatedDevice(kernels, seed=seed), logits, workers
         )
     try:
         gpu = open_device()
@@ -210,7 +204,7 @@ def test_any_workers_in_any_order_give_the_same_tokens(workers: int, bound: Boun
         {"temperature": 1.4, "top_k": 12, "top_p": 0.9, "min_p": 0.03},
     ],
 )  # fmt: skip
-def test_draws_follow_the_distribution(given: dict[str, Any], folder: Path) -> None:
+def test_draws_follow_the_distribution(given: dict[str, Any], kernels: Path) -> None:
     """Chi-square of one long launch, whose rows are all the same, against double precision."""
     if not SUPPORTED:
         pytest.skip("the emulator needs g++ on x86-64")
@@ -226,7 +220,7 @@ def test_draws_follow_the_distribution(given: dict[str, Any], folder: Path) -> N
         weights[order[int(shares.searchsorted(given["top_p"])) + 1 :]] = 0
     expected = weights / weights.sum() * draws
 
-    device = EmulatedDevice(folder)
+    device = EmulatedDevice(kernels)
     table = np.tile(row.astype(np.float32), (vocab, 1))
     home = device.allocate(table.nbytes)
     home.write(table)

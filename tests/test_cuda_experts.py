@@ -14,7 +14,6 @@ import pytest
 from emulator import SUPPORTED, EmulatedDevice
 
 from tilert.backends import hang
-from tilert.backends.cuda import open_device
 from tilert.backends.cuda.backend import CudaBackend, LaunchError
 from tilert.backends.cuda.runtime import GpuDevice
 from tilert.backends.interpreter import Interpreter
@@ -53,26 +52,6 @@ CASES: dict[str, tuple[ExpertsConfig, int, DType, tuple[int, int], dict[str, int
     "fp8": (replace(SMALL, moe_intermediate_size=192), 128, DType.F8E4M3, (32, 64),
             {"slots": 8, "window": 3}),
 }  # fmt: skip
-
-
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where emulated kernels are compiled, once for each source."""
-    return tmp_path_factory.mktemp("emulator")
-
-
-@pytest.fixture(params=["emulator", "gpu"])
-def devices(request: pytest.FixtureRequest, folder: Path) -> Devices:
-    """Makes the device that the kernel runs on."""
-    if request.param == "emulator":
-        if not SUPPORTED:
-            pytest.skip("the emulator needs g++ on x86-64")
-        return lambda seed=0: EmulatedDevice(folder, seed=seed)
-    try:
-        gpu = open_device()
-    except UserError as error:
-        pytest.skip(str(error))
-    return lambda seed=0: gpu
 
 
 def small(**changes: int) -> Machine:
@@ -177,13 +156,13 @@ def test_a_choice_that_never_comes_ends_the_launch(
 
 
 def test_an_expert_that_never_arrives_ends_the_launch(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kernels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whichever copy is lost, also one that is under way while the loader waits for a choice."""
     if not SUPPORTED:
         pytest.skip("the emulator needs g++ on x86-64")
     monkeypatch.setenv("TILERT_CACHE", str(tmp_path))  # for the record of the hang
-    device = EmulatedDevice(folder)
+    device = EmulatedDevice(kernels)
     made = loaded(*compiled("bf16"), device)
     for lost in (2, 9):
         device.lost_copy = lost

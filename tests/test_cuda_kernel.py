@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from emulator import SUPPORTED, EmulatedDevice
+from emulator import EmulatedDevice
 
 from tilert.backends import hang
 from tilert.backends.cuda import backend as cuda
-from tilert.backends.cuda import limits, open_device, source
+from tilert.backends.cuda import limits, source
 from tilert.backends.cuda.backend import CudaBackend, LaunchError, Memory
 from tilert.backends.cuda.runtime import GpuDevice
 from tilert.backends.interpreter import Interpreter, allocate_caches
@@ -102,26 +102,6 @@ MODELS: dict[str, tuple[dict[str, Any], DType, int, dict[str, int]]] = {
                    DType.BF16, 5, {"slots": 9, "slot_bytes": 20480, "window": 3}),
     "qwen3-moe": ({"model_type": "qwen3_moe", **EXPERTS}, DType.BF16, 4, {}),
 }  # fmt: skip
-
-
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where emulated kernels are compiled, once for each source."""
-    return tmp_path_factory.mktemp("emulator")
-
-
-@pytest.fixture(params=["emulator", "gpu"])
-def devices(request: pytest.FixtureRequest, folder: Path) -> Devices:
-    """Makes the device that the kernel runs on."""
-    if request.param == "emulator":
-        if not SUPPORTED:
-            pytest.skip("the emulator needs g++ on x86-64")
-        return lambda seed=0: EmulatedDevice(folder, seed=seed)
-    try:
-        gpu = open_device()
-    except UserError as error:
-        pytest.skip(str(error))
-    return lambda seed=0: gpu
 
 
 def compiled(

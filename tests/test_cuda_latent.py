@@ -25,8 +25,6 @@ from tilert.models.decoder import build
 from tilert.models.derived import ROPE_TABLE
 from tilert.ops import IndexRope, LatentAttention
 
-folder, devices = kernel.folder, kernel.devices  # fixtures
-
 ONE_LAYER = {"num_hidden_layers": 1, "indexer_types": ["full"]}
 # Lengths at which everything is chosen, all but one, a page and a bit, and most is not.
 POSITIONS = [3, 23, 24, 63, 64, 150, 255]
