@@ -3,9 +3,9 @@
 Folded where the machine gains: a norm into every product that reads it (few tokens: each worker
 repeats the norm, which is cheaper than a hand-off), a residual sum into the product before it, gate
 and up into one op. Machines that stream weights through rings have many workers and wait longest for
-hand-offs: there q, k and v are one product, rotation, append and attention are one op, the product
-after them merges its partial results, and the last norm is folded too. Every activation gets a buffer
-of its own here; memory.py makes them share.
+hand-offs: there q, k and v are one product, rotation and attention are one op, keys and values are
+appended beside the chain of ops, and the last norm is folded too. Every activation gets a buffer of its
+own here; memory.py makes them share.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from tilert.ir.machine import Machine
 from tilert.ir.program import NONE, Buf, Buffer, Kind, Op, Scale
 from tilert.ops import (
     Adjust,
+    Append,
     Argmax,
     Attend,
     Attention,
@@ -358,7 +359,7 @@ def _splits(low: Lowering, kv_heads: int) -> int:
     machine = low.machine
     if not low.few:
         return 1
-    if low.fused:  # at least two, for what follows merges shares
+    if low.fused:  # at least two, for Combine merges shares
         return max(2, machine.splits or min(MAX_SPLITS, machine.workers // kv_heads))
     return machine.splits or machine.workers // math.gcd(kv_heads, machine.workers)
 
@@ -370,27 +371,23 @@ def _lower_attend(low: Lowering, node: Node) -> None:
     layer, d, kv_heads = (int(node.attrs[name]) for name in ("layer", "head_dim", "kv_heads"))
     heads, splits = q.cols // d, _splits(low, kv_heads)
     window, width = int(node.attrs["window"]), heads * splits * (d + 2)
-    one = lim.tokens == 1
-    y = low.work(node.output, width if one else None, _stored(low, node.output))
-    part = (
-        y
-        if one
-        else low.buffer(f"{node.output.name}.part", Kind.WORK, DType.F32, lim.tokens, width)
+    part = low.buffer(f"{node.output.name}.part", Kind.WORK, DType.F32, lim.tokens, width)
+    y = low.work(node.output, dtype=_stored(low, node.output))
+    norms = [low.weight(rope.inputs[name]) for name in ("q_norm", "k_norm")]
+    caches = low.cache("k", layer, k.cols), low.cache("v", layer, v.cols)
+    states = [low.state(name) for name in ("positions", "sequences", "pages", "counts")]
+    table, eps = low.weight(table), rope.attrs["eps"]
+    limits, columns = (
+        (lim.context, lim.sequences, lim.pages),
+        [low.column.get(b, 0) for b in (k, v)],
     )
-    op = Attend(
-        low.home[q], low.home[k], low.home[v], low.weight(rope.inputs["q_norm"]),
-        low.weight(rope.inputs["k_norm"]), low.weight(table), low.cache("k", layer, k.cols),
-        low.cache("v", layer, v.cols), part, low.state("positions"), low.state("sequences"),
-        low.state("pages"), low.state("counts"), lim.tokens, heads, kv_heads, d, window, splits,
-        lim.context, lim.sequences, lim.pages, rope.attrs["eps"], node.attrs["scale"],
-        low.column.get(k, 0), low.column.get(v, 0),
-    )  # fmt: skip
-    low.ops.append(op)
-    if one:  # the product that follows merges the shares; for more tokens it would read too much
-        low.attends[node.output] = op
-    else:
-        merged = Combine(part, y, op.counts, op.rows, heads, kv_heads, d, splits, window)
-        low.ops.append(merged)
+    low.ops += [
+        Attend(low.home[q], low.home[k], low.home[v], *norms, table, *caches, part, *states, lim.tokens,
+               heads, kv_heads, d, window, splits, *limits, eps, node.attrs["scale"], *columns),
+        Append(low.home[k], low.home[v], norms[1], table, *caches, *states, lim.tokens, kv_heads, d,
+               *limits, eps, *columns),
+        Combine(part, y, states[3], lim.tokens, heads, kv_heads, d, splits, window),
+    ]  # fmt: skip
 
 
 def _lower_attention(low: Lowering, node: Node) -> None:

@@ -8,7 +8,7 @@ happens before what is worked out in order.py.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
@@ -362,31 +362,35 @@ def ring(facts: Facts) -> Iterator[str]:
 
 
 def stream(facts: Facts) -> Iterator[str]:
-    """Past cache rows can be streamed as soon as the run `stream_lead` after the one that reads them has
-    started in the step before: that start comes after the appends of that step. Older ones are in order
-    with it."""
+    """Who streams past rows of a cache has waits of its own for all that append to it in the step before:
+    its loader runs ahead of the queue and holds only those. Older rows are in order with them."""
     program = facts.program
     if not program.machine.slots:
         return
-    writers: dict[int, list[int]] = defaultdict(list)
+    writers: dict[int, set[int]] = defaultdict(set)
     for number, regions in enumerate(facts.writes):
         for buffer in {r.buffer for r in regions}:
             if program.buffers[buffer].kind is Kind.CACHE:
-                writers[buffer].append(number)
+                writers[buffer].add(number)
+    proven: dict[Wait, set[int]] = {}
     for number, regions in enumerate(facts.reads):
-        place = facts.places[number]
-        past = {r.buffer for r in regions if r.row_lo < 0}
-        wrap, later = divmod(place.position + program.stream_lead, facts.lengths[place.worker])
-        if wrap > 1:
-            yield f"{facts.name(place)} streams a cache, but its worker has too few runs"
-            continue
-        after = facts.numbers[place.worker][later]
-        for writer in (w for buffer in sorted(past) for w in writers[buffer]):
-            at = facts.places[writer]
-            known = facts.clock[wrap, after, at.worker]
-            if at.worker != place.worker and known < facts.moment(0, at):
-                yield (f"{facts.name(place)} streams what {facts.name(at)} appends, but the run that its"
-                       " loader waits for can start before that")  # fmt: skip
+        place, missing = facts.places[number], set[int]()
+        for region in (r for r in regions if r.row_lo < 0):
+            missing |= {
+                w for w in writers[region.buffer]
+                if any(_same_columns(region, own) for own in facts.writes[w])
+            }  # fmt: skip
+        missing -= _awaited(facts, [w for w in place.run.waits if w.lag], proven)
+        if missing:
+            yield (f"{facts.name(place)} streams what {facts.name(facts.places[min(missing)])}"
+                   " appends, but has no wait for it in the step before")  # fmt: skip
+
+
+def _same_columns(one: Region, other: Region) -> bool:
+    """True when two regions share columns of a buffer: rows of a cache move from step to step."""
+    return (
+        one.buffer == other.buffer and one.col_lo < other.col_hi and other.col_lo < one.col_hi
+    )  # fmt: skip
 
 
 def choice(facts: Facts) -> Iterator[str]:
@@ -402,20 +406,28 @@ def choice(facts: Facts) -> Iterator[str]:
             if any(r.buffer == op.choice for r in ops[i].writes(0, ops[i].tiles))
         )  # fmt: skip
         for number in facts.of_op[index]:
-            place, missing = facts.places[number], set(makers)
-            for wait in place.run.waits:
-                if wait not in proven:
-                    proven[wait] = _signallers(facts, wait)
-                missing -= proven[wait]
+            place = facts.places[number]
+            own = [wait for wait in place.run.waits if not wait.lag]
+            missing = set(makers) - _awaited(facts, own, proven)
             if missing:
                 yield (f"{facts.name(place)} streams what {facts.name(facts.places[min(missing)])}"
                        " chooses, but has no wait for it")  # fmt: skip
 
 
+def _awaited(facts: Facts, waits: Iterable[Wait], proven: dict[Wait, set[int]]) -> set[int]:
+    """Runs that must have signalled where all of some waits hold; `proven` keeps those of each."""
+    found: set[int] = set()
+    for wait in waits:
+        if wait not in proven:
+            proven[wait] = _signallers(facts, wait)
+        found |= proven[wait]
+    return found
+
+
 def _signallers(facts: Facts, wait: Wait) -> set[int]:
-    """Runs of the same step that have signalled when the wait holds."""
+    """Runs that have signalled when the wait holds, in the step that it asks for."""
     sure = set[int]()
-    for last in facts.proves(wait) if not wait.lag else ():
+    for last in facts.proves(wait):
         runs = facts.producers[wait.counter][facts.places[last].worker]
         sure.update(runs[: runs.index(last) + 1])
     return sure

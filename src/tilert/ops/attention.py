@@ -221,6 +221,9 @@ class Combine(Op):
     def tagging(self) -> tuple[Buf, ...]:
         return (self.y,)
 
+    def tag_checking(self) -> tuple[Buf, ...]:
+        return (self.part,)
+
     def cost(self, lo: int, hi: int, dtype_bytes: int, context: int) -> Cost:
         return Cost(0, 0, 3 * (hi - lo) * self.splits * self.group * self.head_dim)
 

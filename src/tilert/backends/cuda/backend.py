@@ -15,12 +15,13 @@ from typing import Any, Protocol
 import numpy as np
 
 from tilert.backends.cuda.limits import RUN_BYTES, fitting_slots, shared_bytes
-from tilert.backends.cuda.source import KERNEL, Source, generate
+from tilert.backends.cuda.source import KERNEL, Source, attend_of, generate
 from tilert.backends.hang import Hang, save
 from tilert.ir.program import NONE, PAGE, Buf, Kind, Op, Program, Run
 from tilert.ir.tags import TAGS, Tags, derive
 from tilert.ops import (
     Adjust,
+    Append,
     Argmax,
     Attend,
     Bins,
@@ -450,6 +451,10 @@ def _add_ranks(record: Any, program: Program, index: int, tags: Tags) -> None:
     operands: tuple[tuple[str, Buf], ...] = ()
     if isinstance(op, Attend):
         operands = ("x", op.q), ("x2", op.k), ("x3", op.v)
+    elif isinstance(op, Append):
+        operands = ("x2", op.k), ("x3", op.v)
+    elif isinstance(op, Combine):
+        operands = (("x", op.part),)
     elif isinstance(op, Route):
         operands = (("x", op.logits),)
     elif isinstance(op, LatentRope):
@@ -488,6 +493,9 @@ def _resolve(record: Any, program: Program, run: Run, at: list[int]) -> None:
         )
         return
     record["first"], record["count"] = run.lo, run.hi - run.lo
+    if isinstance(op, Append):  # its tiles follow those of attention
+        op = attend_of(program, op)
+        record["first"] += op.tiles
     if isinstance(op, ExpertGate | ExpertDown):
         _resolve_experts(record, program, op, run, at)
     elif isinstance(op, Attend):

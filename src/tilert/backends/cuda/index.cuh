@@ -174,7 +174,7 @@ struct IndexScore {
     Block& b = l.b;
     const u32 seen = b.position(0) + 1;
     if (seen <= kTopk) return true;
-    if (b.step && !l.passed((b.step - 1) * b.length + b.number + kStreamLead + 1)) return false;
+    if (!l.appended(run)) return false;
     for (u32 tile = run.first; tile < run.first + run.count; ++tile)
       for (u32 page = tile; page * kPage < seen; page += kSplits) {
         if (!l.acquire()) return false;

@@ -52,14 +52,6 @@ __device__ __forceinline__ u32 first_visible(u32 position, u32 window) {
 
 // The number of shares, from the first on, that hold something of one token, and how many a thread
 // with few elements takes at once.
-template <int kAttnWindow>
-struct PastPages {  // of Attend: the positions before the token's own, which the first share has
-  static constexpr int kAtOnce = 2;
-  static __device__ __forceinline__ int count(const Block& b, int splits) {
-    const u32 hi = b.position(0);
-    return max(1u, active_shares(first_visible(hi, kAttnWindow), hi, splits));
-  }
-};
 struct SeenPages {  // of LatentAttention: all positions up to the token's own
   static constexpr int kAtOnce = 8;
   static __device__ __forceinline__ int count(const Block& b, int splits) {

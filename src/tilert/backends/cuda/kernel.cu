@@ -92,7 +92,7 @@ extern "C" __global__ void __launch_bounds__(kBlockThreads, 1)
       barrier_init(&shared.empty[i], kWarps);
     }
     barrier_init_done();
-    shared.verdict = shared.progress = shared.listed = shared.lost = shared.stopped = 0;
+    shared.verdict = shared.listed = shared.lost = shared.stopped = 0;
   }
   __syncthreads();
   Block block{params, shared, memory, scratch, queue, waits, totals, length};

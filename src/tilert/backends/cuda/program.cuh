@@ -94,7 +94,6 @@ constexpr int kMaxChosen = 32;  // experts of a token: one for each lane
 struct Shared {
   u64 full[kSlots], empty[kSlots];
   u32 verdict;   // told to all threads of the block
-  u32 progress;  // waits that have held so far in this launch
   u32 listed;    // lists of chosen rows that have been made so far in this launch
   // 1 + runs in this launch before that in which the loader lost a unit, or in which a warp stopped
   // to wait for one; 0: none.
@@ -221,8 +220,6 @@ __device__ __forceinline__ bool wait_for_inputs(Block& b, const Run& run) {
         }
       }
     }
-    __syncwarp();  // the loader may rely on what any lane has acquired
-    if (lane() == 0) store_shared(&b.shared.progress, b.step * b.length + b.number + 1);
   }
   sync_consumers();
   if constexpr (kTrace) b.started = cycles();
@@ -243,8 +240,11 @@ __device__ __forceinline__ float rounded_for_tag(float v) {
   u32 bits = v == v ? __float_as_uint(v) + (kTagMask + 1) / 2 : 0x7fc00000u;
   return __uint_as_float(bits & ~kTagMask);
 }
+__device__ __forceinline__ float tagged(float v, u32 tag) {
+  return __uint_as_float(__float_as_uint(rounded_for_tag(v)) | tag);
+}
 __device__ __forceinline__ void store_tagged(float* p, float v, u32 tag) {
-  store_float(p, __uint_as_float(__float_as_uint(rounded_for_tag(v)) | tag));
+  store_float(p, tagged(v, tag));
 }
 __device__ __forceinline__ float untagged(float v) {
   return __uint_as_float(__float_as_uint(v) & ~kTagMask);
@@ -327,15 +327,36 @@ struct Loader {
   u32 issued = 0, arrived = 0;  // units
   u32 lists = 0;                // of chosen rows, so far
 
-  // Until as many waits have held in this launch; what was appended before can be streamed then.
-  // False: the launch has ended.
-  __device__ __forceinline__ bool passed(u32 waits) { return reached(&b.shared.progress, waits); }
-  // Until the next list of chosen rows is made.
-  __device__ __forceinline__ bool listed() { return reached(&b.shared.listed, ++lists); }
-  __device__ __forceinline__ bool reached(const u32* word, u32 wanted) {
-    while (load_shared(word) < wanted) {
-      if (arrived < issued && !land()) return false;  // what is under way is watched as ever
-      if (load_shared(&b.shared.verdict)) return false;
+  // Until the next list of chosen rows is made. False: the launch has ended.
+  __device__ __forceinline__ bool listed() {
+    ++lists;
+    while (load_shared(&b.shared.listed) < lists)
+      if (!idle()) return false;
+    fence_proxy();
+    return true;
+  }
+  // While something is awaited: what is under way is watched as ever; when all of it is in, the
+  // warps can come to this run, and it is they who give up and say for what they waited.
+  __device__ __forceinline__ bool idle() {
+    if (arrived < issued && !land()) return false;
+    return load_shared(&b.shared.verdict) == 0;
+  }
+  // Until a wait of a run holds.
+  __device__ __forceinline__ bool holds(const Wait& w) {
+    const u32 lag = w.threshold & kLagged ? 1 : 0;
+    if (b.step < lag) return true;
+    const u32* counter = b.params.counters + w.counter * kCounterPitch;
+    const u32 want = (b.step - lag) * b.totals[w.counter] + (w.threshold & ~kLagged);
+    while (static_cast<int>(load_acquire(counter) - want) < 0)
+      if (!idle()) return false;
+    return true;
+  }
+  // Until all rows that the step before has appended can be streamed.
+  __device__ __forceinline__ bool appended(const Run& run) {
+    if (b.step == 0) return true;
+    for (u32 at = run.wait_begin; at < run.wait_begin + run.wait_count; ++at) {
+      const Wait w = b.waits[at];
+      if ((w.threshold & kLagged) && !holds(w)) return false;
     }
     fence_proxy();
     return true;
@@ -383,20 +404,11 @@ struct Loader {
   }
   // Until there is the choice of the weights of a run, kCount numbers, which are left in
   // shared.chosen; at once where they are there from an earlier run. False: the launch has ended.
-  // What is under way is watched as ever; when all of it is in, the warps can come to this run, and
-  // it is they who give up and say for what they waited.
   template <int kCount>
   __device__ __forceinline__ bool choose(const Run& run) {
     if (run.x3 == 0) return true;
-    for (u32 at = run.wait_begin; at < run.wait_begin + run.x3; ++at) {
-      const Wait w = b.waits[at];
-      const u32* counter = b.params.counters + w.counter * kCounterPitch;
-      const u32 want = b.step * b.totals[w.counter] + w.threshold;
-      while (static_cast<int>(load_acquire(counter) - want) < 0) {
-        if (arrived < issued && !land()) return false;
-        if (load_shared(&b.shared.verdict)) return false;
-      }
-    }
+    for (u32 at = run.wait_begin; at < run.wait_begin + run.x3; ++at)
+      if (!holds(b.waits[at])) return false;
     constexpr int kBatch = kCount < 8 ? kCount : 8;  // loads that are under way together
     const u32* chosen = reinterpret_cast<const u32*>(run.bias_up);
 #pragma unroll 1

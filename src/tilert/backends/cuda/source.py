@@ -25,6 +25,7 @@ from tilert.ir.program import NONE, PAGE, Buf, Op, Program
 from tilert.ir.tags import TAGS, Tags, derive
 from tilert.ops import (
     Adjust,
+    Append,
     Argmax,
     Attend,
     Bins,
@@ -47,8 +48,8 @@ from tilert.ops import (
 
 FOLDER = Path(__file__).parent
 HEADERS = (
-    "ptx.cuh", "program.cuh", "tile.cuh", "inputs.cuh", "products.cuh", "linear.cuh", "attend.cuh",
-    "sample.cuh", "draw.cuh", "experts.cuh", "mla.cuh", "index.cuh",
+    "ptx.cuh", "program.cuh", "tile.cuh", "inputs.cuh", "products.cuh", "linear.cuh", "heads.cuh",
+    "attend.cuh", "sample.cuh", "draw.cuh", "experts.cuh", "mla.cuh", "index.cuh",
 )  # fmt: skip
 KERNEL = "tilert_program"
 
@@ -78,7 +79,7 @@ def generate(program: Program, slots: int, *, trace: bool = False) -> Source:
         "kSlots": slots, "kSlotBytes": machine.slot_bytes, "kSlotPitch": machine.slot_bytes + SLOT_PAD,
         "kWindow": min(machine.window, slots), "kPage": PAGE, "kScratchBytes": scratch_bytes(program),
         "kCounters": len(program.counters), "kTurn": tags.stride % TAGS, "kTokens": program.tokens,
-        "kStreamLead": program.stream_lead, "kSharedBytes": shared_struct_bytes(program.tokens),
+        "kSharedBytes": shared_struct_bytes(program.tokens),
         "kHeldWords": HELD_WORDS, "kVariants": len(known),
     }  # fmt: skip
     headers = {name: (FOLDER / name).read_text(encoding="utf-8") for name in HEADERS}
@@ -101,8 +102,11 @@ def _type(program: Program, op: Op, tags: Tags) -> str:
             f"Attend<{op.heads}, {op.kv_heads}, {op.head_dim}, {op.window}, {op.splits},"
             f" {_flag(all(b in tags.writers for b in (op.q, op.k, op.v)))}, {norms},"
             f" {_bits(op.eps)}, {_bits(op.scale)},"
-            f" {', '.join(str(program.buffers[b].cols) for b in (op.q, op.k, op.v))}>"
+            f" {', '.join(str(program.buffers[b].cols) for b in (op.q, op.k, op.v))},"
+            f" {_flag(op.y in tags.writers)}>"
         )
+    if isinstance(op, Append):  # in the same code
+        return _type(program, attend_of(program, op), tags)
     if isinstance(op, LatentRope | LatentAttention):
         return _latent(program, op, tags)
     if isinstance(op, IndexRope | IndexScore | Select):
@@ -110,7 +114,7 @@ def _type(program: Program, op: Op, tags: Tags) -> str:
     if isinstance(op, Combine):
         return (
             f"Combine<{op.kv_heads}, {op.group}, {op.head_dim}, {op.splits}, {op.window},"
-            f" {_flag(op.y in tags.writers)}, {_narrow(program, op.y)}>"
+            f" {_flag(op.part in tags.writers)}, {_flag(op.y in tags.writers)}, {_narrow(program, op.y)}>"
         )
     if isinstance(op, Embed):
         return f"Embed<{op.width}, {_weight(program, op.table)}, {_flag(op.y in tags.writers)}>"
@@ -133,6 +137,11 @@ def _type(program: Program, op: Op, tags: Tags) -> str:
         return _down(program, op, tags)
     assert isinstance(op, NextToken), f"{type(op).__name__} has no CUDA form"
     return f"NextToken<{op.chunks}>"
+
+
+def attend_of(program: Program, op: Append) -> Attend:
+    """The attention whose keys and values an op appends."""
+    return next(o for o in program.ops if isinstance(o, Attend) and o.k_cache == op.k_cache)
 
 
 def _check_heads(program: Program, op: Attend) -> None:
@@ -238,9 +247,7 @@ def _product(
 
 def _active(program: Program, op: Linear) -> str:
     """Which of the shares that a product merges hold something."""
-    made = next(o for o in program.ops if isinstance(o, Attend | LatentAttention) and o.y == op.x)
-    if isinstance(made, Attend):
-        return f"PastPages<{made.window}>"
+    made = next(o for o in program.ops if isinstance(o, LatentAttention) and o.y == op.x)
     return "EveryShare" if made.topk else "SeenPages"
 
 
