@@ -420,7 +420,9 @@ def test_eos_ids_of_both_files() -> None:
 
 
 def test_a_family_that_many_ask_for_is_told_what_it_would_need() -> None:
-    needs = "'gpt_oss', which needs attention sinks, experts with biases and MXFP4 weights that tilert"
+    needs = (
+        "'gpt_oss', which needs attention sinks, experts with biases and MXFP4 weights that tilert"
+    )
     with pytest.raises(UserError, match=f"model_type {needs} does not have; accepted are llama"):
         load_config({"model_type": "gpt_oss"})
 
