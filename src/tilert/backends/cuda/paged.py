@@ -29,16 +29,15 @@ class StepCaches:
         self, tensors: Mapping[str, torch.Tensor], pages: torch.Tensor, begin: int, end: int
     ) -> None:
         self.tensors, self.pages, self.begin, self.end = tensors, pages, begin, end
-        self._places: dict[tuple[int, int, int, int], torch.Tensor] = {}
+        self._known: dict[tuple[int, ...], torch.Tensor] = {}
 
     def append(self, name: str, x: torch.Tensor, *, plain: bool = False) -> None:
         """x [T, heads, width] are the rows of this step."""
         cache = self.tensors[name]
         size = cache.shape[-1] if plain else PIECE
-        places = self._pieces(cache.shape, self.begin, size).long()
-        _raw(cache).view(-1, size).index_copy_(
-            0, places.flatten(), _raw(x.to(cache.dtype)).reshape(-1, size)
-        )
+        places = self._once(cache.shape, size, self.begin, by_head=False)
+        rows = _raw(x.to(cache.dtype)).reshape(-1, size)
+        _raw(cache).view(-1, size).index_copy_(0, places, rows)
 
     def read(self, name: str, first_page: int = 0, *, plain: bool = False) -> torch.Tensor:
         """[heads, positions, width] from a page of the sequence on to the last row of this step.
@@ -46,26 +45,33 @@ class StepCaches:
         Rows not yet written may hold anything, and a weight of 0 does not silence a NaN: they are left out.
         """
         cache = self.tensors[name]
-        heads, width = cache.shape[1], cache.shape[-1]
+        _, heads, _, width = cache.shape
         size = width if plain else PIECE
-        places = self._pieces(cache.shape, first_page * PAGE, size).transpose(0, 1)
-        found = _raw(cache).view(-1, size).index_select(0, places.flatten())
+        places = self._once(cache.shape, size, first_page * PAGE, by_head=True)
+        found = _raw(cache).view(-1, size).index_select(0, places)
         return found.view(cache.dtype).view(heads, -1, width)
 
-    def _pieces(self, shape: tuple[int, ...], first: int, size: int) -> torch.Tensor:
+    def _once(
+        self, shape: tuple[int, ...], size: int, first: int, *, by_head: bool
+    ) -> torch.Tensor:
+        """As _places, worked out for the first layer that asks. i64 in the order of x, else i32."""
+        key = *shape[1:], size, first, by_head
+        if key not in self._known:
+            places = self._places(shape, size, first)
+            order = places.transpose(0, 1) if by_head else places.long()
+            self._known[key] = order.flatten()
+        return self._known[key]
+
+    def _places(self, shape: tuple[int, ...], size: int, first: int) -> torch.Tensor:
         """i32 [positions, heads, pieces]: which pieces of `size` elements of a cache of that shape are the
         rows of positions [first, end)."""
         _, heads, _, width = shape
-        key = first, heads, width, size
-        if key not in self._places:
-            device = self.pages.device
-            positions = torch.arange(first, self.end, device=device)
-            pages, rows = self.pages[positions // PAGE], positions % PAGE
-            head = pages[:, None] * heads + torch.arange(heads, device=device)
-            begin = (head * PAGE + rows[:, None]) * (width // size)  # of a row, in pieces
-            inside = _order(width, size, device)[rows]
-            self._places[key] = begin.int()[:, :, None] + inside[:, None]
-        return self._places[key]
+        device = self.pages.device
+        positions = torch.arange(first, self.end, device=device)
+        pages, rows = self.pages[positions // PAGE], positions % PAGE
+        head = pages[:, None] * heads + torch.arange(heads, device=device)
+        begin = (head * PAGE + rows[:, None]) * (width // size)  # of a row, in pieces
+        return begin.int()[:, :, None] + _order(width, size, device)[rows][:, None]
 
 
 @lru_cache

@@ -36,7 +36,7 @@ def attend(
     """[T, heads, lora] weighted latents, in the type of `rows`. q [T, heads, lora] and rotated [T, heads, r];
     rows [S, lora + r] of the cache; mask [T, S]: what a token sees, which is nothing behind itself, and the
     last token is the last row."""
-    lora, count = q.shape[2], len(rows)
+    lora, count, hidden = q.shape[2], len(rows), ~mask
     out = rows.new_empty(q.shape)
     step = max(1, MOST // (q.shape[1] * count))
     for begin in range(0, len(q), step):
@@ -44,7 +44,7 @@ def attend(
         past = rows[: count - len(q) + end]
         both = [x[begin:end].to(rows.dtype) for x in (q, rotated)]
         scores = (torch.cat(both, dim=-1) @ past.T).float().mul_(scale)
-        scores.masked_fill_(~mask[begin:end, None, : len(past)], -torch.inf)
+        scores.masked_fill_(hidden[begin:end, None, : len(past)], -torch.inf)
         torch.matmul(scores.softmax(dim=-1).to(rows.dtype), past[:, :lora], out=out[begin:end])
     return out
 
