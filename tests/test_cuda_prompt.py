@@ -28,6 +28,7 @@ from tilert.ops import Route
 from tilert.weights import open_checkpoint
 
 PAGES = [5, 2, 7, 0]
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 def loaded(folder: Path, dtype: torch.dtype = torch.float32) -> PromptRunner:
@@ -92,6 +93,25 @@ def test_pieces_give_the_same(name: str, tmp_path: Path, monkeypatch: pytest.Mon
         assert (cache[7, :, 22:] == 9).all()  # positions that have not come
 
 
+def test_an_indexer_bounds_how_many_tokens_are_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made("glm_moe_dsa", tmp_path)
+    tokens, runner, taken = tokens_for(150), loaded(tmp_path), list[int]()
+    expected = runner.run(tokens, 0, PAGES, [149])
+    chunk = PromptRunner._chunk
+
+    def counted(runner: PromptRunner, step: Any) -> torch.Tensor:
+        taken.append(len(step.tokens))
+        return chunk(runner, step)
+
+    monkeypatch.setattr(PromptRunner, "_chunk", counted)
+    monkeypatch.setattr(prompt, "CHUNK", 100)
+    monkeypatch.setattr(prompt, "SCORES", 70 * 120)
+    assert (runner.run(tokens, 0, PAGES, [149]) - expected).abs().max() < 1e-4
+    assert taken == [84, 64, 2]
+
+
 def test_pages_are_stored_as_the_kernel_reads_them(tmp_path: Path) -> None:
     families.make("llama-tied", tmp_path)  # head_dim 16
     runner = loaded(tmp_path)
@@ -149,7 +169,7 @@ def test_half_precision_is_close(tmp_path: Path) -> None:
     assert (pieces.run(tokens[70:], 70, PAGES, [29]) - exact).abs().max() < most
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@needs_gpu
 @pytest.mark.parametrize("past", [0, 5, 300])
 def test_gpu_attention_behind_other_keys(past: int) -> None:
     """Without a mask the same as with one."""
@@ -175,18 +195,19 @@ def test_warming_up_leaves_caches_alone(name: str, tmp_path: Path) -> None:
     assert all((cache == 9).all() for cache in runner.caches.values())
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", id="gpu", marks=needs_gpu)])
 @pytest.mark.parametrize("kind", ["f32", "bf16", "bf16 in odd rows", "e4m3", "without grouped_mm"])
-def test_grouped_products(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_grouped_products(kind: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows times the matrix of their expert; some experts have no rows."""
     n, k = (20, 12) if "odd" in kind else (24, 32)
     rng = torch.Generator().manual_seed(4)
     x, w = torch.randn(19, k, generator=rng), torch.randn(5, n, k, generator=rng)
-    ends = torch.tensor([0, 3, 3, 11, 19], dtype=torch.int32)
-    w = w if kind == "f32" else w.to(torch.bfloat16)
+    ends = torch.tensor([0, 3, 3, 11, 19], dtype=torch.int32, device=device)
+    x, w = x.to(device), w.to(device, torch.float32 if kind == "f32" else torch.bfloat16)
     bank = experts.Bank(w)
     if kind == "e4m3":
         monkeypatch.setattr(experts, "WIDENED", 2 * n * k * 2)  # bytes of two of the five
-        stored, scale = w.to(torch.float8_e4m3fn), torch.rand(5, 2, 2, generator=rng)
+        stored, scale = w.to(torch.float8_e4m3fn), torch.rand(5, 2, 2, generator=rng).to(device)
         bank = experts.Bank(stored, scale, (16, 16))
         spread = scale.repeat_interleave(16, 1)[:, :n].repeat_interleave(16, 2)
         w = (stored.float() * spread).to(torch.bfloat16)
@@ -195,7 +216,7 @@ def test_grouped_products(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(experts, "_grouped_mm", None)
     groups = experts.Groups(ends)
     y = groups.product(x, bank)
-    of = torch.searchsorted(ends, torch.arange(19), right=True)
+    of = torch.searchsorted(ends, torch.arange(19, device=device), right=True)
     expected = torch.einsum("rk,rnk->rn", x.to(w.dtype).double(), w[of].double())
     assert y.dtype is w.dtype
     assert (y - expected).abs().max() < (1e-5 if kind == "f32" else 2**-8 * expected.abs().max())

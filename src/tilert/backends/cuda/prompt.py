@@ -19,11 +19,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tilert.backends.cuda import prompt_experts as experts
 from tilert.backends.cuda import prompt_latent as latent
 from tilert.backends.cuda.paged import StepCaches
+from tilert.backends.cuda.runtime import RUNNER_ROWS
 from tilert.ir.dtype import DType
 from tilert.ir.graph import Graph, Node, Value
 from tilert.ir.program import JOIN, PAGE, Scale
 
-CHUNK = 1024  # most tokens at a time: bounds the memory that activations take
+CHUNK = RUNNER_ROWS  # most tokens at a time: bounds the memory that activations take
+SCORES = 1 << 25  # most scores of an indexer, of each token for each position
 WARM = 256  # tokens of each piece of a prompt that warms up
 # Not cuDNN's, which PyTorch prefers on some cards: it makes a plan for every new length, while a user waits.
 ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -93,6 +95,7 @@ class PromptRunner:
         self.banks = {
             v: self._bank(v) for n in graph.nodes for v in n.inputs.values() if v and v.parts
         }
+        self.indexed = any(node.op == "index_score" for node in graph.nodes)
         self.narrow = self._narrow()
         self.head = [node.output.rows == "outputs" for node in graph.nodes].index(True)
         last: dict[str, int] = {}
@@ -164,22 +167,23 @@ class PromptRunner:
         self, tokens: Sequence[int], begin: int, pages: Sequence[int], outputs: Sequence[int]
     ) -> torch.Tensor:
         found: dict[int, torch.Tensor] = {}
-        table = self._integers(pages)
-        for first in range(0, len(tokens), CHUNK):
-            some = tokens[first : first + CHUNK]
-            wanted = [row for row in outputs if first <= row < first + CHUNK]
-            at, ids, rows = (
-                begin + first,
-                self._integers(some),
-                self._integers([r - first for r in wanted]),
-            )
-            caches = StepCaches(self.caches, table, at, at + len(some))
-            logits = self._chunk(_Step(at, ids, rows, caches))
+        table, first = self._integers(pages), 0
+        while first < len(tokens):
+            at, end = begin + first, min(first + self._most(begin + first), len(tokens))
+            wanted = [row for row in outputs if first <= row < end]
+            rows = self._integers([row - first for row in wanted])
+            caches = StepCaches(self.caches, table, at, begin + end)
+            logits = self._chunk(_Step(at, self._integers(tokens[first:end]), rows, caches))
             found |= zip(wanted, logits, strict=True)
+            first = end
         vocab = self.graph.nodes[-1].output.cols
         if not outputs:
             return torch.zeros(0, vocab, device=self.device)
         return torch.stack([found[row] for row in outputs])
+
+    def _most(self, begin: int) -> int:
+        """Tokens of the chunk at a position: fewer after many others where an indexer scores them all."""
+        return min(CHUNK, max(PAGE, SCORES // (begin + CHUNK))) if self.indexed else CHUNK
 
     def _integers(self, values: Sequence[int]) -> torch.Tensor:
         """On the device, without waiting for what it does: pinned memory is copied when its turn comes."""
@@ -192,10 +196,10 @@ class PromptRunner:
             if i == self.head and not len(step.outputs):
                 return torch.zeros(0, 0)
             made, name = self.ops[node.op](step, node), node.output.name
+            for dead in self.dead[i]:  # before another copy is made
+                del step.values[dead]
             step.values[name] = made.to(self.narrow[name]) if name in self.narrow else made
             del made
-            for dead in self.dead[i]:
-                del step.values[dead]
         return step.values[self.graph.nodes[-1].output.name].float()
 
     def _input(self, step: _Step, node: Node, name: str) -> torch.Tensor:
