@@ -231,10 +231,16 @@ class PromptRunner:
         assert value is not None, f"{node} has no weight"
         if groups := int(node.attrs.get("groups", 0)):
             return latent.block_linear(x, self._matrix(value), groups, int(node.attrs["stride"]))
-        w = self._matrix(value)
         if node.output in self.routing:  # what rounding moves would send a token to another expert
-            w = w.float()
-        y, bias = functional.linear(x.to(w.dtype), w), self._vector(node, "bias")
+            y = functional.linear(x.float(), self._matrix(value).float())
+        elif value.name in self.scales:
+            scale = self.scales[value.name]
+            w, factors = self.weights[value.name], self.weights[scale.name]
+            y = experts.scaled_product(x, w, factors, scale.block)
+        else:
+            w = self.weights[value.name]
+            y = functional.linear(x.to(w.dtype), w)
+        bias = self._vector(node, "bias")
         return y if bias is None else y + bias
 
     def _matrix(self, value: Value) -> torch.Tensor:

@@ -30,6 +30,24 @@ def widened(w: torch.Tensor, scale: torch.Tensor, block: tuple[int, int]) -> tor
     return out
 
 
+def scaled_product(
+    x: torch.Tensor, w: torch.Tensor, scale: torch.Tensor, block: tuple[int, int]
+) -> torch.Tensor:
+    """bf16 [T, n] x @ w.T of a weight [n, k] in e4m3, of which some rows are widened at a time."""
+    n, k = w.shape
+    each = block[0] if block[0] < n else 1  # rows that must stay together
+    step = max(1, WIDENED // (2 * k * each)) * each
+    x = x.to(torch.bfloat16)
+    if step >= n:
+        return functional.linear(x, widened(w, scale, block))
+    y = x.new_empty(len(x), n)
+    for first in range(0, n, step):
+        rows = slice(first, min(first + step, n))
+        factors = scale[first // each : -(-rows.stop // each)] if len(scale) > 1 else scale
+        torch.mm(x, widened(w[rows], factors, block).T, out=y[:, rows])
+    return y
+
+
 @dataclass(frozen=True, slots=True)
 class Bank:
     """Matrices [experts, n, k] as stored, and of those in e4m3 the scales [experts, blocks, blocks]."""
