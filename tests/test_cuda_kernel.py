@@ -81,6 +81,8 @@ MODELS: dict[str, tuple[dict[str, Any], DType, int, dict[str, int]]] = {
     "fp8-long-rows": ({"hidden_size": 64, "intermediate_size": 3072, "num_hidden_layers": 1},
                       DType.F8E4M3, 3, {}),
     "fp8-rows": ({"hidden_size": 64, "intermediate_size": 128}, DType.F8E4M3, 3, {}),
+    "fp8-parts-of-rows": ({"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 1},
+                          DType.F8E4M3, 3, {}),
     "fp8-one-scale": ({"hidden_size": 512, "intermediate_size": 96}, DType.F8E4M3, 3, {}),
     "qwen2": ({"model_type": "qwen2", "head_dim": None, "hidden_size": 64}, DType.BF16, 3, {}),
     "qwen3": ({"model_type": "qwen3"}, DType.BF16, 4, {}),
@@ -129,7 +131,8 @@ def compiled(
         if dtype is DType.F8E4M3 and (value.rows == 1 or "embed" in weight):
             stored = DType.BF16
         elif dtype is DType.F8E4M3:
-            blocks = {"blocks": (32, 32), "wide-blocks": (32, 64), "rows": (1, value.cols)}
+            blocks = {"blocks": (32, 32), "wide-blocks": (32, 64), "rows": (1, value.cols),
+                      "parts-of-rows": (1, 64)}  # fmt: skip
             block = blocks.get(name[4:], (value.rows, value.cols))
             scales[weight] = Scale(f"{weight}_scale", block)
             shape = -(-value.rows // block[0]), -(-value.cols // block[1])

@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import families
 import numpy as np
 import pytest
 import test_cuda_kernel as kernel
@@ -119,7 +120,9 @@ def test_prompts_leave_what_the_kernel_reads(
         name: torch.zeros(shape, dtype=types[name.split(".")[2].removesuffix("_cache")])
         for name, shape in cuda.cache_shapes(program, kernel.PAGES).items()
     }
-    runner = PromptRunner(build(config, kernel.CONTEXT), tensors, caches, {})
+    graph = build(config, kernel.CONTEXT)
+    tensors, _ = families.stacked(graph, tensors, {})
+    runner = PromptRunner(graph, tensors, caches, {})
     logits = runner.run(tokens, 0, kernel.TABLE, [len(tokens) - 1])[0].numpy()
     assert np.abs(made.read("logits")[0] - logits).max() < 0.02 * np.abs(logits).max()
     rows: dict[str, list[torch.Tensor]] = {}

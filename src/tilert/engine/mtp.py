@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tilert.engine.runner import PROMPT, Row, Runner
+from tilert.engine.runner import Row, Runner
 
 
 class LayerDrafter:
@@ -34,9 +34,9 @@ class LayerDrafter:
         self._slot, self._done, self._noted = slot, computed, []
 
     def note(self, hidden: np.ndarray) -> None:
-        """Hidden states [n, hidden_size] of the next n positions, n up to PROMPT. The tokens after the
-        positions that were noted before are known."""
-        if sum(map(len, self._noted)) + len(hidden) > PROMPT:
+        """Hidden states [n, hidden_size] of the next n positions, n up to what a step takes. The tokens
+        after the positions that were noted before are known."""
+        if sum(map(len, self._noted)) + len(hidden) > self.runner.prompt:
             self._feed()
         self._noted.append(hidden)
 

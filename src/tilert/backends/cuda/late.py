@@ -17,8 +17,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-import numpy as np
-
 from tilert.errors import UserError
 from tilert.ir.dtype import DType
 from tilert.ir.graph import Graph
@@ -89,7 +87,7 @@ class LateRunner:
     """A PromptRunner that is being made, over memory of the device, and run once to be warm."""
 
     def __init__(
-        self, loaded: Later[None], graph: Graph, weights: Mapping[str, tuple[Any, np.ndarray]],
+        self, loaded: Later[None], graph: Graph, weights: Mapping[str, tuple[Any, tuple[int, ...], DType]],
         caches: Mapping[str, tuple[Any, tuple[int, ...], DType]], scales: Mapping[str, Scale],
     ) -> None:  # fmt: skip
         def make() -> PromptRunner:

@@ -269,10 +269,13 @@ def _scales(program: Program, op: Linear | ExpertGate | ExpertDown) -> str:
     if b.scale == NONE:
         return "Unscaled"
     rows, cols = b.block
-    if rows % op.tile_rows and (cols < op.k or isinstance(op, ExpertDown)):
+    # Scales that cover rows of one matrix multiply sums of rows; others are held beside x'.
+    held = cols < op.k or isinstance(op, ExpertDown)
+    if held and rows % op.tile_rows and (rows > 1 or op.x_type == DType.F32):
         raise UserError(
             f"weights have scales for blocks of {rows} rows, and tiles {op.tile_rows} rows; the back end"
-            " 'cuda' accepts blocks of whole tiles"
+            " 'cuda' accepts blocks of whole tiles, and of one row where its columns are multiples of 64;"
+            " 'cpu' runs it"
         )
     return f"Scaled<{rows}, {cols}>"
 
