@@ -21,7 +21,9 @@ ALIGN = 64  # bytes; a cache line, and more than any vector load needs
 
 
 def place(
-    buffers: list[Buffer], ops: list[Op], outputs: Collection[str] = (),
+    buffers: list[Buffer],
+    ops: list[Op],
+    outputs: Collection[str] = (),
     tagged: Collection[Buf] = (),
 ) -> tuple[tuple[Buffer, ...], tuple[Op, ...]]:
     """Share, drop and number buffers again, give offsets, and rename the ops' operands.

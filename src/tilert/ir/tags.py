@@ -72,9 +72,7 @@ def derive(program: Program) -> Tags:
 def taggable(buffers: Sequence[Buffer], ops: Sequence[Op]) -> dict[Buf, list[int]]:
     """Ops that write each buffer that can be tagged."""
     found: dict[Buf, list[int]] = {
-        Buf(i): []
-        for i, b in enumerate(buffers)
-        if b.kind is Kind.WORK and b.dtype is DType.F32
+        Buf(i): [] for i, b in enumerate(buffers) if b.kind is Kind.WORK and b.dtype is DType.F32
     }
     for index, op in enumerate(ops):
         for buf in {r.buffer for r in op.writes(0, op.tiles)} & found.keys():
