@@ -14,6 +14,7 @@ from tilert.ir.dtype import DType
 from tilert.ir.graph import Graph
 from tilert.ir.machine import Machine
 from tilert.ir.program import Program, Scale
+from tilert.ir.tags import taggable
 
 __all__ = ["Limits", "build"]
 
@@ -30,7 +31,8 @@ def build(
     proven sound, which is a fault of the compiler and never of the input.
     """
     buffers, ops = lower(graph, machine, limits, dtypes, scales or {})
-    buffers, ops = place(buffers, ops, {value.name for value in graph.outputs})
+    tagged = taggable(buffers, ops) if machine.slots else ()
+    buffers, ops = place(buffers, ops, {value.name for value in graph.outputs}, tagged)
     queues = schedule(machine, buffers, ops)
     counters, queues = depend(buffers, ops, queues)
     program = Program(

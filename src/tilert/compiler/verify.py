@@ -8,7 +8,7 @@ happens before what is worked out in order.py.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -394,8 +394,8 @@ def _same_columns(one: Region, other: Region) -> bool:
 
 
 def choice(facts: Facts) -> Iterator[str]:
-    """Who streams weights that a choice names has waits of its own for all that make the choice: its
-    loader runs ahead of the queue and holds only those."""
+    """Who streams what a choice names has waits of its own for all that make what it reads of the choice:
+    its loader runs ahead of the queue and holds only those."""
     ops = facts.program.ops
     proven: dict[Wait, set[int]] = {}
     for index, op in enumerate(ops) if facts.program.machine.slots else ():
@@ -407,11 +407,16 @@ def choice(facts: Facts) -> Iterator[str]:
         )  # fmt: skip
         for number in facts.of_op[index]:
             place = facts.places[number]
-            own = [wait for wait in place.run.waits if not wait.lag]
-            missing = set(makers) - _awaited(facts, own, proven)
+            read = [r for r in facts.reads[number] if r.buffer == op.choice]
+            missing = {m for m in makers if _meet(facts.writes[m], read)}
+            missing -= _awaited(facts, [w for w in place.run.waits if not w.lag], proven)
             if missing:
                 yield (f"{facts.name(place)} streams what {facts.name(facts.places[min(missing)])}"
                        " chooses, but has no wait for it")  # fmt: skip
+
+
+def _meet(writes: Sequence[Region], reads: Sequence[Region]) -> bool:
+    return any(w.overlaps(r) for w in writes for r in reads)
 
 
 def _awaited(facts: Facts, waits: Iterable[Wait], proven: dict[Wait, set[int]]) -> set[int]:

@@ -507,74 +507,80 @@ struct Attend {
   }
 };
 
-// Merges the shares that Attend left; tile t * kKvHeads + g: kv head g of token t. Rows without a
-// token get zeros, so that their tags are there. A lane has one share of two columns.
-template <int kKvHeads, int kGroup, int kHeadDim, int kSplits, int kAttnWindow, bool kTagsIn,
+// Merges the shares that attention left; tile t * kHeads + h: query head h of token t. Rows without a
+// token get zeros, so that their tags are there.
+template <int kHeads, int kGroup, int kHeadDim, int kSplits, class Active, bool kTagsIn,
           bool kTagged, bool kNarrow>
 struct Combine {
+  static constexpr int kAtOnce = kSplits < 16 ? kSplits : 16;
   static constexpr int kPitch = kHeadDim + 2, kStride = kGroup * kPitch;  // of a head, of a share
-  static constexpr int kWidth = kGroup * kHeadDim;
-  static constexpr int kLanes = kSplits <= 2 ? 2 : kSplits <= 4 ? 4 : kSplits <= 8 ? 8 : 16;
-  static constexpr int kAtOnce = kThreads / kLanes;  // pairs of columns
-  static_assert(kSplits <= 16, "a lane has one share");
 
   static __device__ __forceinline__ bool stream(Loader&, const Run&) { return true; }
   static __device__ __forceinline__ bool consume(Block& b, const Run& run) {
     if (!wait_for_inputs<kTagsIn>(b, run)) return false;
 #pragma unroll 1
-    for (u32 tile = run.first; tile < run.first + run.count; ++tile)
-#pragma unroll 2
-      for (int first = 0; first < kWidth / 2; first += kAtOnce) blend(b, run, tile, first);
+    for (int i = thread(); i < int(run.count) * (kHeadDim / 2); i += kThreads) {
+      const u32 tile = run.first + i / (kHeadDim / 2), column = i % (kHeadDim / 2) * 2;
+      const float2 v = blended(b, run, tile, column);
+      const u32 at = tile * kHeadDim + column;
+      store_output<kTagged, kNarrow>(b.at(run.y), at, v.x, b.tag(run.y));
+      store_output<kTagged, kNarrow>(b.at(run.y), at + 1, v.y, b.tag(run.y));
+    }
     sync_consumers();
     if (thread() == 0) signal<kTagged>(b, run);
     return true;
   }
 
  private:
-  // Of shares with something, how many: the first ones.
-  static __device__ __forceinline__ u32 shares_of(const Block& b, u32 token) {
-    if (token >= b.params.count) return 0;
-    const u32 hi = b.position(token);
-    return max(1u, active_shares(first_visible(hi, kAttnWindow), hi, kSplits));
+  static __device__ __forceinline__ float2 blended(const Block& b, const Run& run, u32 tile,
+                                                   u32 column) {
+    const u32 token = tile / kHeads, head = tile % kHeads;
+    if (token >= b.params.count) return {0, 0};
+    const int shares = Active::count(b, token, kSplits);
+    const float* from = b.at(run.x) + u64(token) * (kHeads * kSplits * kPitch) +
+                        head / kGroup * (kSplits * kStride) + head % kGroup * kPitch;
+    Blend blend;
+    float2 x = {0, 0};
+#pragma unroll 1
+    for (int first = 0; first < kSplits; first += kAtOnce) {
+      float2 top[kAtOnce], v[kAtOnce];
+      load(b, run, from + first * kStride, shares - first, column, top, v);
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        float fade, weight;
+        blend.join(top[i], fade, weight);
+        x.x = fmaf(x.x, fade, weight * v[i].x), x.y = fmaf(x.y, fade, weight * v[i].y);
+      }
+    }
+    const float inverse = blend.inverse();
+    return {rounded_for_tag(x.x * inverse), rounded_for_tag(x.y * inverse)};  // as Inputs
   }
 
-  static __device__ __forceinline__ void blend(const Block& b, const Run& run, u32 tile,
-                                               int first) {
-    const u32 share = lane() % kLanes, token = tile / kKvHeads, shares = shares_of(b, token);
-    const int pair = first + thread() / kLanes, column = pair * 2 % kHeadDim;
-    const bool inside = pair < kWidth / 2, in = inside && share < shares;
-    const float* from = b.at(run.x) + u64(tile) * kSplits * kStride + share * kStride +
-                        pair * 2 / kHeadDim * kPitch;
-    float2 top, v;  // maximum and sum; values
+  // Some shares, all loads under way at once; again while tags say that some are late.
+  static __device__ __forceinline__ void load(const Block& b, const Run& run, const float* from,
+                                              int shares, u32 column, float2 (&top)[kAtOnce],
+                                              float2 (&v)[kAtOnce]) {
+    const u32 tag = b.tag(run.x);
     Retry retry;
     for (u32 other = 1; other;) {
-      const u32 tag = b.tag(run.x);
-      top = load_float2_if(in, from + kHeadDim, {-infinity(), 0});
-      v = load_float2_if(in, from + column, {0, 0});
-      if (!kTagsIn || !in) break;
-      other = other_tag(top.x, tag) | other_tag(top.y, tag) | other_tag(v.x, tag) |
-              other_tag(v.y, tag);
-      top = {untagged(top.x), untagged(top.y)}, v = {untagged(v.x), untagged(v.y)};
-      if (other && retry.in_vain(b, tag)) break;
+      other = 0;
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const float* share = from + i * kStride;
+        top[i] = load_float2_if(i < shares, share + kHeadDim, {-infinity(), 0});
+        v[i] = load_float2_if(i < shares, share + column, {0, 0});
+      }
+      if constexpr (!kTagsIn) return;
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const u32 late = other_tag(top[i].x, tag) | other_tag(top[i].y, tag) |
+                         other_tag(v[i].x, tag) | other_tag(v[i].y, tag);
+        if (i >= shares) continue;
+        other |= late;
+        top[i] = {untagged(top[i].x), untagged(top[i].y)};
+        v[i] = {untagged(v[i].x), untagged(v[i].y)};
+      }
+      if (other && retry.in_vain(b, tag)) return;
     }
-    __syncwarp();
-    float most = top.x;
-#pragma unroll
-    for (int o = kLanes / 2; o; o /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, o));
-    const float base = most == -infinity() ? 0 : most;
-    const float weight = exp2_fast((top.x - base) * kLog2e);
-    const float sum = lanes_sum(top.y * weight);
-    const float2 x = {lanes_sum(v.x * weight), lanes_sum(v.y * weight)};
-    if (share || !inside) return;
-    const float inverse = shares ? reciprocal(sum) : 0;
-    const u32 at = tile * kWidth + 2 * pair;
-    store_output<kTagged, kNarrow>(b.at(run.y), at, x.x * inverse, b.tag(run.y));
-    store_output<kTagged, kNarrow>(b.at(run.y), at + 1, x.y * inverse, b.tag(run.y));
-  }
-
-  static __device__ __forceinline__ float lanes_sum(float v) {
-#pragma unroll
-    for (int o = kLanes / 2; o; o /= 2) v += __shfl_xor_sync(~0u, v, o);
-    return v;
   }
 };
