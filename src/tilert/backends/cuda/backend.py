@@ -8,13 +8,20 @@ from __future__ import annotations
 
 import ctypes
 from collections import defaultdict
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from shlex import quote
 from typing import Any, Protocol
 
 import numpy as np
 
-from tilert.backends.cuda.limits import RUN_BYTES, fitting_slots, shared_bytes
+from tilert.backends.cuda.limits import (
+    RUN_BYTES,
+    WAIT_BYTES,
+    Layout,
+    entry_bytes,
+    fitting,
+    shared_bytes,
+)
 from tilert.backends.cuda.source import KERNEL, Source, generate
 from tilert.backends.hang import Hang, save
 from tilert.ir.program import NONE, PAGE, Buf, Kind, Op, Program, Run
@@ -62,7 +69,8 @@ RUN = np.dtype(  # struct Run
     ]
     + [(name, "<u4") for name in ("x", "y", "x2", "x3")]
 )
-assert RUN.itemsize == RUN_BYTES
+WAIT = np.dtype([("counter", "<u2"), ("threshold", "<u2"), ("total", "<u4")])  # struct Wait
+assert (RUN.itemsize, WAIT.itemsize) == (RUN_BYTES, WAIT_BYTES)
 
 
 class Memory(Protocol):
@@ -129,8 +137,8 @@ class LaunchError(RuntimeError):
 class _Params(ctypes.Structure):
     _fields_ = [
         (name, ctypes.c_void_p)
-        for name in ("runs", "run_begin", "waits", "wait_begin", "totals", "counters", "arena", "tokens",
-                     "pages", "stop_ids", "mailbox", "cancel", "verdict", "failures", "stamps", "clocks")
+        for name in ("queues", "queue_begin", "run_begin", "counters", "arena", "tokens", "pages",
+                     "stop_ids", "mailbox", "cancel", "verdict", "failures", "stamps", "clocks")
     ] + [(name, ctypes.c_uint32 * MAX_TOKENS) for name in ("positions", "sequences")
     ] + [(name, ctypes.c_uint32) for name in ("count", "page_cols", "steps")]  # fmt: skip
 
@@ -181,8 +189,8 @@ class CudaBackend:
     ) -> None:
         assert program.tokens == program.outputs <= MAX_TOKENS, "every token has an output"
         self.program, self.device = program, device
-        self.slots = fitting_slots(program, device.shared_bytes)
-        source = generate(program, self.slots)
+        self.layout = fitting(program, device.shared_bytes)
+        source = generate(program, self.layout)
         self.kernel = self._load(source)
         # Stamps, clocks and steps of the last launch, when it was traced.
         self._traced: tuple[Memory, Memory, int] | None = None
@@ -200,18 +208,19 @@ class CudaBackend:
         self.arena = device.allocate(program.arena_bytes)
         self.counters = device.allocate(4 * COUNTER_PITCH * len(program.counters))
         self.outcome = device.allocate(4 + FAILURE_BYTES * len(program.queues))  # verdict, failures
+        self.runs, self.waits = _queues(  # see `tables`
+            program, source.variants, weights, caches, homes, self.arena.address
+        )
         self.tables = {
             name: self._upload(table)
-            for name, table in _tables(
-                program, source.variants, weights, caches, homes, self.arena.address
-            ).items()
+            for name, table in tables(program, self.layout, self.runs, self.waits).items()
         }
         # Stop ids, token ids, page tables.
         self.inputs = device.allocate(4 * (MAX_STOPS + MAX_TOKENS + self.state["pages"].size))
         self.mailbox = device.pinned(MAX_STEPS * program.tokens + 1)  # at the end the cancel flag
 
     def _load(self, source: Source) -> Kernel:
-        return self.device.load(source, KERNEL, shared_bytes(self.program, self.slots))
+        return self.device.load(source, KERNEL, shared_bytes(self.program, self.layout))
 
     def trace(self, enabled: bool) -> None:
         """Record the times of every run from the next launch on, or stop doing so.
@@ -219,7 +228,7 @@ class CudaBackend:
         Another kernel does it: the one that does not trace has nothing of it.
         """
         self._tracing = enabled
-        self.kernel = self._load(generate(self.program, self.slots, trace=enabled))
+        self.kernel = self._load(generate(self.program, self.layout, trace=enabled))
 
     def records(self) -> np.ndarray:
         """int64 [runs, 6] of the last launch: worker, run, step, wait begin, start, end; times in ns.
@@ -366,11 +375,43 @@ def _check_spans(sequences: list[int], positions: list[int]) -> None:
     assert all(step == 1 for step in steps), "at consecutive positions"
 
 
-def _tables(
+def tables(
+    program: Program, layout: Layout, runs: Sequence[np.ndarray], waits: Sequence[np.ndarray]
+) -> dict[str, np.ndarray]:  # fmt: skip
+    """The read-only tables of struct Params. runs, waits: of each worker's queue, RUN records and WAIT
+    records, those of one run after those of another. They are laid out as Block in program.cuh says."""
+    size = entry_bytes(program, layout.entries)
+    beside = (size - RUN_BYTES) // WAIT_BYTES
+    entry = np.dtype([("run", RUN), ("waits", WAIT, (beside,))])
+    assert entry.itemsize == size
+    queues = list[np.ndarray]()
+    for own, each in zip(runs, waits, strict=True):
+        length, counts = len(own), own["wait_count"].astype(np.int64)
+        first = np.cumsum(counts) - counts  # of the waits of the queue
+        entries = np.zeros(length, entry)
+        entries["run"] = own
+        table = entries.view(np.uint8)
+        if layout.entries:
+            entries["run"]["wait_begin"] = RUN_BYTES // WAIT_BYTES
+            run = np.repeat(np.arange(length), counts)
+            entries["waits"][run, np.arange(len(each)) - first[run]] = each
+        else:
+            behind = RUN_BYTES // WAIT_BYTES * np.arange(length, 0, -1)
+            entries["run"]["wait_begin"] = behind + first
+            table = np.concatenate([table, each.view(np.uint8)])
+        queues.append(np.concatenate([table, np.zeros(-len(table) % 16, np.uint8)]))
+    return {
+        "queues": np.concatenate(queues),
+        "queue_begin": np.cumsum([0, *(len(table) // 16 for table in queues)]).astype(np.uint32),
+        "run_begin": np.cumsum([0, *map(len, runs)]).astype(np.uint32),
+    }
+
+
+def _queues(
     program: Program, variants: list[int], weights: Mapping[str, int], caches: Mapping[str, int],
     states: Mapping[str, int], arena: int,
-) -> dict[str, np.ndarray]:  # fmt: skip
-    """The read-only tables of struct Params, with all operands resolved to addresses.
+) -> tuple[list[np.ndarray], list[np.ndarray]]:  # fmt: skip
+    """Each worker's runs, with all operands resolved to addresses, and their waits; see `tables`.
 
     states: where the state buffers are that ops find through their run; others come with Params.
     arena: where it begins.
@@ -382,16 +423,14 @@ def _tables(
         for b in program.buffers
     ]
     choices = _choices(program)
-    runs = np.zeros(sum(map(len, program.queues)), RUN)
-    records = iter(runs)
-    waits: list[int] = []
-    wait_begin = [0]
+    totals = [counter.total for counter in program.counters]
+    runs, waits = list[np.ndarray](), list[np.ndarray]()
     for queue in program.queues:
+        runs.append(np.zeros(len(queue), RUN))
+        own: list[tuple[int, int, int]] = []
         known = -1  # the choice that the loader has
-        for run in queue:
-            record = next(records)
+        for record, run in zip(runs[-1], queue, strict=True):
             record["variant"] = variants[run.op]
-            record["wait_begin"] = len(waits) - wait_begin[-1]
             record["wait_count"] = len(run.waits)
             record["signal"] = NO_SIGNAL if run.signal < 0 else run.signal
             _resolve(record, program, run, at)
@@ -407,16 +446,9 @@ def _tables(
                 if isinstance(op, ExpertDown):
                     record["bias"] = arena + program.buffers[op.weights].offset
             _add_ranks(record, program, run.op, tags)
-            waits += [w.counter | (w.threshold | w.lag << 15) << 16 for w in ordered]
-        wait_begin.append(len(waits))
-    starts = np.cumsum([0, *map(len, program.queues)])
-    return {
-        "runs": runs.view(np.uint8),
-        "run_begin": starts.astype(np.uint32),
-        "waits": np.asarray(waits, np.uint32),
-        "wait_begin": np.asarray(wait_begin, np.uint32),
-        "totals": np.asarray([c.total for c in program.counters], np.uint32),
-    }
+            own += [(w.counter, w.threshold | w.lag << 15, totals[w.counter]) for w in ordered]
+        waits.append(np.asarray(own, WAIT))
+    return runs, waits
 
 
 def _choices(program: Program) -> dict[int, tuple[int, set[int]]]:

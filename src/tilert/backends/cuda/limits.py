@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from tilert.errors import UserError
 from tilert.ir.dtype import DType
 from tilert.ir.program import NONE, Program
@@ -20,7 +22,8 @@ from tilert.ops import (
 SLOT_PAD = 128  # bytes behind a slot: rows that are not aligned arrive with their neighbours' bytes
 DRAW_BYTES = 13 << 10  # struct DrawScratch
 INDEX_BYTES = 8448  # Select's Scratch, which is larger than IndexScore's
-RUN_BYTES, WAIT_BYTES = 96, 4  # struct Run, struct Wait
+RUN_BYTES, WAIT_BYTES = 96, 8  # struct Run, struct Wait
+ENTRIES = 16  # of a queue that does not fit: about as many runs as a layer has
 MIN_SLOTS = 2
 THREADS, WARPS = 256, 8  # that compute
 HELD_WORDS = 128  # of x' in the registers of a thread: half of them; the rest is in shared memory
@@ -29,6 +32,15 @@ UNIT_ROWS = 16  # of a latent cache, in a slot
 TAKEN_ROWS = 64  # of a latent cache, at once
 MAX_CHOSEN = MAX_GROUPS = 32  # experts of a token, groups of experts: one for each lane of a warp
 MAX_ROWS = 32  # of query heads, of all tokens of a step: two blocks of 16 for the matrix units
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How the shared memory of a block is divided: slots of the ring, and entries of the queue that it
+    holds at a time; 0 entries: the whole queue."""
+
+    slots: int
+    entries: int
 
 
 def step_rows(program: Program, available: int) -> int:
@@ -47,7 +59,8 @@ def step_rows(program: Program, available: int) -> int:
         return 1
     group = max((op.group for op in program.ops if isinstance(op, Attend)), default=1)
     ring = ENOUGH_SLOTS * (program.machine.slot_bytes + SLOT_PAD)
-    room = available - ring - 2 * queue_bytes(program)  # their queues are a little longer
+    # Their queues are a little longer.
+    room = available - ring - 2 * min(queue_bytes(program, n) for n in (0, ENTRIES))
     return next(
         rows for rows in (8, 4, 2, 1)
         if rows == 1 or (
@@ -113,28 +126,47 @@ def _latent_bytes(op: LatentAttention) -> int:
     return 2 * 17 * (op.lora + op.rope) + 4 * (scores + listed)
 
 
-def queue_bytes(program: Program) -> int:
-    """Bytes of the longest queue with its waits, and of the counters' totals."""
+def entry_bytes(program: Program, entries: int) -> int:
+    """From one run of a queue in shared memory to the next: the run alone where the whole queue is there,
+    else with room for the waits of any run behind it."""
+    if entries == 0:
+        return RUN_BYTES
+    waits = max(len(run.waits) for queue in program.queues for run in queue)
+    return -(-(RUN_BYTES + WAIT_BYTES * waits) // 16) * 16
+
+
+def queue_bytes(program: Program, entries: int) -> int:
+    """Bytes of so many entries of a queue; with 0, of the longest queue with its waits."""
+    if entries:
+        return entries * entry_bytes(program, entries)
     longest = max(
         len(queue) * RUN_BYTES + sum(len(run.waits) for run in queue) * WAIT_BYTES
         for queue in program.queues
     )
-    return longest + 4 * len(program.counters)
+    return -(-longest // 16) * 16
 
 
-def shared_bytes(program: Program, slots: int) -> int:
-    """Dynamic shared memory of a block whose ring has so many slots."""
-    ring = slots * (program.machine.slot_bytes + SLOT_PAD)
+def shared_bytes(program: Program, layout: Layout) -> int:
+    """Dynamic shared memory of a block."""
+    ring = layout.slots * (program.machine.slot_bytes + SLOT_PAD)
     own = scratch_bytes(program) + shared_struct_bytes(program.tokens)
-    return ring + own + queue_bytes(program)
+    return ring + own + queue_bytes(program, layout.entries)
 
 
-def fitting_slots(program: Program, available: int) -> int:
-    """Slots of the ring, at most the machine's; UserError when `available` bytes hold too few."""
+def fitting(program: Program, available: int) -> Layout:
+    """The layout with most slots, at most the machine's, but with the whole queue where that takes one slot
+    at most; UserError when `available` bytes hold too few."""
+
+    def fits(layout: Layout) -> bool:
+        return layout.slots >= MIN_SLOTS and shared_bytes(program, layout) <= available
+
     for slots in range(program.machine.slots, MIN_SLOTS - 1, -1):
-        if shared_bytes(program, slots) <= available:
-            return slots
+        if fits(Layout(slots, 0)):
+            return Layout(slots, 0)
+        if fits(part := Layout(slots, ENTRIES)):
+            whole = Layout(slots - 1, 0)  # a slot less is not felt
+            return whole if fits(whole) else part
+    least = shared_bytes(program, Layout(MIN_SLOTS, ENTRIES))
     raise UserError(
-        f"the program needs {shared_bytes(program, MIN_SLOTS)} bytes of shared memory per block, but"
-        f" the device has {available}"
+        f"the program needs {least} bytes of shared memory per block, but the device has {available}"
     )

@@ -16,6 +16,8 @@ from tilert.backends.cuda.limits import (
     MAX_GROUPS,
     SLOT_PAD,
     UNIT_ROWS,
+    Layout,
+    entry_bytes,
     scratch_bytes,
     shared_struct_bytes,
 )
@@ -62,8 +64,8 @@ class Source:
     variants: list[int]
 
 
-def generate(program: Program, slots: int, *, trace: bool = False) -> Source:
-    """The source of a program whose ring has `slots` slots; with `trace` every run leaves its times.
+def generate(program: Program, layout: Layout, *, trace: bool = False) -> Source:
+    """The source of a program for blocks of that layout; with `trace` every run leaves its times.
 
     Raises UserError for heads that the kernel has no form of, AssertionError for an op that the compiler
     never emits for such machines.
@@ -73,11 +75,12 @@ def generate(program: Program, slots: int, *, trace: bool = False) -> Source:
     variants = [known.setdefault(_type(program, op, tags), len(known)) for op in program.ops]
     names = "\n".join(f"using V{i} = {name};" for name, i in known.items())
     cases = " ".join(f"X({i})" for i in known.values())
-    machine = program.machine
+    machine, slots = program.machine, layout.slots
     constants = {
         "kSlots": slots, "kSlotBytes": machine.slot_bytes, "kSlotPitch": machine.slot_bytes + SLOT_PAD,
         "kWindow": min(machine.window, slots), "kPage": PAGE, "kScratchBytes": scratch_bytes(program),
-        "kCounters": len(program.counters), "kTurn": tags.stride % TAGS, "kTokens": program.tokens,
+        "kEntries": layout.entries, "kEntryBytes": entry_bytes(program, layout.entries),
+        "kTurn": tags.stride % TAGS, "kTokens": program.tokens,
         "kStreamLead": program.stream_lead, "kSharedBytes": shared_struct_bytes(program.tokens),
         "kHeldWords": HELD_WORDS, "kVariants": len(known),
     }  # fmt: skip
