@@ -83,7 +83,7 @@ def test_ops_of_a_step_add_up_to_it(bench: Any, monkeypatch: pytest.MonkeyPatch)
     )
     moved = sum(row["bytes"] * row["times"] for row in rows)
     assert moved == pytest.approx(bench.step_bytes("Tiny", program, 16), rel=0.1)
-    assert ops.table(rows, steps).count("\n") == 1 + len(rows)
+    assert ops.table(rows, 1.0).count("\n") == 1 + len(rows)
 
 
 def test_shapes_are_read_as_they_are_meant(bench: Any) -> None:

@@ -175,7 +175,9 @@ def test_numbers_of_devices_that_do_not_divide_a_graph() -> None:
     with pytest.raises(UserError, match="number of devices is 0; accepted are 1 to 64"):
         part_of(graph, 0)
     graph = build(load_config(tiny_deepseek.DENSE | {"vocab_size": 129281}), 1)
-    with pytest.raises(UserError, match=r"'lm_head\.weight' has 129281 rows, which 2 devices do not"):
+    with pytest.raises(
+        UserError, match=r"'lm_head\.weight' has 129281 rows, which 2 devices do not"
+    ):
         part_of(graph, 2)
 
 

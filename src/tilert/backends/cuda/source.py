@@ -232,10 +232,13 @@ def _product(
 ) -> str:  # fmt: skip
     """A Linear of the kernel, which takes experts as well; x: its Input, rows: its Source."""
     y, bias = program.buffers[op.y], op.bias if isinstance(op, Linear) else NONE
+    pitch = (
+        y.cols if program.tokens > 1 else 0
+    )  # for one token, products of other widths are the same
     return (
         f"Linear<{op.k}, {_weight(program, op.w)}, {op.tile_rows}, {epilogue},"
         f" {_flag(op.y in tags.writers)}, {_narrow(program, op.y)}, {_flag(op.x_type != DType.F32)},"
-        f" {y.cols}, {x}, {_weight(program, bias)}, {_scales(program, op)}, {rows}>"
+        f" {pitch}, {x}, {_weight(program, bias)}, {_scales(program, op)}, {rows}>"
     )
 
 
