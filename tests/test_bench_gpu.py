@@ -267,7 +267,7 @@ def test_the_chain_makes_the_same_bits(bench: Any, tiny: EmulatedDevice) -> None
         found.append(int(model.decode.mailbox[0]))
     assert found == expected
     assert np.array_equal(model.decode.read("logits"), logits)
-    assert len(chain.ops) == len(model.decode.program.ops)
+    assert len(chain.launched) == len(model.decode.program.ops)
 
 
 def test_the_ceiling_is_read_without_spills(bench: Any) -> None:

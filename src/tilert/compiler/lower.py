@@ -14,7 +14,7 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping
 
-from tilert.compiler.latent import LOWER_LATENT
+from tilert.compiler.latent import LOWER_LATENT, wanted_beyond
 from tilert.compiler.lowering import (
     FEW_TOKENS,
     MAX_SPLITS,
@@ -127,7 +127,7 @@ def _takes(consumer: Node, product: Value) -> bool:
 def _siblings(low: Lowering, node: Node) -> list[Node]:
     """The products of one input that are computed as one, where hand-offs are dear: q, k and v, or those
     that latent attention reads."""
-    if not low.fused:
+    if not low.fused or wanted_beyond(low, node.output):
         return [node]
     if _by_column(low, node):
         return _columns(low, node)
@@ -156,6 +156,7 @@ def _columns(low: Lowering, node: Node) -> list[Node]:
     Of those with block scales, one whose rows end inside a block can only be the last.
     """
     alike = [n for n in low.readers[operand(node, "x")] if _by_column(low, n)]
+    alike = [n for n in alike if not wanted_beyond(low, n.output)]
     biased = node.inputs["bias"] is not None
     alike = [n for n in alike if (n.inputs["bias"] is not None) is biased]
     w, scale = operand(node, "w"), low.scales.get(operand(node, "w").name)
@@ -274,6 +275,7 @@ def _emit_linear(
     shares = (attend.splits, attend.group, attend.head_dim) if attend else (1, 1, 1)
     dtype, matrices = low.dtypes.get(w[0].name, DType.F32), 2 if up else 1
     tile = tile_rows(low.machine, rows, k * dtype.bytes, matrices)
+    beyond = wanted_beyond(low, nodes[0].output)
     blocks = int(nodes[0].attrs.get("groups", 1)), int(nodes[0].attrs.get("stride", 0))
     if blocks[0] > 1:  # no tile has rows of two blocks; with a ring, tiles are powers of two
         block = n // blocks[0]
@@ -286,7 +288,7 @@ def _emit_linear(
                gather, low.rows(source) if gather != NONE else 1, *shares,
                # What rounding moves across a border would send a token to another expert.
                DType.F32 if nodes[0].output in low.routing else _x_type(low, w[0], dtype),
-               low.column.get(source, 0), *blocks)
+               low.column.get(source, 0), *blocks, low.state("positions") if beyond else NONE, beyond)
     )  # fmt: skip
 
 

@@ -206,7 +206,11 @@ def _linear(program: Program, op: Linear, tags: Tags) -> str:
         stride = op.splits * (op.head_dim + 2) if op.splits > 1 else op.x_stride
         rows = f"Blocks<{op.n // op.groups}, {stride}>"
     epilogue = ("kStore", "kAdd", "kGate")[op.epilogue]
-    return _product(program, op, tags, epilogue, x, rows)
+    made = _product(program, op, tags, epilogue, x, rows)
+    if op.beyond == 0:
+        return made
+    assert op.y not in tags.writers, "a word that is not written has an old tag"
+    return f"Beyond<{op.beyond}, {made}>"
 
 
 def _gate(program: Program, op: ExpertGate, tags: Tags) -> str:
