@@ -327,8 +327,9 @@ struct IndexScore {
 };
 
 // The kTopk positions with the largest scores, of equal ones the lower positions, in rising order.
-// Three passes over the scores find the border, eleven bits at a time from the top; then each warp
-// takes a stretch of the positions. run.x: scores, run.y: the chosen positions.
+// Up to three passes over the scores find the border, eleven bits at a time from the top; then each
+// warp takes a stretch of the positions. The scores come from L2 in each pass, so many loads of a
+// thread are under way together. run.x: scores, run.y: the chosen positions.
 template <int kTopk, int kSplits, int kWidth>
 struct Select {
   static constexpr int kDigits = 2048, kOwn = kDigits / kThreads;
@@ -336,7 +337,7 @@ struct Select {
     u32 bins[kDigits];
     u32 sums[kWarps];
     u32 taken[kWarps][2];  // by a warp: scores above the border, and at it
-    u32 digit, left;
+    u32 digit, left, alike;
   };
   static_assert(sizeof(Scratch) <= kScratchBytes, "scratch is too small");
 
@@ -370,25 +371,44 @@ struct Select {
     key[2] = rising(v.z + 0.0f), key[3] = rising(v.w + 0.0f);
   }
 
+  // take(position, keys) for the positions begin, begin + stride, ... below end, four from each on;
+  // from `last` on there are no keys.
+  template <int kBatch, class Take>
+  static __device__ __forceinline__ void for_each(const Block& b, const Run& run, u32 begin,
+                                                  u32 stride, u32 end, u32 last, Take take) {
+    for (u32 first = begin; first < end; first += kBatch * stride) {
+      u32 key[kBatch][4];
+#pragma unroll
+      for (int n = 0; n < kBatch; ++n)
+        if (first + n * stride < last) load(b, run, first + n * stride, key[n]);
+#pragma unroll
+      for (int n = 0; n < kBatch; ++n)
+        if (first + n * stride < end) take(first + n * stride, key[n]);
+    }
+  }
+
   static __device__ __forceinline__ void choose(const Here& me, const Block& b, const Run& run,
                                                 u32 seen) {
     Scratch& scratch = *reinterpret_cast<Scratch*>(b.scratch);
     u32 border = 0, left = kTopk;  // left: how many are taken of those that begin like the border
-    narrow<21, 11>(me, b, run, seen, scratch, border, left);
-    narrow<10, 11>(me, b, run, seen, scratch, border, left);
-    narrow<0, 10>(me, b, run, seen, scratch, border, left);
+#pragma unroll 1
+    for (int shift = 21; shift >= 0; shift = shift == 21 ? 10 : shift - 10) {
+      narrow(me, b, run, seen, scratch, shift, border, left);
+      if (shift == 10 && border && scratch.alike == left) {
+        --border, left = 0;  // all that begin like it are taken, and are above this one
+        break;
+      }
+    }
     const u32 each = (seen + 4 * kWarps - 1) / (4 * kWarps) * 4;
     const u32 begin = me.warp * each, end = min(begin + each, seen);
     u32 above = 0, equal = 0;
-    for (u32 at = begin + me.lane * 4; at < end; at += 128) {
-      u32 key[4];
-      load(b, run, at, key);
+    for_each<8>(b, run, begin + me.lane * 4, 128, end, end, [&](u32 at, const u32(&key)[4]) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         above += at + i < end && key[i] > border;
         equal += at + i < end && key[i] == border;
       }
-    }
+    });
 #pragma unroll
     for (int o = 16; o; o /= 2) {
       above += __shfl_xor_sync(~0u, above, o);
@@ -407,10 +427,10 @@ struct Select {
   static __device__ __forceinline__ void list(const Here& me, const Block& b, const Run& run,
                                               u32 begin, u32 end, u32 border, u32 left, u32 above,
                                               u32 equal) {
-    for (u32 first = begin; first < end; first += 128) {
-      const u32 at = first + me.lane * 4;
-      u32 key[4] = {}, count = 0;  // above in the upper half, equal in the lower one
-      if (at < end) load(b, run, at, key);
+    // All lanes take part in each round, those behind the end with nothing.
+    const u32 rounded = begin < end ? begin + (end - begin + 127) / 128 * 128 : begin;
+    for_each<4>(b, run, begin + me.lane * 4, 128, rounded, end, [&](u32 at, const u32(&key)[4]) {
+      u32 count = 0;  // above in the upper half, equal in the lower one
 #pragma unroll
       for (int i = 0; i < 4; ++i)
         count += at + i >= end ? 0 : key[i] > border ? 1u << 16 : key[i] == border;
@@ -430,31 +450,28 @@ struct Select {
       }
       const u32 all = __shfl_sync(~0u, upto, 31);
       above += all >> 16, equal += all & 0xffff;
-    }
+    });
   }
 
   // One more digit of the border: of the scores that begin like it, the digit at which `left` are
   // reached from the largest on; left: how many of those that have that digit, too.
-  template <int kShift, int kBits>
   static __device__ __forceinline__ void narrow(const Here& me, const Block& b, const Run& run,
-                                                u32 seen, Scratch& scratch, u32& border,
+                                                u32 seen, Scratch& scratch, int shift, u32& border,
                                                 u32& left) {
-    constexpr u32 kMask = (1u << kBits) - 1;
+    const u32 mask = shift ? kDigits - 1 : 1023;
     for (int i = me.thread; i < kDigits; i += kThreads) scratch.bins[i] = 0;
     sync_consumers();
-    for (u32 at = me.thread * 4; at < seen; at += 4 * kThreads) {
-      u32 key[4];
-      load(b, run, at, key);
+    for_each<8>(b, run, me.thread * 4, 4 * kThreads, seen, seen, [&](u32 at, const u32(&key)[4]) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const bool alike = kShift + kBits == 32 || (key[i] ^ border) >> kShift <= kMask;
-        if (at + i < seen && alike) atomicAdd(&scratch.bins[key[i] >> kShift & kMask], 1u);
+        const bool alike = (key[i] ^ border) >> shift <= mask || shift == 21;
+        if (at + i < seen && alike) atomicAdd(&scratch.bins[key[i] >> shift & mask], 1u);
       }
-    }
+    });
     sync_consumers();
     find(me, scratch, left);
     sync_consumers();
-    border |= scratch.digit << kShift;
+    border |= scratch.digit << shift;
     left = scratch.left;
   }
 
@@ -482,6 +499,7 @@ struct Select {
       if (before < left && before + top[-i] >= left) {
         scratch.digit = kDigits - 1 - me.thread * kOwn - i;
         scratch.left = left - before;
+        scratch.alike = top[-i];
       }
       before += top[-i];
     }
