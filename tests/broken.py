@@ -735,6 +735,17 @@ def keys_of_an_indexer_in_another_type() -> Program:
     return with_buffer(GOOD["latent"], "keys", dtype=DType.F8E4M3)
 
 
+@breaks("sparing")
+def queries_of_attention_that_are_left_out() -> Program:
+    program = GOOD["latent"]
+    return with_op(program, 6, beyond=8, when=buffer_id(program, "positions"))
+
+
+@breaks("structure")
+def left_out_without_positions() -> Program:
+    return with_op(GOOD["latent"], 6, beyond=8)
+
+
 def latent_with_ops_exchanged(first: int, second: int) -> Program:
     d = programs.latent_draft(cpu(2), 2, 2)
     d.ops[first], d.ops[second] = d.ops[second], d.ops[first]

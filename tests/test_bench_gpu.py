@@ -83,7 +83,7 @@ def test_ops_of_a_step_add_up_to_it(bench: Any, monkeypatch: pytest.MonkeyPatch)
     )
     moved = sum(row["bytes"] * row["times"] for row in rows)
     assert moved == pytest.approx(bench.step_bytes("Tiny", program, 16), rel=0.1)
-    assert ops.table(rows, steps).count("\n") == 1 + len(rows)
+    assert ops.table(rows, 1.0).count("\n") == 1 + len(rows)
 
 
 def test_shapes_are_read_as_they_are_meant(bench: Any) -> None:
@@ -267,7 +267,7 @@ def test_the_chain_makes_the_same_bits(bench: Any, tiny: EmulatedDevice) -> None
         found.append(int(model.decode.mailbox[0]))
     assert found == expected
     assert np.array_equal(model.decode.read("logits"), logits)
-    assert len(chain.ops) == len(model.decode.program.ops)
+    assert len(chain.launched) == len(model.decode.program.ops)
 
 
 def test_the_ceiling_is_read_without_spills(bench: Any) -> None:

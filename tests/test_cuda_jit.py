@@ -13,7 +13,7 @@ import pytest
 
 from tilert.backends.cuda import jit
 from tilert.backends.cuda.jit import TARGETS, compile_cubin
-from tilert.backends.cuda.limits import fitting_slots
+from tilert.backends.cuda.limits import fitting
 from tilert.backends.cuda.source import KERNEL, Source, generate
 from tilert.compiler import Limits, build
 from tilert.compiler.units import with_units
@@ -86,7 +86,7 @@ def source_of(name: str, arch: str, **tuned: int) -> Source:
         target = with_units(graph, target, dtypes)
     target = replace(target, **tuned)
     program = build(graph, target, Limits(1, 1, 1, 8192, name == "sampled"), dtypes, scales)
-    return generate(program, fitting_slots(program, TARGETS[arch]))
+    return generate(program, fitting(program, TARGETS[arch]))
 
 
 @pytest.mark.parametrize("arch", TARGETS)

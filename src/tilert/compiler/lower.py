@@ -14,7 +14,7 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping
 
-from tilert.compiler.latent import LOWER_LATENT
+from tilert.compiler.latent import LOWER_LATENT, wanted_beyond
 from tilert.compiler.lowering import (
     FEW_TOKENS,
     MAX_SPLITS,
@@ -128,7 +128,7 @@ def _takes(consumer: Node, product: Value) -> bool:
 def _siblings(low: Lowering, node: Node) -> list[Node]:
     """The products of one input that are computed as one, where hand-offs are dear: q, k and v, or those
     that latent attention reads."""
-    if not low.fused:
+    if not low.fused or wanted_beyond(low, node.output):
         return [node]
     if _by_column(low, node):
         return _columns(low, node)
@@ -157,6 +157,7 @@ def _columns(low: Lowering, node: Node) -> list[Node]:
     Of those with block scales, one whose rows end inside a block can only be the last.
     """
     alike = [n for n in low.readers[operand(node, "x")] if _by_column(low, n)]
+    alike = [n for n in alike if not wanted_beyond(low, n.output)]
     biased = node.inputs["bias"] is not None
     alike = [n for n in alike if (n.inputs["bias"] is not None) is biased]
     w, scale = operand(node, "w"), low.scales.get(operand(node, "w").name)
@@ -273,6 +274,7 @@ def _emit_linear(
     shares = (attend.splits, attend.group, attend.head_dim) if attend else (1, 1, 1)
     dtype, matrices = low.dtypes.get(w[0].name, DType.F32), 2 if up else 1
     tile = tile_rows(low.machine, rows, k * dtype.bytes, matrices)
+    beyond = wanted_beyond(low, nodes[0].output)
     blocks = int(nodes[0].attrs.get("groups", 1)), int(nodes[0].attrs.get("stride", 0))
     if blocks[0] > 1:  # no tile has rows of two blocks; with a ring, tiles are powers of two
         block = n // blocks[0]
@@ -285,7 +287,7 @@ def _emit_linear(
                gather, low.rows(source) if gather != NONE else 1, *shares,
                # What rounding moves across a border would send a token to another expert.
                DType.F32 if nodes[0].output in low.routing else _x_type(low, w[0], dtype),
-               low.column.get(source, 0), *blocks)
+               low.column.get(source, 0), *blocks, low.state("positions") if beyond else NONE, beyond)
     )  # fmt: skip
 
 
@@ -371,14 +373,12 @@ def _lower_attend(low: Lowering, node: Node) -> None:
     window, width = int(node.attrs["window"]), heads * splits * (d + 2)
     part = low.buffer(f"{node.output.name}.part", Kind.WORK, DType.F32, lim.tokens, width)
     y = low.work(node.output, dtype=_stored(low, node.output))
-    norms = [low.weight(rope.inputs[name]) for name in ("q_norm", "k_norm")]
+    norms = low.weight(rope.inputs["q_norm"]), low.weight(rope.inputs["k_norm"])
     caches = low.cache("k", layer, k.cols), low.cache("v", layer, v.cols)
-    states = [low.state(name) for name in ("positions", "sequences", "pages", "counts")]
+    states = low.state("positions"), low.state("sequences"), low.state("pages"), low.state("counts")
     table, eps = low.weight(table), rope.attrs["eps"]
-    limits, columns = (
-        (lim.context, lim.sequences, lim.pages),
-        [low.column.get(b, 0) for b in (k, v)],
-    )
+    limits = lim.context, lim.sequences, lim.pages
+    columns = low.column.get(k, 0), low.column.get(v, 0)
     low.ops += [
         Attend(low.home[q], low.home[k], low.home[v], *norms, table, *caches, part, *states, lim.tokens,
                heads, kv_heads, d, window, splits, *limits, eps, node.attrs["scale"], *columns),

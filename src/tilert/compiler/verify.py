@@ -17,6 +17,7 @@ from tilert.ir.dtype import DType
 from tilert.ir.encode import field_kinds
 from tilert.ir.program import NONE, PAST, Buffer, Kind, Op, Program, Region, Run, Wait
 from tilert.ir.regions import Cells
+from tilert.ops import IndexRope, IndexScore, Linear
 
 ALIGN = 64  # bytes; every activation starts at a cache line
 
@@ -24,7 +25,7 @@ ALIGN = 64  # bytes; every activation starts at a cache line
 _WEIGHTS = ("w", "w_up", "bias", "bias_up", "norm", "weight", "table", "q_norm", "k_norm",
             "shift")  # fmt: skip
 _STATES = ("counts", "positions", "sequences", "pages", "tokens", "sampled", "gather", "controls",
-           "mask", "tally")  # fmt: skip
+           "mask", "tally", "when")  # fmt: skip
 _WORKS = ("y", "q", "k", "v", "part", "logits", "scores", "peaks", "weights", "kv", "q_rope",
           "head_weights")  # fmt: skip
 _WORDS = ("bins", "totals", "candidates", "selected", "chosen")
@@ -39,10 +40,10 @@ _KINDS: dict[str, tuple[Kind, ...]] = {
 }
 _INTEGERS = {*_STATES, *_WORDS}
 _OPTIONAL = {"w_up", "bias", "bias_up", "norm", "gather", "q_norm", "k_norm", "selected",
-             "index_scale"}  # fmt: skip
+             "index_scale", "when"}  # fmt: skip
 _MAY_BE_ZERO = {"x_col", "y_col", "q_col", "k_col", "v_col", "kv_col", "w_col", "x_stride", "window",
                 "feed", "count_index", "epilogue", "x_type", "interleave", "topk", "scoring",
-                "norm_topk_prob", "by_slot"}  # fmt: skip
+                "norm_topk_prob", "by_slot", "beyond"}  # fmt: skip
 
 
 class VerifyError(AssertionError):
@@ -154,6 +155,8 @@ def _sound_fields(has: dict[str, int], program: Program) -> Iterator[str]:
         yield f"head_dim {has['head_dim']} is no power of two, there is no Hadamard matrix for it"
     if "selected" in has and (has["selected"] != NONE) != (has["topk"] > 0):
         yield f"topk is {has['topk']} with selected b{has['selected']}"
+    if "when" in has and (has["when"] != NONE) != (has["beyond"] > 0):
+        yield f"beyond is {has['beyond']} with when b{has['when']}"
     if "w_col" in has and has["splits"] * has["width"] < program.context:
         yield f"{has['splits']} shares of {has['width']} scores for {program.context} positions"
     if "groups" in has:
@@ -344,6 +347,28 @@ def coverage(facts: Facts) -> Iterator[str]:
                 made[facts.cells.of(region)] = True
 
 
+def sparing(facts: Facts) -> Iterator[str]:
+    """What may be left out where no token sees more than `beyond` positions is read by an indexer alone:
+    rotated in place, then scored, and that for more positions only."""
+    ops = facts.program.ops
+    for index, op in enumerate(ops):
+        if not isinstance(op, Linear) or not op.beyond:
+            continue
+        (made,) = op.writes(0, op.tiles)
+        for later in range(index + 1, len(ops)):
+            other = ops[later]
+            if any(made.overlaps(region) for region in other.reads(0, other.tiles)):
+                rotates = isinstance(other, IndexRope) and other.q == made.buffer != other.k
+                scores = isinstance(other, IndexScore) and other.topk >= op.beyond
+                if not (rotates or scores):
+                    yield (
+                        f"o{later} {type(other).__name__.lower()} reads what o{index} makes only for more"
+                        f" than {op.beyond} positions"
+                    )
+            elif any(made.overlaps(region) for region in other.writes(0, other.tiles)):
+                break
+
+
 def ring(facts: Facts) -> Iterator[str]:
     """Tickets count the ring slots that a queue has filled before; each tile starts a new slot."""
     program = facts.program
@@ -471,6 +496,6 @@ def devices(facts: Facts) -> Iterator[str]:
 
 
 RULES: tuple[Callable[[Facts], Iterator[str]], ...] = (
-    structure, partition, counters, memory, devices, ring, deadlock, overtaking, ordering, meaning,
-    coverage, stream, choice,
+    structure, sparing, partition, counters, memory, devices, ring, deadlock, overtaking, ordering,
+    meaning, coverage, stream, choice,
 )  # fmt: skip

@@ -8,11 +8,11 @@
 // positions, warps 0 to 3 the even pages of the share and warps 4 to 7 the odd ones. Each warp
 // keeps its own maximum and sums (online softmax, in powers of two); they are merged at the end.
 //
-// The op Append is made of the same code, for it is small: its tiles follow those of the shares, and
-// put the step's keys and values into the cache. A token's own position is scored apart, from shared
-// memory. The earlier tokens of its sequence in
-// the same step are put into their pages where those have arrived, for the cache may not have them
-// yet. So a token finds the same bits whether those before it were in its step or in earlier ones.
+// The op Append is made of the same code, for it is small: its tiles follow those of the shares,
+// and put the step's keys and values into the cache. A token's own position is scored apart, from
+// shared memory. The earlier tokens of its sequence in the same step are put into their pages where
+// those have arrived, for the cache may not have them yet. So a token finds the same bits whether
+// those before it were in its step or in earlier ones.
 #pragma once
 #include "heads.cuh"
 
@@ -462,7 +462,8 @@ struct Attend {
     for (int r = 0; r < kRowBlocks; ++r) {  // in a loop: this is much code, that runs once
       State& last = state[kRowBlocks - 1];
       if (r + 1 == kRowBlocks && kRowBlocks > 1) state[0] = last;
-      if (u32(r * 16) < rows) merge(state[0], scratch, r * 16, rows, both, split == 0, y, b.tag(run.y));
+      if (u32(r * 16) < rows)
+        merge(state[0], scratch, r * 16, rows, both, split == 0, y, b.tag(run.y));
       sync_consumers();
     }
   }
@@ -507,8 +508,8 @@ struct Attend {
   }
 };
 
-// Merges the shares that attention left; tile t * kHeads + h: query head h of token t. Rows without a
-// token get zeros, so that their tags are there.
+// Merges the shares that attention left; tile t * kHeads + h: query head h of token t. Rows without
+// a token get zeros, so that their tags are there.
 template <int kHeads, int kGroup, int kHeadDim, int kSplits, class Active, bool kTagsIn,
           bool kTagged, bool kNarrow>
 struct Combine {

@@ -1,5 +1,5 @@
-// Heads of attention as the products left them: normed where there is a norm, rotated, and stored as
-// the matrix units like to read them.
+// Heads of attention as the products left them: normed where there is a norm, rotated, and stored
+// as the matrix units like to read them.
 #pragma once
 #include "linear.cuh"
 

@@ -221,3 +221,26 @@ struct Linear {
     }
   }
 };
+
+// A product that nobody reads where no token sees more than kPositions positions: it is left out
+// there, by loader and warps alike, but its hand-off is made.
+template <int kPositions, class Op>
+struct Beyond {
+  static __device__ __forceinline__ bool stream(Loader& l, const Run& run) {
+    return !wanted(l.b) || Op::stream(l, run);
+  }
+  static __device__ __forceinline__ bool consume(Block& b, const Run& run) {
+    if (wanted(b)) return Op::consume(b, run);
+    if (!wait_for_inputs<false>(b, run)) return false;
+    if (thread() == 0) signal<false>(b, run);
+    return true;
+  }
+
+ private:
+  static __device__ __forceinline__ bool wanted(const Block& b) {
+    bool wanted = false;
+    for (u32 t = 0; t < (kTokens == 1 ? 1 : b.params.count); ++t)
+      wanted |= b.position(t) >= kPositions;
+    return wanted;
+  }
+};

@@ -185,6 +185,9 @@ __device__ __forceinline__ void store_shared(u32* p, u32 v) {
   asm volatile("st.volatile.shared.u32 [%0], %1;" ::"r"(shared_address(p)), "r"(v) : "memory");
 }
 
+// Leaves the multiprocessor to others for a while.
+__device__ __forceinline__ void stand_back() { asm volatile("nanosleep.u32 200;"); }
+
 // Matrix units: 8 x 8 blocks of bf16 from shared memory, and a 16 x 8 x 16 product with f32 sums.
 
 __device__ __forceinline__ void load_matrices(u32 (&m)[4], u32 address) {

@@ -16,6 +16,8 @@ from tilert.backends.cuda.limits import (
     MAX_GROUPS,
     SLOT_PAD,
     UNIT_ROWS,
+    Layout,
+    entry_bytes,
     scratch_bytes,
     shared_struct_bytes,
     taken_units,
@@ -64,8 +66,8 @@ class Source:
     variants: list[int]
 
 
-def generate(program: Program, slots: int, *, trace: bool = False) -> Source:
-    """The source of a program whose ring has `slots` slots; with `trace` every run leaves its times.
+def generate(program: Program, layout: Layout, *, trace: bool = False) -> Source:
+    """The source of a program for blocks of that layout; with `trace` every run leaves its times.
 
     Raises UserError for heads that the kernel has no form of, AssertionError for an op that the compiler
     never emits for such machines.
@@ -75,12 +77,13 @@ def generate(program: Program, slots: int, *, trace: bool = False) -> Source:
     variants = [known.setdefault(_type(program, op, tags), len(known)) for op in program.ops]
     names = "\n".join(f"using V{i} = {name};" for name, i in known.items())
     cases = " ".join(f"X({i})" for i in known.values())
-    machine = program.machine
+    machine, slots = program.machine, layout.slots
     constants = {
         "kSlots": slots, "kSlotBytes": machine.slot_bytes, "kSlotPitch": machine.slot_bytes + SLOT_PAD,
         "kWindow": min(machine.window, slots), "kPage": PAGE,
         "kScratchBytes": scratch_bytes(program, program.tokens),
-        "kCounters": len(program.counters), "kTurn": tags.stride % TAGS, "kTokens": program.tokens,
+        "kEntries": layout.entries, "kEntryBytes": entry_bytes(program, layout.entries),
+        "kTurn": tags.stride % TAGS, "kTokens": program.tokens,
         "kSharedBytes": shared_struct_bytes(program.tokens),
         "kHeldWords": HELD_WORDS, "kVariants": len(known),
     }  # fmt: skip
@@ -225,7 +228,11 @@ def _linear(program: Program, op: Linear, tags: Tags) -> str:
         stride = op.splits * (op.head_dim + 2) if op.splits > 1 else op.x_stride
         rows = f"Blocks<{op.n // op.groups}, {stride}>"
     epilogue = ("kStore", "kAdd", "kGate")[op.epilogue]
-    return _product(program, op, tags, epilogue, x, rows)
+    made = _product(program, op, tags, epilogue, x, rows)
+    if op.beyond == 0:
+        return made
+    assert op.y not in tags.writers, "a word that is not written has an old tag"
+    return f"Beyond<{op.beyond}, {made}>"
 
 
 def _gate(program: Program, op: ExpertGate, tags: Tags) -> str:
@@ -251,10 +258,12 @@ def _product(
 ) -> str:  # fmt: skip
     """A Linear of the kernel, which takes experts as well; x: its Input, rows: its Source."""
     y, bias = program.buffers[op.y], op.bias if isinstance(op, Linear) else NONE
+    # For one token, products of other widths are the same.
+    pitch = y.cols if program.tokens > 1 else 0
     return (
         f"Linear<{op.k}, {_weight(program, op.w)}, {op.tile_rows}, {epilogue},"
         f" {_flag(op.y in tags.writers)}, {_narrow(program, op.y)}, {_flag(op.x_type != DType.F32)},"
-        f" {y.cols}, {x}, {_weight(program, bias)}, {_scales(program, op)}, {rows}>"
+        f" {pitch}, {x}, {_weight(program, bias)}, {_scales(program, op)}, {rows}>"
     )
 
 
