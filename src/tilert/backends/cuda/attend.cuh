@@ -204,9 +204,8 @@ struct Attend {
   }
 
   // New keys and values of kv head g into the caches.
-  static __device__ __forceinline__ void append(Block& b, const Run& run, const Held& held, u32 g,
-                                                const Span& span, Scratch& scratch) {
-    prepare(b, run, held, g, span, false, true, scratch);
+  static __device__ __forceinline__ void append(const Block& b, const Run& run, u32 g,
+                                                const Span& span, const Scratch& scratch) {
 #pragma unroll 1
     for (u32 i = warp(); i < 2 * span.tokens(); i += kWarps) {
       const u32 token = i / 2, position = b.position(span.begin + token);
@@ -437,9 +436,12 @@ struct Attend {
 
   static __device__ __forceinline__ void tile(Block& b, const Run& run, const Held& held, u32 index,
                                               const Span& span, Scratch& scratch) {
-    const u32 g = index / kSplits, split = index % kSplits, rows = span.tokens() * kGroup;
-    if (idle(b, span, split)) return;
-    prepare(b, run, held, g, span, true, takes_new(b, span, split), scratch);
+    const bool appends = index >= kTiles;
+    const u32 g = appends ? index - kTiles : index / kSplits, split = index % kSplits;
+    const u32 rows = span.tokens() * kGroup;
+    if (!appends && idle(b, span, split)) return;
+    prepare(b, run, held, g, span, !appends, appends || takes_new(b, span, split), scratch);
+    if (appends) return append(b, run, g, span, scratch);
     if (split == 0 && warp() >= kWarps / 2) score_own(scratch, rows);
     State state[kRowBlocks];
     Visible seen[kRowBlocks];
@@ -500,9 +502,7 @@ struct Attend {
     if (!wait_for_inputs<kTagged>(b, run)) return false;
     Scratch& scratch = *reinterpret_cast<Scratch*>(b.scratch);
     for (u32 i = run.first; i < run.first + run.count; ++i)
-      for (Span span; span.next(b.params);)
-        i < kTiles ? tile(b, run, held, i, span, scratch)
-                   : append(b, run, held, i - kTiles, span, scratch);
+      for (Span span; span.next(b.params);) tile(b, run, held, i, span, scratch);
     if (thread() == 0) run.first < kTiles ? signal<kTagsOut>(b, run) : signal<false>(b, run);
     return true;
   }

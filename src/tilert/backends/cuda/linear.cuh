@@ -160,9 +160,18 @@ struct Linear {
     Operand x(b);
     typename Source::Choice choice;
     const bool known = Source::known(run);
-    if (known) fetch_scales(run, choice, x);
-    if (!wait_for_inputs<kSelfTold>(b, run)) return false;
-    if (!known) fetch_scales(run, choice, x);
+    if constexpr (!Source::kChosen) {
+      fetch_scales(run, choice, x);
+      if (!wait_for_inputs<kSelfTold>(b, run)) return false;
+    } else {  // scales come first where it is known whose; in a loop, so that both have one code
+#pragma unroll 1
+      for (int turn = 0; turn < 2; ++turn) {
+        if (known == (turn == 0))
+          fetch_scales(run, choice, x);
+        else if (!wait_for_inputs<kSelfTold>(b, run))
+          return false;
+      }
+    }
     if constexpr (kBlockRows == 0) {
       In::make(b, run, 0, held, x);
       multiply_rows(b, run, choice, x, 0, run.count);
