@@ -107,7 +107,7 @@ def test_shapes_are_read_as_they_are_meant(bench: Any) -> None:
     [("Llama-3.2-1B", 2.471), ("Qwen3-0.6B", 1.192), ("Qwen3-0.6B-FP8", 0.752)],
 )
 def test_bytes_of_a_step(bench: Any, name: str, gigabytes: float) -> None:
-    small: Any = SimpleNamespace(machine=machine.H200)
+    small: Any = SimpleNamespace(name="NVIDIA H200", machine=machine.H200)
     program = bench.compiled(name, 128, small)
     weights = bench.step_bytes(name, program, 0)
     assert weights / 1e9 == pytest.approx(gigabytes, rel=2e-3)
@@ -126,7 +126,8 @@ def test_of_experts_those_of_a_token_count(
     found: list[float] = []
     for chosen in (1, 4):
         monkeypatch.setitem(bench.MODELS, "Mix", {**sizes, "num_experts_per_tok": chosen})
-        program = bench.compiled(f"Mix{kind}", 128, SimpleNamespace(machine=machine.H200))
+        device = SimpleNamespace(name="NVIDIA H200", machine=machine.H200)
+        program = bench.compiled(f"Mix{kind}", 128, device)
         found.append(bench.step_bytes(f"Mix{kind}", program, 0))
     assert found[1] - found[0] == 3 * each
 
