@@ -120,7 +120,7 @@ def test_logits_equal_the_interpreter(name: str, devices: Devices) -> None:
 
 @pytest.mark.parametrize(("name", "rows"), [("odd-f16", 2), ("grouped", 4), ("fp8", 4)])
 def test_each_token_has_experts_of_its_own(name: str, rows: int, devices: Devices) -> None:
-    """In steps that are full or not: logits as the interpreter's, and bit for bit those of each token alone."""
+    """In steps that are full or not: logits as the interpreter's, and bit for bit those of each alone."""
     program, weights = compiled(name, tokens=rows)
     device, tokens = devices(2), (3, 40, 17)[: max(2, rows - 1)]
     alone = loaded(*compiled(name), device)
