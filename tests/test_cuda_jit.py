@@ -127,19 +127,22 @@ def test_no_op_spills_in_its_loops(name: str, tmp_path: Path) -> None:
         assert used.stack == used.spill_stores == used.spill_loads == 0, (number, used)
 
 
-# What is of each token by itself, and at most so many bytes of stack: what a product keeps of x' while it
-# makes the next of it.
+# What is of each token by itself, and how many bytes of stack it may take: down products keep some of x'
+# while they make the next of it.
 OF_TOKENS = {
     "Latent|Index|Select|Combine": 32,
     r"Route|false, false, \d|InTurn": 0,
-    "SideBySide": 32,
+    "SideBySide": 256,
 }
+FOUR_TOKENS = [(name, arch) for name in ("deepseek-v3.2", "qwen3-30b-a3b") for arch in TARGETS]
+FOUR_TOKENS.remove(
+    ("deepseek-v3.2", "sm_120a")
+)  # its blocks have too little memory for a step of four
 
 
-@pytest.mark.parametrize("arch", TARGETS)
-@pytest.mark.parametrize("name", ["deepseek-v3.2", "qwen3-30b-a3b"])
+@pytest.mark.parametrize(("name", "arch"), FOUR_TOKENS)
 def test_steps_of_four_tokens_compile(name: str, arch: str, tmp_path: Path) -> None:
-    """As when three guesses are verified. All targets have the same source but for the shape of the ring."""
+    """As when three guesses are verified."""
     source = source_of(name, arch, tokens=4)
     variants = source.headers["variants.h"]
     kinds = re.findall(r"using V(\d+) = (.*);", variants)

@@ -224,7 +224,7 @@ struct IndexScore {
     const Here me;
     if (some_scored(b)) {
       Queries queries;
-      if (kTokens == 1 || scored(b, token(me))) fetch(me, b, run, queries);
+      fetch(me, b, run, queries);  // rows without a token hold anything
       u32 turn = 0;
       for (u32 tile = run.first; tile < run.first + run.count; ++tile)
         for (Span span; span.next(b);) {
