@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from tilert.errors import UserError
 from tilert.ir.dtype import DType
-from tilert.ir.machine import Machine
 from tilert.ir.program import NONE, Op, Program
 from tilert.ops import (
     Attend,
@@ -33,6 +32,7 @@ HELD_WORDS = 128  # of x' in the registers of a thread: half of them; the rest i
 PLAIN_WORDS = 160  # of x' and of sums, where products do without the matrix units
 ENOUGH_SLOTS = 4  # of the ring that a step of several tokens must leave
 UNIT_ROWS = 16  # of a latent cache, in a slot
+MAX_UNITS = 4  # of a latent cache that are taken together
 MAX_CHOSEN = MAX_GROUPS = 32  # experts of a token, groups of experts: one for each lane of a warp
 MAX_ROWS = 32  # of query heads, of all tokens of a step: two blocks of 16 for the matrix units
 PRODUCTS = Linear | ExpertGate | ExpertDown
@@ -41,17 +41,19 @@ PRODUCTS = Linear | ExpertGate | ExpertDown
 @dataclass(frozen=True, slots=True)
 class Layout:
     """How the shared memory of a block is divided: slots of the ring, and entries of the queue that it
-    holds at a time; 0 entries: the whole queue."""
+    holds at a time; 0 entries: the whole queue. `units` of a latent cache are taken together."""
 
     slots: int
     entries: int
+    units: int = 1
 
 
 def step_rows(program: Program, available: int) -> int:
     """Most tokens of a step (1, 2, 4 or 8), from the program of one, where a block has so many bytes of
     shared memory: each block holds x' of all tokens, in its registers and what they leave over there.
     """
-    ring = max(ENOUGH_SLOTS, _least_slots(program)) * (program.machine.slot_bytes + SLOT_PAD)
+    least = max(ENOUGH_SLOTS, _taken_units(program, available))
+    ring = least * (program.machine.slot_bytes + SLOT_PAD)
     # Their queues are a little longer.
     room = available - ring - 2 * min(queue_bytes(program, n) for n in (0, ENTRIES))
     return next(
@@ -153,7 +155,7 @@ def _scratch(program: Program, op: Op, tokens: int) -> int:
     if isinstance(op, Attend):
         return _attend_bytes(op.group, op.head_dim, tokens)
     if isinstance(op, LatentAttention):
-        return _latent_bytes(op, taken_units(program.machine), tokens)
+        return _latent_bytes(op, tokens)
     if isinstance(op, LatentRope):
         return 4 * (op.lora + op.rope) * tokens
     if isinstance(op, IndexRope):
@@ -172,22 +174,23 @@ def _attend_bytes(group: int, head_dim: int, tokens: int) -> int:
     return 2 * halves + 4 * (tokens * head_dim + max(raw, merged) + rows)
 
 
-def _latent_bytes(op: LatentAttention, units: int, tokens: int) -> int:
+def _latent_bytes(op: LatentAttention, tokens: int) -> int:
     share = -(-op.topk // op.splits)
     listed = -(-share // UNIT_ROWS) * UNIT_ROWS + 4
-    scores = 2 * 16 * (units * UNIT_ROWS + 8)
+    scores = 2 * 16 * (MAX_UNITS * UNIT_ROWS + 8)
     return 2 * (16 + tokens) * (op.lora + op.rope) + 4 * (scores + listed)
 
 
-def taken_units(machine: Machine) -> int:
-    """Units of a latent cache that are taken together. They decide the order of sums, so that all programs
-    of a machine take as many, whatever else their blocks hold."""
-    return 4 if machine.slots >= 8 else 2 if machine.slots >= 4 else 1
+def _taken_units(program: Program, available: int) -> int:
+    """Units of a latent cache that are taken together: half of a ring, and of a block's memory.
 
-
-def _least_slots(program: Program) -> int:
-    latent = any(isinstance(op, LatentAttention) for op in program.ops)
-    return max(MIN_SLOTS, taken_units(program.machine) if latent else 0)
+    They decide the order of sums, so the programs of all numbers of tokens take as many.
+    """
+    if not any(isinstance(op, LatentAttention) for op in program.ops):
+        return 1
+    machine = program.machine
+    most = min(machine.slots, available // (machine.slot_bytes + SLOT_PAD)) // 2
+    return next((units for units in (MAX_UNITS, 2) if units <= most), 1)
 
 
 def entry_bytes(program: Program, entries: int) -> int:
@@ -220,18 +223,19 @@ def shared_bytes(program: Program, layout: Layout) -> int:
 def fitting(program: Program, available: int) -> Layout:
     """The layout with most slots, at most the machine's, but with the whole queue where that takes one slot
     at most; UserError when `available` bytes hold too few."""
-    least = _least_slots(program)
+    units = _taken_units(program, available)
+    least = max(MIN_SLOTS, units)
 
     def fits(layout: Layout) -> bool:
         return layout.slots >= least and shared_bytes(program, layout) <= available
 
     for slots in range(program.machine.slots, least - 1, -1):
-        if fits(Layout(slots, 0)):
-            return Layout(slots, 0)
-        if fits(part := Layout(slots, ENTRIES)):
-            whole = Layout(slots - 1, 0)  # a slot less is not felt
+        if fits(Layout(slots, 0, units)):
+            return Layout(slots, 0, units)
+        if fits(part := Layout(slots, ENTRIES, units)):
+            whole = Layout(slots - 1, 0, units)  # a slot less is not felt
             return whole if fits(whole) else part
-    needed = shared_bytes(program, Layout(least, ENTRIES))
+    needed = shared_bytes(program, Layout(least, ENTRIES, units))
     raise UserError(
         f"the program needs {needed} bytes of shared memory per block, but the device has {available}"
     )

@@ -20,7 +20,6 @@ from tilert.backends.cuda.limits import (
     entry_bytes,
     scratch_bytes,
     shared_struct_bytes,
-    taken_units,
 )
 from tilert.errors import UserError
 from tilert.ir.dtype import DType
@@ -86,6 +85,7 @@ def generate(program: Program, layout: Layout, *, trace: bool = False) -> Source
         "kTurn": tags.stride % TAGS, "kTokens": program.tokens,
         "kSharedBytes": shared_struct_bytes(program.tokens),
         "kHeldWords": HELD_WORDS, "kVariants": len(known),
+        "kTakenUnits": layout.units,
     }  # fmt: skip
     headers = {name: (FOLDER / name).read_text(encoding="utf-8") for name in HEADERS}
     headers["constants.h"] = "#pragma once\n" + "".join(
@@ -175,7 +175,7 @@ def _latent(program: Program, op: LatentRope | LatentAttention, tags: Tags) -> s
     assert op.block == 1, "a tile has one token"
     return (
         f"LatentAttention<{op.heads}, {op.tile_heads}, {op.nope}, {op.rope}, {op.lora}, {op.splits},"
-        f" {op.topk}, {taken_units(program.machine)}, {_flag(op.q in tags.writers)}, {_bits(op.scale)},"
+        f" {op.topk}, {_flag(op.q in tags.writers)}, {_bits(op.scale)},"
         f" {_pitch(program, op.q)}, {_pitch(program, op.q_rope)}>"
     )
 
