@@ -11,6 +11,7 @@ for share a counter. A need in the step before becomes a wait with lag 1.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from tilert.ir.program import NONE, Buffer, Counter, Kind, Op, Region, Run, Wait
-from tilert.ir.regions import Cells
+from tilert.ir.regions import Cells, cache_moves
 
 Ints = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -73,6 +74,7 @@ class _Walk:
         places: list[_Place],
     ) -> None:
         self.buffers, self.places, self.ops = buffers, places, ops
+        self.moves = cache_moves(buffers, ops)
         changing = {r.buffer for p in places for r in ops[p.run.op].writes(p.run.lo, p.run.hi)}
         self.reads = [
             self._changing(ops[p.run.op].reads(p.run.lo, p.run.hi), changing) for p in places
@@ -99,9 +101,10 @@ class _Walk:
     def run(self) -> list[_Group]:
         """Everything that runs of a step wait for."""
         for step in range(2):
-            for _, run in groupby(self.places, key=lambda place: place.run.op):
+            for op, run in groupby(self.places, key=lambda place: place.run.op):
+                self._shift_caches(self.moves[op])
                 self._visit_op(step, list(run))
-            self._shift_caches()
+            self._shift_caches(range(len(self.buffers)))
         return list(self.groups.values())
 
     def _visit_op(self, step: int, places: list[_Place]) -> None:
@@ -172,11 +175,11 @@ class _Walk:
             self.last_read[cells] = -1
             self.last_write[cells, place.worker] = me
 
-    def _shift_caches(self) -> None:
+    def _shift_caches(self, moved: Iterable[int]) -> None:
         """Positions of this step are past ones of the next: every row takes the latest of all rows."""
-        for index, buffer in enumerate(self.buffers):
+        for index in moved:
             grid = self.cells.grid(index)
-            if buffer.kind is Kind.CACHE and grid.size:
+            if self.buffers[index].kind is Kind.CACHE and grid.size:
                 for table in (self.last_write, self.last_read):
                     table[grid] = table[grid].max(axis=0, keepdims=True)
 

@@ -24,7 +24,7 @@ ALIGN = 64  # bytes; every activation starts at a cache line
 _WEIGHTS = ("w", "w_up", "bias", "bias_up", "norm", "weight", "table", "q_norm", "k_norm",
             "shift")  # fmt: skip
 _STATES = ("counts", "positions", "sequences", "pages", "tokens", "sampled", "gather", "controls",
-           "mask", "tally")  # fmt: skip
+           "mask", "tally", "following", "places", "kept", "last", "place")  # fmt: skip
 _WORKS = ("y", "q", "k", "v", "part", "logits", "scores", "peaks", "weights", "kv", "q_rope",
           "head_weights")  # fmt: skip
 _WORDS = ("bins", "totals", "candidates", "selected", "chosen")
@@ -331,7 +331,9 @@ def meaning(facts: Facts) -> Iterator[str]:
 def coverage(facts: Facts) -> Iterator[str]:
     """Activations and new cache rows that an op reads were written by earlier ops of the same step."""
     made = np.zeros(facts.cells.count, bool)
-    for runs in facts.of_op:
+    for moved, runs in zip(facts.moves, facts.of_op, strict=True):
+        for cache in moved:  # what was row 0 of the step may be any row now
+            made[facts.cells.grid(cache)] = False
         for number in runs:
             for region in facts.reads[number]:
                 own = facts.of_step(region)

@@ -2,7 +2,8 @@
 
 Programs share everything but activations: `decode` (one token), `sampled` (one token, sampled on the
 device), `few` (up to eight tokens of any sequences; on a GPU also `few2` and `few4`, whose steps cost less)
-and `prompt` (many tokens of one sequence). Each is compiled when it is first needed.
+and `prompt` (many tokens of one sequence). Each is compiled when it is first needed. One more verifies and
+makes guesses, together with the layer for that, whose other programs are those of a runner of its own.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from tilert.compiler import Limits
 from tilert.engine.programs import program_for
 from tilert.engine.sampling import Sampler, check_finite
 from tilert.ir.dtype import DType
-from tilert.ir.graph import Graph
+from tilert.ir.graph import Graph, Speculation
 from tilert.ir.machine import Machine
 from tilert.ir.program import PAGE, Program, Scale
 from tilert.ops.draw import MAX_VOCAB
@@ -124,17 +125,22 @@ class Runner:
     def backend(self, kind: str) -> Backend:
         """The back end that holds the program of that kind."""
         if kind not in self._backends:
-            if self.place is None:
+            if self.place is None or isinstance(self.place, Pool):
                 program = self.program(kind)
-                self._caches = self._caches or allocate_caches(program, self.num_pages)
-                self._backends[kind] = Interpreter(program, self.weights, self._caches)
-            elif isinstance(self.place, Pool):
-                program = self.program(kind)
-                self._caches = self._caches or CpuBackend.allocate_caches(program, self.num_pages)
-                self._backends[kind] = CpuBackend(program, self.weights, self._caches, self.place)
+                if self._caches is None:
+                    owner = Interpreter if self.place is None else CpuBackend
+                    self._caches = owner.allocate_caches(program, self.num_pages)
+                self._backends[kind] = self._bound(program, self.weights, self._caches)
             else:
                 self._backends[kind] = self.place.backend(kind, self.program)
         return self._backends[kind]
+
+    def _bound(
+        self, program: Program, weights: Mapping[str, np.ndarray], caches: Mapping[str, np.ndarray]
+    ) -> Interpreter | CpuBackend:
+        if isinstance(self.place, Pool):
+            return CpuBackend(program, weights, caches, self.place)
+        return Interpreter(program, weights, caches)
 
     def set_pages(self, slot: int, pages: Sequence[int]) -> None:
         """The physical pages of the sequence in `slot`."""
@@ -149,7 +155,7 @@ class Runner:
         tokens must be one sequence's consecutive tokens. Raises UserError when the device found no largest
         logit because they are no numbers.
         """
-        backend = self._prepare(self._kind(len(rows)), rows, outputs)
+        backend = self._fill(self.backend(self._kind(len(rows))), rows, outputs)
         if given is not None:
             backend.state["given"][: len(rows)] = given
         self._stepped = backend, len(outputs)
@@ -177,7 +183,7 @@ class Runner:
         A back end that knows stop ids ends by itself after one of them; with others the caller stops
         asking. Raises UserError at the end when the logits are no numbers.
         """
-        backend = self._prepare("sampled" if sampler else "decode", [row], [0])
+        backend = self._fill(self.backend("sampled" if sampler else "decode"), [row], [0])
         if sampler:
             sampler.fill(backend.state, row.position)
         if isinstance(backend, CudaBackend):
@@ -186,8 +192,49 @@ class Runner:
             yield int(sampled[0])
         check_finite(backend.read("peaks" if sampler else "logits")[0].max())
 
-    def _prepare(self, kind: str, rows: Sequence[Row], outputs: Sequence[int]) -> Backend:
-        backend = self.backend(kind)
+    def guess(
+        self, layer: Runner, tokens: Sequence[int], position: int, slot: int, steps: int
+    ) -> Generator[list[int], None, None]:
+        """The tokens that each of up to `steps` steps gives a sequence, greedy ones: one, and one more for
+        each right guess.
+
+        tokens: the sequence's last one, at `position`, and guesses for those that follow it; `layer` makes
+        the next ones within the same step. A step moves on by up to len(tokens) positions and touches up
+        to 2 * len(tokens) - 2 from its first one on. Raises UserError as `loop` does.
+        """
+        backend = self._guessing(layer, len(tokens) - 1)
+        rows = [Row(token, position + i, slot) for i, token in enumerate(tokens)]
+        backend = self._fill(backend, rows, range(len(rows)))
+        backend.state["one"][:] = 1  # rows of the layer's further passes, and of their logits
+        for sampled in backend.steps(steps):
+            yield [int(token) for token in sampled if token >= 0]
+        check_finite(backend.read("logits").max())
+
+    def guesses(self, layer: Runner, drafts: int) -> list[int]:
+        """Those that the last step of `guess` has made for what comes next, when it made all its steps."""
+        return self._guessing(layer, drafts).state["tokens"][0, 1:].tolist()
+
+    def _guessing(self, layer: Runner, drafts: int) -> Backend:
+        kind = f"guess{drafts}"
+        if kind not in self._backends:
+            assert self._caches and layer._caches, "the first guesses come from steps of both"
+            self._backends[kind] = self._bound(
+                self.guessing(layer, drafts, self.machine), {**self.weights, **layer.weights},
+                {**self._caches, **layer._caches},
+            )  # fmt: skip
+        return self._backends[kind]
+
+    def guessing(self, layer: Runner, drafts: int, machine: Machine) -> Program:
+        """The program whose steps verify `drafts` guesses and make as many, for any machine."""
+        limits = Limits(drafts + 1, drafts + 1, self.sequences, self.context)
+        weights, scales = {**self.weights, **layer.weights}, {**(self.scales or {})}
+        dtypes = {name: DType.of(array) for name, array in weights.items()}
+        return program_for(
+            Speculation(self.graph, layer.graph, drafts), machine, limits, dtypes,
+            scales | {**(layer.scales or {})},
+        )  # fmt: skip
+
+    def _fill(self, backend: Backend, rows: Sequence[Row], outputs: Sequence[int]) -> Backend:
         state, n = backend.state, len(rows)
         state["tokens"][0, :n] = [row.token for row in rows]
         state["positions"][0, :n] = [row.position for row in rows]

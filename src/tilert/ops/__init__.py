@@ -18,7 +18,7 @@ from tilert.ops.linear import Linear
 from tilert.ops.mla import LatentAttention, LatentRope
 from tilert.ops.norm import Norm
 from tilert.ops.rope import Rope
-from tilert.ops.sample import Argmax, NextToken
+from tilert.ops.sample import Accept, Argmax, Guess, NextToken
 
 OPS: tuple[type[Op], ...] = (
     Linear,
@@ -43,10 +43,13 @@ OPS: tuple[type[Op], ...] = (
     IndexRope,
     IndexScore,
     Select,
+    Accept,
+    Guess,
 )
 
 __all__ = [
     "OPS",
+    "Accept",
     "Adjust",
     "Argmax",
     "Attend",
@@ -57,6 +60,7 @@ __all__ = [
     "Embed",
     "ExpertDown",
     "ExpertGate",
+    "Guess",
     "IndexRope",
     "IndexScore",
     "LatentAttention",
