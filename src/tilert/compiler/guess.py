@@ -1,4 +1,4 @@
-"""A model and the layer that guesses its next tokens to the ops of one step, several passes one after another.
+"""A model and the layer that guesses its next tokens to the ops of one step: several passes in turn.
 
 The model takes the last token and the guesses behind it; Accept says how many of them are right. The first
 pass of the layer takes the tokens that count, at their positions, and guesses from the last of them; each
@@ -40,9 +40,7 @@ def lower_speculation(
         )  # fmt: skip
         lower_nodes(low)
         part, chunks = lower_argmax(low, graph.layer.nodes[-1].output)
-        low.ops.append(
-            Guess(part, others["tokens"], tokens, others["positions"], number, chunks)
-        )
+        low.ops.append(Guess(part, others["tokens"], tokens, others["positions"], number, chunks))
         (hidden,) = graph.layer.outputs
         given = low.home[hidden]
     return model.buffers, model.ops
@@ -66,8 +64,8 @@ def _accept(model: Lowering) -> tuple[dict[str, Buf], dict[str, Buf]]:
     }  # fmt: skip
     part, chunks = lower_argmax(model, model.graph.nodes[-1].output)
     model.ops.append(
-        Accept(part, *(model.state(n) for n in ("sampled", "tokens", "positions", "counts")),
-               first["tokens"], first["positions"], first["counts"], first["output_rows"],
-               others["positions"], rows, chunks)
+        Accept(part, model.state("sampled"), model.state("tokens"), model.state("positions"),
+               model.state("counts"), first["tokens"], first["positions"], first["counts"],
+               first["output_rows"], others["positions"], rows, chunks)
     )  # fmt: skip
     return first, others

@@ -15,7 +15,7 @@ import numpy as np
 
 from tilert.backends.cpu import CpuBackend, Pool
 from tilert.backends.cuda.backend import MAX_STOPS, CudaBackend
-from tilert.backends.interpreter import Interpreter, allocate_caches
+from tilert.backends.interpreter import Interpreter
 from tilert.compiler import Limits
 from tilert.engine.programs import program_for
 from tilert.engine.sampling import Sampler, check_finite

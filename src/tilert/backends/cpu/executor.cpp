@@ -84,8 +84,7 @@ void Executor::bind_runs() {
       if (run.ring >= 0) throw std::runtime_error("run " + number(r) + " streams through a ring");
       workers_[i].queue.push_back({task, run.signal < 0 ? nullptr : &counters_[run.signal],
                                    waits_.data() + run.wait_begin, waits_.data() + run.wait_end,
-                                   run.op, run.lo, run.hi,
-                                   chooses(program_.opcode(run.op))});
+                                   run.op, run.lo, run.hi, chooses(program_.opcode(run.op))});
     }
   }
 }
