@@ -31,6 +31,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import date
 from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
@@ -53,6 +54,7 @@ from tilert.engine.runner import TOKENS
 from tilert.errors import UserError
 from tilert.ir.dtype import DType
 from tilert.ir.graph import Graph
+from tilert.ir.machine import Machine
 from tilert.ir.program import PAGE, Kind, Program, Scale
 from tilert.models import load_config
 from tilert.models.decoder import build as build_graph
@@ -60,6 +62,7 @@ from tilert.models.derived import ROPE_TABLE
 from tilert.models.quantization import grid
 from tilert.models.rotary import rotary_table
 from tilert.ops import ExpertDown, ExpertGate
+from tilert.serve.shipped import shipped
 
 STEPS, LONGEST_PROMPT, BLOCK = 127, 1024, (128, 128)
 OURS_TIMEOUT = 300.0  # seconds of one process
@@ -121,8 +124,22 @@ def compiled(name: str, context: int, device: Any, tokens: int = 1) -> Program:
         Limits(tokens, tokens, 1, context),
     )
     dtypes, scales = stored(name, graph)
-    machine = with_units(graph, device.machine, dtypes, scales)
+    machine = machine_of(name, graph, device)
     return program_for(graph, machine, limits, dtypes, scales)
+
+
+def machine_of(name: str, graph: Graph, device: Any) -> Machine:
+    """The machine that LLM compiles a model for on a card where nothing was tuned."""
+    dtypes, scales = stored(name, graph)
+    machine = with_units(graph, device.machine, dtypes, scales)
+    return replace(machine, **shipped(device.name, stored_bytes(name, graph)))
+
+
+def stored_bytes(name: str, graph: Graph) -> int:
+    """Bytes of all weights, without their scales."""
+    dtypes, _ = stored(name, graph)
+    shapes = {n: v.rows * v.cols for n, v in graph.weights.items() if isinstance(v.rows, int)}
+    return sum(shapes[n] * dtype.bytes for n, dtype in dtypes.items())
 
 
 def capacity(inputs: Sequence[int]) -> int:
@@ -242,15 +259,21 @@ class RandomModel(CudaRuntime):
         state["tokens"][0, 0], state["positions"][0, 0] = first, position
         return [int(token[0]) for token in self.decode.steps(count)]
 
-    def steps_of(self, rows: int, position: int, count: int) -> list[int] | None:
-        """One greedy token of each of `count` steps over `rows` consecutive tokens, the first of them at
-        `position`, in one launch; None when the device has no program for so many."""
+    def of_rows(self, rows: int) -> CudaBackend | None:
+        """What runs steps over so many tokens; None when the device has no program for them."""
         kind = next((k for k, tokens in TOKENS.items() if tokens == rows and "few" in k), None)
         if kind is None or rows > self.step_rows(self.program):
             return None
         backend = self.backend(kind, self.program)
         assert isinstance(backend, Pieces)
-        made, state = backend.made, backend.made.state
+        return backend.made
+
+    def steps_of(self, rows: int, position: int, count: int) -> list[int] | None:
+        """One greedy token of each of `count` steps over `rows` consecutive tokens, the first of them at
+        `position`, in one launch; None when the device has no program for so many."""
+        if (made := self.of_rows(rows)) is None:
+            return None
+        state = made.state
         state["counts"][0], state["output_rows"][0] = rows, np.arange(rows)
         state["tokens"][0], state["positions"][0] = FIRST, position + np.arange(rows)
         state["pages"][0] = np.arange(self.num_pages)

@@ -26,6 +26,7 @@ from tilert import LLM, SamplingParams
 from tilert.backends.cuda.jit import compile_cubin
 from tilert.ir import machine
 from tilert.models import load_config
+from tilert.serve.trace import simulated
 
 SCRIPT = Path(__file__).parents[1] / "bench" / "decode_gpu.py"
 TINY: dict[str, Any] = {
@@ -66,6 +67,23 @@ def test_settings_take_turns_over_the_same_weights(
     assert [(r["window"], r["even"]) for r in rows] == [(1, False), (1, True)]
     assert all(ms > 0 for row in rows for ms in row["ms_per_token"].values())
     assert all([*row["ms_per_token"]] == ["3", "70"] for row in rows)
+
+
+def test_ops_of_a_step_add_up_to_it(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(bench.MODELS, "Tiny", TINY)
+    ops = importlib.import_module("ops_gpu")
+    device = SimpleNamespace(name="NVIDIA H100", machine=machine.by_name("h100"))
+    program = bench.compiled("Tiny", 64, device)
+    steps = [simulated(program, context, 3e12, 4e10) for context in (12, 20)]
+    rows = ops.timed(program, steps, 1e9)
+    assert sum(row["times"] for row in rows) == len(program.ops)
+    assert [row["times"] for row in rows if row["op"] == "Attend"] == [TINY["num_hidden_layers"]]
+    assert sum(row["step"] for row in rows) == pytest.approx(
+        sum(step.seconds for step in steps) / len(steps) * 1e6
+    )
+    moved = sum(row["bytes"] * row["times"] for row in rows)
+    assert moved == pytest.approx(bench.step_bytes("Tiny", program, 16), rel=0.1)
+    assert ops.table(rows, steps).count("\n") == 1 + len(rows)
 
 
 def test_shapes_are_read_as_they_are_meant(bench: Any) -> None:
