@@ -208,7 +208,7 @@ STEPS: dict[str, tuple[int, list[tuple[int, int]]]] = {
 }
 SEVERAL = ("llama", "llama-untied-head-64", "llama-group-of-3", "llama-head-128", "deep-ring",
            "wide-rows", "units-of-6-kb", "many-splits", "fp8-wide-blocks", "fp8-rows", "qwen2", "qwen3",
-           "mistral-window")  # fmt: skip
+           "mistral-window", "llama-f16", "latent", "latent-indexed", "qwen3-moe")  # fmt: skip
 
 
 def begin_rows(

@@ -144,7 +144,7 @@ def test_shapes_that_the_kernel_cannot_run_are_refused(
     devices: Devices, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     program, _ = compiled(monkeypatch, {**INDEX, **ONE_LAYER}, 2)
-    assert step_rows(program, TARGETS["sm_90a"]) == 1
+    assert step_rows(program, TARGETS["sm_90a"]) == 8
 
     def refused(kind: type[LatentAttention | IndexRope], match: str, **changes: int) -> None:
         ops = tuple(replace(o, **changes) if isinstance(o, kind) else o for o in program.ops)

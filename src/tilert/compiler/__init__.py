@@ -15,6 +15,7 @@ from tilert.ir.dtype import DType
 from tilert.ir.graph import Graph, Speculation
 from tilert.ir.machine import Machine
 from tilert.ir.program import Program, Scale
+from tilert.ir.tags import taggable
 
 __all__ = ["Limits", "build"]
 
@@ -34,7 +35,8 @@ def build(
         buffers, ops = lower_speculation(graph, machine, limits, dtypes, scales or {})
     else:
         buffers, ops = lower(graph, machine, limits, dtypes, scales or {})
-    buffers, ops = place(buffers, ops, {value.name for value in graph.outputs})
+    tagged = taggable(buffers, ops) if machine.slots else ()
+    buffers, ops = place(buffers, ops, {value.name for value in graph.outputs}, tagged)
     queues = schedule(machine, buffers, ops)
     counters, queues = depend(buffers, ops, queues)
     program = Program(

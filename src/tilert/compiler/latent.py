@@ -67,7 +67,9 @@ def _lower_latent_attention(low: Lowering, node: Node) -> None:
         low.home[q], low.home[rotated], low.cache("latent", layer, lora + rope),
         NONE if selected is None else low.home[selected], part, *_paged(low), lim.tokens, heads, group,
         nope, rope, lora, low.column.get(rotated, 0), selected.cols if selected else 0, splits,
-        lim.tokens if low.few else PROMPT_BLOCK, lim.sequences, lim.pages, node.attrs["scale"],
+        # With rings there are workers enough to take the tokens of a step side by side.
+        1 if low.fused else lim.tokens if low.few else PROMPT_BLOCK, lim.sequences, lim.pages,
+        node.attrs["scale"],
     )  # fmt: skip
     low.ops.append(op)
     if deferred:

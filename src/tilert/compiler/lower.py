@@ -225,10 +225,8 @@ def _lower_experts(low: Lowering, node: Node) -> None:
         source, norm = operand(maker, "x"), low.weight(maker.inputs["weight"])
         eps = maker.attrs["eps"]
     n, k, row = down.cols, gate.cols, gate.parts[0]
-    dtype, down_type = (low.dtypes.get(v.parts[0].name, DType.F32) for v in (gate, down))
-    narrow = low.limits.tokens > 1 and _x_type(low, down.parts[0], down_type) is DType.BF16
-    y = low.buffer(f"{node.output.name}.h", Kind.WORK, DType.BF16 if narrow else DType.F32, rows,
-                   route.cols * n)  # fmt: skip
+    dtype = low.dtypes.get(row.name, DType.F32)
+    y = low.buffer(f"{node.output.name}.h", Kind.WORK, DType.F32, rows, route.cols * n)
     low.home[node.output] = y
     low.ops.append(
         ExpertGate(low.home[source], low.bank(gate), low.bank(up), norm, low.chosen[route], y,

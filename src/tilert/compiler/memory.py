@@ -1,7 +1,8 @@
 """Where activations live: buffers whose lifetimes do not meet share storage; offsets in the arena.
 
 Only buffers of the same type and shape share, so a region of one is a region of the other and the
-dependency pass sees every reuse. Program outputs (the logits, their peaks where tokens are drawn, and what
+dependency pass sees every reuse. Nor do buffers of tagged words share with others, which would take their tags,
+and so the bits that tags take, in programs of some number of tokens and not of others. Program outputs (the logits, their peaks where tokens are drawn, and what
 the graph names) keep storage of their own: the host reads them.
 """
 
@@ -20,13 +21,17 @@ ALIGN = 64  # bytes; a cache line, and more than any vector load needs
 
 
 def place(
-    buffers: list[Buffer], ops: list[Op], outputs: Collection[str] = ()
+    buffers: list[Buffer],
+    ops: list[Op],
+    outputs: Collection[str] = (),
+    tagged: Collection[Buf] = (),
 ) -> tuple[tuple[Buffer, ...], tuple[Op, ...]]:
     """Share, drop and number buffers again, give offsets, and rename the ops' operands.
 
-    outputs: names of buffers that the host reads besides the logits.
+    outputs: names of buffers that the host reads besides the logits. tagged: buffers whose words can have
+    tags (ir/tags.py).
     """
-    target = _share(buffers, ops, outputs)
+    target = _share(buffers, ops, outputs, tagged)
     kept: list[Buffer] = []
     number: dict[Buf, Buf] = {NONE: NONE}
     offset = 0
@@ -48,7 +53,9 @@ def _operand_names(op: Op) -> list[str]:
     return [name for name, kind in field_kinds(type(op)) if kind == "Buf"]
 
 
-def _share(buffers: list[Buffer], ops: list[Op], names: Collection[str]) -> dict[Buf, Buf]:
+def _share(
+    buffers: list[Buffer], ops: list[Op], names: Collection[str], tagged: Collection[Buf]
+) -> dict[Buf, Buf]:
     """For each buffer the one whose storage it takes (itself when it opens new storage)."""
     first: dict[Buf, int] = {}
     last: dict[Buf, int] = {}
@@ -65,9 +72,9 @@ def _share(buffers: list[Buffer], ops: list[Op], names: Collection[str]) -> dict
     for buf in sorted(work, key=lambda b: (first[b], b)):
         if buf in outputs:
             continue
-        shape = _shape(buffers[buf])
+        alike = *_shape(buffers[buf]), buf in tagged
         for slot, (end, storage) in enumerate(free):
-            if end < first[buf] and _shape(buffers[storage]) == shape:
+            if end < first[buf] and (*_shape(buffers[storage]), storage in tagged) == alike:
                 target[buf] = storage
                 free[slot] = (last[buf], storage)
                 break

@@ -8,7 +8,7 @@ happens before what is worked out in order.py.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -396,8 +396,8 @@ def stream(facts: Facts) -> Iterator[str]:
 
 
 def choice(facts: Facts) -> Iterator[str]:
-    """Who streams weights that a choice names has waits of its own for all that make the choice: its
-    loader runs ahead of the queue and holds only those."""
+    """Who streams what a choice names has waits of its own for all that make what it reads of the choice:
+    its loader runs ahead of the queue and holds only those."""
     ops = facts.program.ops
     proven: dict[Wait, set[int]] = {}
     for index, op in enumerate(ops) if facts.program.machine.slots else ():
@@ -408,7 +408,9 @@ def choice(facts: Facts) -> Iterator[str]:
             if any(r.buffer == op.choice for r in ops[i].writes(0, ops[i].tiles))
         )  # fmt: skip
         for number in facts.of_op[index]:
-            place, missing = facts.places[number], set(makers)
+            place = facts.places[number]
+            read = [r for r in facts.reads[number] if r.buffer == op.choice]
+            missing = {m for m in makers if _meet(facts.writes[m], read)}
             for wait in place.run.waits:
                 if wait not in proven:
                     proven[wait] = _signallers(facts, wait)
@@ -416,6 +418,10 @@ def choice(facts: Facts) -> Iterator[str]:
             if missing:
                 yield (f"{facts.name(place)} streams what {facts.name(facts.places[min(missing)])}"
                        " chooses, but has no wait for it")  # fmt: skip
+
+
+def _meet(writes: Sequence[Region], reads: Sequence[Region]) -> bool:
+    return any(w.overlaps(r) for w in writes for r in reads)
 
 
 def _signallers(facts: Facts, wait: Wait) -> set[int]:

@@ -159,6 +159,11 @@ class Op(ABC):
         same for every choice, so that tickets are known beforehand."""
         return 1
 
+    @property
+    def turns(self) -> int:
+        """How often a tile goes through all its passes: once for each token that has a choice of its own."""
+        return 1
+
     def weight_rows(self, lo: int, hi: int) -> int:
         """Rows of weights, of all matrices together, that tiles [lo, hi) stream in one pass."""
         return 0
@@ -267,8 +272,8 @@ class Program:
         return max(matrices or [b.dtype.bytes for b in weights], default=4)
 
     def ring_units(self, op: Op, lo: int, hi: int) -> int:
-        """Ring slots that the weights of tiles [lo, hi) take in turn; each tile starts a new slot, and as
-        many of its passes share one as fit.
+        """Ring slots that the weights of tiles [lo, hi) take in turn; each turn of a tile starts a new slot,
+        and as many of its passes share one as fit.
 
         Of a tile that is larger than a slot, all rows are streamed in pieces side by side.
         """
@@ -278,8 +283,8 @@ class Program:
         slot = self.machine.slot_bytes
         if size <= slot:
             passes = -(-op.passes // (slot // size)) if size else 0
-            return (hi - lo) * passes
-        return (hi - lo) * op.passes * -(-(size // rows) // (slot // rows))
+            return (hi - lo) * op.turns * passes
+        return (hi - lo) * op.turns * op.passes * -(-(size // rows) // (slot // rows))
 
     def operands(self, op: Op) -> list[Buffer]:
         """The buffers that an op names, in the order of its fields."""

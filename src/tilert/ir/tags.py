@@ -12,11 +12,12 @@ write covers it. An op that writes tagged buffers signals without ordering memor
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 from tilert.ir.dtype import DType
-from tilert.ir.program import Buf, Kind, Op, Program
+from tilert.ir.program import Buf, Buffer, Kind, Op, Program
 
 TAGS = 255  # 1 to 255
 MOST_TOKENS = 8  # of a step whose rows are all written, whether they hold tokens or not
@@ -52,7 +53,7 @@ def derive(program: Program) -> Tags:
     """
     writers: dict[Buf, list[int]] = {}
     if program.machine.slots and program.tokens <= MOST_TOKENS:
-        writers = _tagged(program)
+        writers = taggable(program.buffers, program.ops)
     ranks = {op: i for i, op in enumerate(sorted({op for ops in writers.values() for op in ops}))}
     stride = len(ranks)
     while any((ranks[ops[0]] + stride - ranks[ops[-1]]) % TAGS == 0 for ops in writers.values()):
@@ -68,16 +69,14 @@ def derive(program: Program) -> Tags:
     return tags
 
 
-def _tagged(program: Program) -> dict[Buf, list[int]]:
+def taggable(buffers: Sequence[Buffer], ops: Sequence[Op]) -> dict[Buf, list[int]]:
     """Ops that write each buffer that can be tagged."""
     found: dict[Buf, list[int]] = {
-        Buf(i): []
-        for i, b in enumerate(program.buffers)
-        if b.kind is Kind.WORK and b.dtype is DType.F32
+        Buf(i): [] for i, b in enumerate(buffers) if b.kind is Kind.WORK and b.dtype is DType.F32
     }
-    for index, op in enumerate(program.ops):
+    for index, op in enumerate(ops):
         for buf in {r.buffer for r in op.writes(0, op.tiles)} & found.keys():
-            if buf in op.tagging() and _whole(program, op, Buf(buf)):
+            if buf in op.tagging() and _whole(buffers[buf], op, Buf(buf)):
                 found[Buf(buf)].append(index)
             else:
                 del found[Buf(buf)]
@@ -87,9 +86,8 @@ def _tagged(program: Program) -> dict[Buf, list[int]]:
     return {buf: ops for buf, ops in found.items() if ops}
 
 
-def _whole(program: Program, op: Op, buf: Buf) -> bool:
+def _whole(b: Buffer, op: Op, buf: Buf) -> bool:
     regions = [r for r in op.writes(0, op.tiles) if r.buffer == buf]
-    b = program.buffers[buf]
     return sum((r.col_hi - r.col_lo) * (r.row_hi - r.row_lo) for r in regions) == b.rows * b.cols
 
 

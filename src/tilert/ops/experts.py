@@ -143,7 +143,11 @@ class ExpertGate(Op):
 
     @property
     def passes(self) -> int:
-        return self.rows * (1 if self.by_slot else self.top_k)
+        return 1 if self.by_slot else self.top_k
+
+    @property
+    def turns(self) -> int:
+        return self.rows
 
     def column(self, tile: int) -> int:
         """First column of y of a tile; without by_slot, of its part of the first slot."""
@@ -181,7 +185,7 @@ class ExpertGate(Op):
         elements = self.weight_rows(lo, hi) * self.k  # of one expert
         slots = self.top_k if self.by_slot else 1  # over which tiles share the experts
         read = elements * min(self.rows * self.top_k, self.bank) // slots
-        return Cost(read * dtype_bytes, 0, 2 * elements * self.passes)
+        return Cost(read * dtype_bytes, 0, 2 * elements * self.passes * self.turns)
 
     def reference(self, mem: Memory, lo: int, hi: int) -> None:
         """The definition."""
@@ -238,7 +242,11 @@ class ExpertDown(Op):
 
     @property
     def passes(self) -> int:
-        return self.rows * self.top_k
+        return self.top_k
+
+    @property
+    def turns(self) -> int:
+        return self.rows
 
     def span(self, lo: int, hi: int) -> tuple[int, int]:
         """Rows of each matrix of tiles [lo, hi), which are columns of y."""
@@ -274,7 +282,7 @@ class ExpertDown(Op):
         """As of ExpertGate."""
         elements = self.weight_rows(lo, hi) * self.k
         read = elements * min(self.rows * self.top_k, self.bank)
-        return Cost(read * dtype_bytes, 0, 2 * elements * self.passes)
+        return Cost(read * dtype_bytes, 0, 2 * elements * self.passes * self.turns)
 
     def reference(self, mem: Memory, lo: int, hi: int) -> None:
         """The definition."""

@@ -554,11 +554,12 @@ struct Attend {
   }
 };
 
-// Merges the shares that Attend left, as Inputs does where there is one token; tile t * kKvHeads +
-// g: kv head g of token t. Rows without a token get zeros, so that their tags are there.
-template <int kKvHeads, int kGroup, int kHeadDim, int kSplits, int kAttnWindow, bool kTagged,
+// Merges the shares that attention left, as Inputs does where there is one token; tile t * kKvHeads
+// + g: kv head g of token t. Rows without a token get zeros, so that their tags are there.
+template <int kKvHeads, int kGroup, int kHeadDim, int kSplits, class Active, bool kTagged,
           bool kNarrow>
 struct Combine {
+  static constexpr int kAtOnce = kSplits < 16 ? kSplits : 16;
   static constexpr int kPitch = kHeadDim + 2, kStride = kGroup * kPitch;  // of a head, of a share
   static constexpr int kWidth = kGroup * kHeadDim;
 
@@ -582,24 +583,27 @@ struct Combine {
                                                    u32 head, u32 column) {
     const u32 token = tile / kKvHeads;
     if (token >= b.params.count) return {0, 0};
-    const u32 hi = b.position(token);
-    const int shares = max(1u, active_shares(first_visible(hi, kAttnWindow), hi, kSplits));
+    const int shares = Active::count(b, token, kSplits);
     const float* from = b.at(run.x) + u64(tile) * kSplits * kStride + head * kPitch;
-    float2 top[kSplits], v[kSplits];
-#pragma unroll
-    for (int s = 0; s < kSplits; ++s) {
-      top[s] = load_float2_if(s < shares, from + s * kStride + kHeadDim, {-infinity(), 0});
-      v[s] = load_float2_if(s < shares, from + s * kStride + column, {0, 0});
-    }
     Blend blend;
     float2 x = {0, 0};
+    for (int first = 0; first < kSplits; first += kAtOnce) {
+      float2 top[kAtOnce], v[kAtOnce];
 #pragma unroll
-    for (int s = 0; s < kSplits; ++s) {
-      float fade, weight;
-      blend.join(top[s], fade, weight);
-      x.x = fmaf(x.x, fade, weight * v[s].x), x.y = fmaf(x.y, fade, weight * v[s].y);
+      for (int i = 0; i < kAtOnce; ++i) {
+        const float* share = from + (first + i) * kStride;
+        const bool in = first + i < shares;
+        top[i] = load_float2_if(in, share + kHeadDim, {-infinity(), 0});
+        v[i] = load_float2_if(in, share + column, {0, 0});
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        float fade, weight;
+        blend.join(top[i], fade, weight);
+        x.x = fmaf(x.x, fade, weight * v[i].x), x.y = fmaf(x.y, fade, weight * v[i].y);
+      }
     }
     const float inverse = blend.inverse();
-    return {x.x * inverse, x.y * inverse};
+    return {rounded_for_tag(x.x * inverse), rounded_for_tag(x.y * inverse)};  // as Inputs
   }
 };

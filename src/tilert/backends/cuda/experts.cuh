@@ -4,32 +4,59 @@
 #pragma once
 #include "linear.cuh"
 
-// Lane i knows the i-th of the chosen experts.
+// Lane i knows the i-th of the chosen experts of each token.
 template <int kCount>
 struct Chosen {
-  u32 own;
+  u32 own[kTokens];
   static __device__ __forceinline__ Chosen of(const Run& run) {
     const u32* chosen = reinterpret_cast<const u32*>(run.bias_up);
-    return {load_relaxed(chosen + min(lane(), kCount - 1))};
+    Chosen all;
+#pragma unroll
+    for (int t = 0; t < kTokens; ++t)
+      all.own[t] = load_relaxed(chosen + t * kCount + min(lane(), kCount - 1));
+    return all;
   }
   // An earlier run of the queue has waited for it, as the loader has.
   static __device__ __forceinline__ bool known(const Run& run) { return run.x3 == 0; }
   // By all lanes of a warp.
-  __device__ __forceinline__ u32 expert(int slot) const { return __shfl_sync(~0u, own, slot); }
+  __device__ __forceinline__ u32 expert(u32 token, int slot) const {
+    u32 found = 0;
+#pragma unroll
+    for (u32 t = 0; t < kTokens; ++t) {
+      const u32 of_token = __shfl_sync(~0u, own[t], slot);
+      if (t == token) found = of_token;
+    }
+    return found;
+  }
+};
+
+// Where a choice names the rows: each token has others, and a unit is of one token. It is
+// multiplied with x' of all tokens, which the registers hold side by side as they do elsewhere.
+template <int kCount>
+struct OfChosen : Straight {
+  static constexpr bool kChosen = true, kOfToken = kTokens > 1;
+  static_assert(kCount <= kMaxChosen, "a lane has one expert");
+  using Choice = Chosen<kCount>;
+  static __device__ __forceinline__ Choice choice(const Run& run) { return Choice::of(run); }
+  static __device__ __forceinline__ bool known(const Run& run) { return Choice::known(run); }
+  static __device__ __forceinline__ bool leaves(int token, int only) {
+    return !kOfToken || token == only;
+  }
+  static __device__ __forceinline__ bool ready(Loader& l, const Run& run) {
+    return l.template choose<kCount * kTokens>(run);
+  }
+  static __device__ __forceinline__ u32 expert(const Block& b, u32 token, u32 slot) {
+    return load_shared(&b.shared.chosen[token * kCount + slot]);
+  }
 };
 
 // Rows of the chosen matrices of kRows rows, one matrix after another: the outputs of all follow
 // one another. Each matrix begins a tile, so where kRows is not whole tiles, rows of a run are
 // skipped.
 template <int kRows, int kTileRows, int kCount>
-struct InTurn {
-  static constexpr bool kChosen = true;
-  static constexpr int kParts = 1, kPitch = (kRows + kTileRows - 1) / kTileRows * kTileRows;
-  static constexpr u32 kBlockRows = 0, kBlockStride = 0;
-  static_assert(kCount <= kMaxChosen, "a lane has one expert");
+struct InTurn : OfChosen<kCount> {
   using Choice = Chosen<kCount>;
-  static __device__ __forceinline__ Choice choice(const Run& run) { return Choice::of(run); }
-  static __device__ __forceinline__ bool known(const Run& run) { return Choice::known(run); }
+  static constexpr int kPitch = (kRows + kTileRows - 1) / kTileRows * kTileRows;
   static __device__ __forceinline__ u32 slot(const Run& run, u32 row) {
     return (run.first + row) / kPitch;
   }
@@ -37,11 +64,9 @@ struct InTurn {
     return (run.first + row) % kPitch;
   }
 
-  static __device__ __forceinline__ bool ready(Loader& l, const Run& run) {
-    return l.template choose<kCount>(run);
-  }
-  static __device__ __forceinline__ u32 stored(const Block& b, const Run& run, u32 row, int) {
-    return load_shared(&b.shared.chosen[slot(run, row)]) * kRows + in_matrix(run, row);
+  static __device__ __forceinline__ u32 stored(const Block& b, const Run& run, u32 row, u32 token,
+                                               int) {
+    return InTurn::expert(b, token, slot(run, row)) * kRows + in_matrix(run, row);
   }
   static __device__ __forceinline__ u32 rows(const Run& run, u32 row, u32 tile_rows) {
     return min(tile_rows, kRows - in_matrix(run, row));
@@ -62,9 +87,9 @@ struct InTurn {
     return slot(run, row) * kBlocks<kBlockRows> + in_matrix(run, row) / kBlockRows;
   }
   template <u32 kBlockRows>
-  static __device__ __forceinline__ u32 scale_row(const Choice& choice, u32 group, int) {
+  static __device__ __forceinline__ u32 scale_row(const Choice& choice, u32 token, u32 group, int) {
     constexpr u32 kEach = kBlocks<kBlockRows>;
-    return choice.expert(group / kEach % kCount) * kEach + group % kEach;
+    return choice.expert(token, group / kEach % kCount) * kEach + group % kEach;
   }
 
  private:
@@ -74,37 +99,31 @@ struct InTurn {
 
 // Rows of which each chosen matrix, of kRows rows, has a part: the sum over all of them.
 template <int kRows, int kCount>
-struct SideBySide : Straight {
-  static constexpr bool kChosen = true;
-  static constexpr int kParts = kCount;
-  static_assert(kCount <= kMaxChosen, "a lane has one expert");
+struct SideBySide : OfChosen<kCount> {
   using Choice = Chosen<kCount>;
-  static __device__ __forceinline__ Choice choice(const Run& run) { return Choice::of(run); }
-  static __device__ __forceinline__ bool known(const Run& run) { return Choice::known(run); }
-
-  static __device__ __forceinline__ bool ready(Loader& l, const Run& run) {
-    return l.template choose<kCount>(run);
-  }
-  static __device__ __forceinline__ u32 stored(const Block& b, const Run& run, u32 row, int part) {
-    return load_shared(&b.shared.chosen[part]) * kRows + run.first + row;
+  static constexpr int kParts = kCount;
+  static __device__ __forceinline__ u32 stored(const Block& b, const Run& run, u32 row, u32 token,
+                                               int part) {
+    return SideBySide::expert(b, token, part) * kRows + run.first + row;
   }
   template <u32 kBlockRows>
-  static __device__ __forceinline__ u32 scale_row(const Choice& choice, u32 group, int part) {
+  static __device__ __forceinline__ u32 scale_row(const Choice& choice, u32 token, u32 group,
+                                                  int part) {
     constexpr u32 kBlocks = (kRows + kBlockRows - 1) / kBlockRows;
-    return choice.expert(part) * kBlocks + group;
+    return choice.expert(token, part) * kBlocks + group;
   }
 };
 
 enum Scoring { kSoftmax = 0, kSigmoid = 1 };
 
-// The choice for each token, by one warp; see ops/experts.py. Lane l has the experts l, l + 32, ...
+// The choice for each token, by a warp; see ops/experts.py. Lane l has the experts l, l + 32, ...
 template <int kExperts, int kTopK, int kNGroup, int kTopkGroup, int kScoring, bool kNormTopkProb,
           u32 kFactorBits, bool kTagged, class Bias>
 struct Route {
   static constexpr int kEach = (kExperts + 31) / 32, kGroupSize = kExperts / kNGroup;
   static_assert(kTopK <= kMaxChosen && kNGroup <= 32,
                 "a lane has one of the chosen, and one group");
-  static_assert(kNGroup == 1 || kExperts * 4 <= kScratchBytes, "scratch is too small");
+  static_assert(kNGroup == 1 || kTokens * kExperts * 4 <= kScratchBytes, "scratch is too small");
 
   static __device__ __forceinline__ bool stream(Loader&, const Run&) { return true; }
   static __device__ __forceinline__ bool consume(Block& b, const Run& run) {
@@ -116,13 +135,14 @@ struct Route {
                           __ldg(reinterpret_cast<const typename Bias::Bits*>(run.norm) + expert(i)))
                     : 0;
     if (!wait_for_inputs<kTagged>(b, run)) return false;
-    if (warp() == 0) {
-      for (u32 token = run.first; token < run.first + run.count; ++token)
-        choose(b, run, token, bias);
+    const u32 token = run.first + warp();
+    if (token < run.first + run.count) choose(b, run, token, bias);
+    if constexpr (kTokens > 1)
+      sync_consumers();
+    else
       __syncwarp();
-      if (lane() == 0) signal<false>(b, run);
-    }
-    if constexpr (kNGroup > 1) sync_consumers();  // the next op may use the scratch memory
+    if (thread() == 0) signal<false>(b, run);
+    if constexpr (kTokens == 1 && kNGroup > 1) sync_consumers();  // the scratch memory is free
     return true;
   }
 
@@ -185,9 +205,9 @@ struct Route {
   }
 
   // Takes out the experts of all but the best groups: lane g adds up the two best of group g.
-  static __device__ __forceinline__ void keep_groups(Block& b, const float (&v)[kEach],
+  static __device__ __forceinline__ void keep_groups(Block& b, u32 token, const float (&v)[kEach],
                                                      u32 (&keys)[kEach]) {
-    float* all = reinterpret_cast<float*>(b.scratch);
+    float* all = reinterpret_cast<float*>(b.scratch) + token * kExperts;
     __syncwarp();
 #pragma unroll
     for (int i = 0; i < kEach; ++i)
@@ -227,7 +247,7 @@ struct Route {
       if (kScoring == kSigmoid) values[i] = scores[i] + bias[i];
       keys[i] = inside(i) ? max(1u, rising(values[i])) : 0;
     }
-    if constexpr (kNGroup > 1) keep_groups(b, values, keys);
+    if constexpr (kNGroup > 1) keep_groups(b, token, values, keys);
 #pragma unroll 1
     for (int n = 0; n < kTopK; ++n) {
       const u32 taken = best(keys);

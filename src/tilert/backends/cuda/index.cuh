@@ -6,9 +6,10 @@
 #include "mla.cuh"
 
 // run.w: keys, run.w_up: their scales, run.norm and run.norm2: weight and shift of the keys' norm,
-// run.bias_up: the rope table, run.x: the query heads, run.x2: the step's key. A warp takes a tile.
+// run.bias_up: the rope table, run.x: the query heads, run.x2: the keys. A warp takes a tile of a
+// token.
 template <int kHeads, int kDim, int kRope, bool kInterleaved, bool kTagged, class Norm, class Shift,
-          u32 kEpsBits>
+          u32 kEpsBits, int kQPitch, int kKPitch>
 struct IndexRope {
   static constexpr int kOwn = (kDim + 31) / 32;  // elements l + 32 i of a row are lane l's
   static_assert(kDim >= 16 && (kDim & (kDim - 1)) == 0, "the matrix is of a power of two");
@@ -22,8 +23,11 @@ struct IndexRope {
   static __device__ __forceinline__ bool consume(Block& b, const Run& run) {
     if (!wait_for_inputs<false>(b, run)) return false;
     const Here me;
-    for (u32 i = run.first + me.warp; i < run.first + run.count; i += kWarps)
-      i < kHeads ? turn_query(me, b, run, i) : append(me, b, run);
+    for (u32 i = me.warp; i < run.count * kTokens; i += kWarps) {
+      const u32 tile = run.first + i / kTokens, token = i % kTokens;
+      if (!given(b, token)) continue;
+      tile < kHeads ? turn_query(me, b, run, token, tile) : append(me, b, run, token);
+    }
     sync_consumers();
     if (me.thread == 0) signal<false>(b, run);
     return true;
@@ -35,12 +39,12 @@ struct IndexRope {
   }
 
   static __device__ __forceinline__ void turn_query(const Here& me, Block& b, const Run& run,
-                                                    u32 head) {
-    float* q = b.at(run.x) + head * kDim;
+                                                    u32 token, u32 head) {
+    float* q = b.at(run.x) + token * kQPitch + head * kDim;
     float v[kOwn], factor;
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) v[i] = inside(me, i) ? load_float(q + me.lane + 32 * i) : 0;
-    turn(me, b, run, v);
+    turn(me, b, run, token, v);
     const float scale = scale_of(v, factor);
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
@@ -50,13 +54,14 @@ struct IndexRope {
     }
   }
 
-  static __device__ __forceinline__ void append(const Here& me, Block& b, const Run& run) {
+  static __device__ __forceinline__ void append(const Here& me, Block& b, const Run& run,
+                                                u32 token) {
     float v[kOwn], factor;
-    fetch_normed(me, b, run, v);
-    turn(me, b, run, v);
+    fetch_normed(me, b, run, token, v);
+    turn(me, b, run, token, v);
     const float scale = scale_of(v, factor);
-    const u32 position = b.position(0);
-    const u64 row = u64(physical_page(b, position)) * kPage + position % kPage;
+    const u32 position = b.position(token);
+    const u64 row = u64(physical_page(b, token, position)) * kPage + position % kPage;
     u8* key = const_cast<u8*>(run.w) + row * kDim;
 #pragma unroll
     for (int i = 0; i < kOwn; ++i)
@@ -66,13 +71,14 @@ struct IndexRope {
   }
 
   static __device__ __forceinline__ void fetch_normed(const Here& me, const Block& b,
-                                                      const Run& run, float (&v)[kOwn]) {
+                                                      const Run& run, u32 token, float (&v)[kOwn]) {
+    const float* k = b.at(run.x2) + token * kKPitch;
     const float* from[kOwn];
     u32 tag[kOwn];
     float sum = 0, squares = 0;
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
-      from[i] = inside(me, i) ? b.at(run.x2) + me.lane + 32 * i : nullptr;
+      from[i] = inside(me, i) ? k + me.lane + 32 * i : nullptr;
       tag[i] = b.tag(run.x2);
     }
     if constexpr (kTagged) {
@@ -100,10 +106,11 @@ struct IndexRope {
   }
 
   // The rotation of the first columns, and the matrix: one bit of the elements' numbers at a time.
-  static __device__ __forceinline__ void turn(const Here& me, Block& b, const Run& run,
+  static __device__ __forceinline__ void turn(const Here& me, Block& b, const Run& run, u32 token,
                                               float (&v)[kOwn]) {
     float* row = reinterpret_cast<Scratch*>(b.scratch)->row[me.warp];
-    const float* angles = reinterpret_cast<const float*>(run.bias_up) + u64(b.position(0)) * kRope;
+    const float* angles =
+        reinterpret_cast<const float*>(run.bias_up) + u64(b.position(token)) * kRope;
 #pragma unroll
     for (int i = 0; i < kOwn; ++i)
       if (inside(me, i)) row[me.lane + 32 * i] = v[i];
@@ -148,11 +155,12 @@ struct IndexRope {
   }
 };
 
-// Tile s: scores of the pages of share s. A page, its keys and their scales, is a unit of the ring.
-// Rows of A are query heads, which are rounded already and so are f16 without loss; a warp takes
-// some of the heads and some of the positions. run.w: keys, run.w_up: their scales, run.x: query
-// heads, run.x2: their weights.
-template <int kHeads, int kDim, int kTopk, int kSplits, int kWidth, bool kTagged, u32 kScaleBits>
+// Tile s: scores of the pages of share s. A page, its keys and their scales, is a unit of the ring,
+// for all tokens of a sequence. Rows of A are query heads, which are rounded already and so are f16
+// without loss; a warp takes some of the heads of one token and some of the positions. run.w: keys,
+// run.w_up: their scales, run.x: query heads, run.x2: their weights.
+template <int kHeads, int kDim, int kTopk, int kSplits, int kWidth, bool kTagged, u32 kScaleBits,
+          int kQPitch, int kWeightPitch>
 struct IndexScore {
   static constexpr int kKeyBytes = kPage * kDim, kUnitBytes = kKeyBytes + kPage * 4;
   static_assert(kUnitBytes <= kSlotBytes, "a page of keys fits a slot");
@@ -160,29 +168,53 @@ struct IndexScore {
   static constexpr int kRowBlocks = (kHeads + 15) / 16;
   static constexpr int kHeadWarps = kRowBlocks <= 2 ? 1 : kRowBlocks <= 4 ? 2 : 4;
   static constexpr int kBlocks = (kRowBlocks + kHeadWarps - 1) / kHeadWarps;  // of a warp
-  static constexpr int kColumns = kHeadWarps;  // blocks of 8 positions of a warp
+  static constexpr int kTokenWarps = kHeadWarps * kTokens;
+  static_assert(kTokenWarps <= kWarps, "a token's heads have warps of their own");
+  static constexpr int kColumns = kTokenWarps;  // blocks of 8 positions of a warp
   static constexpr int kSteps = kDim / 16;
   // Words of a key that a lane reads at once, each one step's: k-slots are dealt to suit them.
   static constexpr int kWords = kDim % 64 == 0 ? 4 : 1;
 
   struct Scratch {
-    float part[2][kHeadWarps][kPage];
+    float part[2][kTokens][kHeadWarps][kPage];
   };
   static_assert(sizeof(Scratch) <= kScratchBytes, "scratch is too small");
 
+  // Tokens [begin, end) of the step, of one sequence.
+  struct Span {
+    u32 begin = 0, end = 0;
+    __device__ __forceinline__ bool next(const Block& b) {
+      begin = end;
+      if (!given(b, begin)) return false;
+      do ++end;
+      while (given(b, end) && b.params.sequences[end] == b.params.sequences[begin]);
+      return true;
+    }
+    __device__ __forceinline__ bool has(u32 token) const { return begin <= token && token < end; }
+    // Positions that its last token sees; none where no token needs scores.
+    __device__ __forceinline__ u32 seen(const Block& b) const {
+      const u32 most = b.position(end - 1) + 1;
+      return most > kTopk ? most : 0;
+    }
+  };
+
   static __device__ __forceinline__ bool stream(Loader& l, const Run& run) {
     Block& b = l.b;
-    const u32 seen = b.position(0) + 1;
-    if (seen <= kTopk) return true;
-    if (b.step && !l.passed((b.step - 1) * b.length + b.number + kStreamLead + 1)) return false;
+    bool ready = b.step == 0;
     for (u32 tile = run.first; tile < run.first + run.count; ++tile)
-      for (u32 page = tile; page * kPage < seen; page += kSplits) {
-        if (!l.acquire()) return false;
-        const u64 at = physical_page(b, page * kPage);
-        l.expect(kUnitBytes);
-        l.copy(0, run.w + at * kKeyBytes, kKeyBytes);
-        l.copy(kKeyBytes, run.w_up + at * kPage * 4, kPage * 4);
-        l.next();
+      for (Span span; span.next(b);) {
+        const u32 seen = span.seen(b);
+        for (u32 page = tile; page * kPage < seen; page += kSplits) {
+          if (!ready && !l.passed((b.step - 1) * b.length + b.number + kStreamLead + 1))
+            return false;
+          ready = true;
+          if (!l.acquire()) return false;
+          const u64 at = physical_page(b, span.begin, page * kPage);
+          l.expect(kUnitBytes);
+          l.copy(0, run.w + at * kKeyBytes, kKeyBytes);
+          l.copy(kKeyBytes, run.w_up + at * kPage * 4, kPage * 4);
+          l.next();
+        }
       }
     return true;
   }
@@ -190,15 +222,16 @@ struct IndexScore {
   static __device__ __forceinline__ bool consume(Block& b, const Run& run) {
     if (!wait_for_inputs<false>(b, run)) return false;
     const Here me;
-    if (b.position(0) + 1 > kTopk) {
-      Queries queries;
-      fetch(me, b, run, queries);
-      u32 turn = 0;
-      for (u32 tile = run.first; tile < run.first + run.count; ++tile)
-        for (u32 page = tile; page * kPage <= b.position(0); page += kSplits, turn ^= 1)
-          add_page(me, b, run, tile, page, turn, queries);
-      sync_consumers();
-    }
+    Queries queries;
+    if (scored(b, token(me))) fetch(me, b, run, queries);
+    u32 turn = 0;
+    for (u32 tile = run.first; tile < run.first + run.count; ++tile)
+      for (Span span; span.next(b);) {
+        const u32 seen = span.seen(b);
+        for (u32 page = tile; page * kPage < seen; page += kSplits, turn ^= 1)
+          add_page(me, b, run, span, tile, page, turn, queries);
+      }
+    sync_consumers();
     if (me.thread == 0) signal<false>(b, run);
     return true;
   }
@@ -210,6 +243,15 @@ struct IndexScore {
     float weight[kBlocks][2];
   };
 
+  static __device__ __forceinline__ bool scored(const Block& b, u32 token) {
+    return given(b, token) && b.position(token) >= kTopk;
+  }
+
+  // Whose heads a warp has.
+  static __device__ __forceinline__ u32 token(const Here& me) {
+    return me.warp / kHeadWarps % kTokens;
+  }
+
   // The first of the elements of a row that a lane has in a step: those of slots 2 quad, 2 quad +
   // 1, 8 + 2 quad and 9 + 2 quad.
   static __device__ __forceinline__ int column(const Here& me, int step) {
@@ -219,20 +261,22 @@ struct IndexScore {
   static __device__ __forceinline__ void fetch(const Here& me, const Block& b, const Run& run,
                                                Queries& to) {
     const int first = me.warp % kHeadWarps * kBlocks * 16 + me.lane / 4;
+    const float *q = b.at(run.x) + token(me) * kQPitch,
+                *w = b.at(run.x2) + token(me) * kWeightPitch;
     const float* from[2 * kBlocks];
     u32 tag[2 * kBlocks];
     float weight[2 * kBlocks];
 #pragma unroll
     for (int i = 0; i < 2 * kBlocks; ++i) {
       const int head = first + i * 8;
-      from[i] = head < kHeads ? b.at(run.x2) + head : nullptr;
+      from[i] = head < kHeads ? w + head : nullptr;
       tag[i] = b.tag(run.x2);
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
-        float4 q = {0, 0, 0, 0};
-        if (head < kHeads) q = load_float4(b.at(run.x) + head * kDim + column(me, step));
-        to.a[i / 2][step][i % 2] = pack_f16(q.x, q.y);
-        to.a[i / 2][step][2 + i % 2] = pack_f16(q.z, q.w);
+        float4 four = {0, 0, 0, 0};
+        if (head < kHeads) four = load_float4(q + head * kDim + column(me, step));
+        to.a[i / 2][step][i % 2] = pack_f16(four.x, four.y);
+        to.a[i / 2][step][2 + i % 2] = pack_f16(four.z, four.w);
       }
     }
     if constexpr (kTagged) {
@@ -246,46 +290,51 @@ struct IndexScore {
   }
 
   static __device__ __forceinline__ void add_page(const Here& me, Block& b, const Run& run,
-                                                  u32 split, u32 page, u32 turn,
+                                                  const Span& span, u32 split, u32 page, u32 turn,
                                                   const Queries& queries) {
     Scratch& scratch = *reinterpret_cast<Scratch*>(b.scratch);
-    const u32 own = b.position(0);
     wait_full(b);
     u8* slot = b.slot();
-    if (page == own / kPage) {
-      if (me.warp == 0) replace(me, b, run, own, slot);
+    if ((page + 1) * kPage > b.position(span.begin)) {
+      const u32 token = span.begin + me.warp;
+      if (token < span.end && b.position(token) / kPage == page) replace(me, b, run, token, slot);
       sync_consumers();
     }
     const float* scales = reinterpret_cast<const float*>(slot + kKeyBytes);
-    const int heads = me.warp % kHeadWarps, first = me.warp / kHeadWarps * kColumns * 8;
+    const int heads = me.warp % kHeadWarps, first = me.warp / kTokenWarps * kColumns * 8;
+    float* part = scratch.part[turn][token(me)][heads];
 #pragma unroll
     for (int n = 0; n < kColumns; ++n) {
+      if (!span.has(token(me)) || !scored(b, token(me))) continue;
       float sum[2];
       score(me, slot + (first + n * 8 + me.lane / 4) * kDim, queries, sum);
       const int at = first + n * 8 + me.lane * 2;  // of the lanes that keep the sums
-      if (me.lane >= 4) continue;
-      scratch.part[turn][heads][at] = sum[0] * scales[at];
-      scratch.part[turn][heads][at + 1] = sum[1] * scales[at + 1];
+      if (me.lane < 4) part[at] = sum[0] * scales[at], part[at + 1] = sum[1] * scales[at + 1];
     }
     release_slot(b);
     sync_consumers();
-    if (me.thread >= kPage || page * kPage + me.thread > own) return;
-    float sum = 0;
+    for (u32 i = me.thread; i < kTokens * kPage; i += kThreads) {
+      const u32 token = i / kPage, at = i % kPage;
+      if (!span.has(token) || !scored(b, token) || page * kPage + at > b.position(token)) continue;
+      float sum = 0;
 #pragma unroll
-    for (int h = 0; h < kHeadWarps; ++h) sum += scratch.part[turn][h][me.thread];
-    store_float(b.at(run.y) + split * kWidth + page / kSplits * kPage + me.thread,
-                sum * __uint_as_float(kScaleBits));
+      for (int h = 0; h < kHeadWarps; ++h) sum += scratch.part[turn][token][h][at];
+      const u32 column = split * kWidth + page / kSplits * kPage + at;
+      store_float(b.at(run.y) + token * kSplits * kWidth + column,
+                  sum * __uint_as_float(kScaleBits));
+    }
   }
 
-  // What was copied for the token's own position may be older than what is there now.
+  // What was copied for a token's own position may be older than what is there now.
   static __device__ __forceinline__ void replace(const Here& me, const Block& b, const Run& run,
-                                                 u32 own, u8* slot) {
-    const u64 row = u64(physical_page(b, own)) * kPage + own % kPage;
+                                                 u32 token, u8* slot) {
+    const u32 position = b.position(token), at = position % kPage;
+    const u64 row = u64(physical_page(b, token, position)) * kPage + at;
     const float* from = reinterpret_cast<const float*>(run.w + row * kDim);
-    float* to = reinterpret_cast<float*>(slot + own % kPage * kDim);
+    float* to = reinterpret_cast<float*>(slot + at * kDim);
     if (me.lane < kDim / 4) to[me.lane] = load_float(from + me.lane);
     if (me.lane == 0)
-      reinterpret_cast<float*>(slot + kKeyBytes)[own % kPage] =
+      reinterpret_cast<float*>(slot + kKeyBytes)[at] =
           load_float(reinterpret_cast<const float*>(run.w_up) + row);
     fence_proxy();  // the copy engine will write to this slot again
   }
@@ -328,7 +377,8 @@ struct IndexScore {
 
 // The kTopk positions with the largest scores, of equal ones the lower positions, in rising order.
 // Three passes over the scores find the border, eleven bits at a time from the top; then each warp
-// takes a stretch of the positions. run.x: scores, run.y: the chosen positions.
+// takes a stretch of the positions. Tile t: those of token t. run.x: scores, run.y: the chosen
+// positions.
 template <int kTopk, int kSplits, int kWidth>
 struct Select {
   static constexpr int kDigits = 2048, kOwn = kDigits / kThreads;
@@ -345,44 +395,51 @@ struct Select {
   static __device__ __forceinline__ bool consume(Block& b, const Run& run) {
     if (!wait_for_inputs<false>(b, run)) return false;
     const Here me;
-    const u32 seen = b.position(0) + 1;
-    if (seen <= kTopk)
-      for (u32 i = me.thread; i < seen; i += kThreads) put(b, run, i, i);
-    else
-      choose(me, b, run, seen);
-    sync_consumers();
+    for (u32 token = run.first; token < run.first + run.count; ++token) {
+      if (!given(b, token)) continue;
+      const u32 seen = b.position(token) + 1;
+      const Row row{b.at(run.x) + token * kSplits * kWidth, b.at(run.y) + token * kTopk, seen};
+      if (seen <= kTopk)
+        for (u32 i = me.thread; i < seen; i += kThreads) row.put(i, i);
+      else
+        choose(me, b, row);
+      sync_consumers();
+    }
     if (me.thread == 0) signal<false>(b, run);
     return true;
   }
 
  private:
-  static __device__ __forceinline__ void put(const Block& b, const Run& run, u32 at, u32 position) {
-    store_float(b.at(run.y) + at, __uint_as_float(position));
-  }
+  // What a token sees, and what is chosen of it.
+  struct Row {
+    const float* scores;
+    float* chosen;
+    u32 seen;
+    __device__ __forceinline__ void put(u32 at, u32 position) const {
+      store_float(chosen + at, __uint_as_float(position));
+    }
+    // Integers in the order of the scores of four positions; 0 and -0 are the same score.
+    __device__ __forceinline__ void load(u32 position, u32 (&key)[4]) const {
+      const u32 page = position / kPage;
+      const float4 v =
+          load_float4(scores + page % kSplits * kWidth + page / kSplits * kPage + position % kPage);
+      key[0] = rising(v.x + 0.0f), key[1] = rising(v.y + 0.0f);
+      key[2] = rising(v.z + 0.0f), key[3] = rising(v.w + 0.0f);
+    }
+  };
 
-  // Integers in the order of the scores of four positions; 0 and -0 are the same score.
-  static __device__ __forceinline__ void load(const Block& b, const Run& run, u32 position,
-                                              u32 (&key)[4]) {
-    const u32 page = position / kPage;
-    const float4 v = load_float4(b.at(run.x) + page % kSplits * kWidth + page / kSplits * kPage +
-                                 position % kPage);
-    key[0] = rising(v.x + 0.0f), key[1] = rising(v.y + 0.0f);
-    key[2] = rising(v.z + 0.0f), key[3] = rising(v.w + 0.0f);
-  }
-
-  static __device__ __forceinline__ void choose(const Here& me, const Block& b, const Run& run,
-                                                u32 seen) {
+  static __device__ __forceinline__ void choose(const Here& me, const Block& b, const Row& row) {
     Scratch& scratch = *reinterpret_cast<Scratch*>(b.scratch);
     u32 border = 0, left = kTopk;  // left: how many are taken of those that begin like the border
-    narrow<21, 11>(me, b, run, seen, scratch, border, left);
-    narrow<10, 11>(me, b, run, seen, scratch, border, left);
-    narrow<0, 10>(me, b, run, seen, scratch, border, left);
-    const u32 each = (seen + 4 * kWarps - 1) / (4 * kWarps) * 4;
-    const u32 begin = me.warp * each, end = min(begin + each, seen);
+    narrow<21, 11>(me, row, scratch, border, left);
+    narrow<10, 11>(me, row, scratch, border, left);
+    narrow<0, 10>(me, row, scratch, border, left);
+    const u32 each = (row.seen + 4 * kWarps - 1) / (4 * kWarps) * 4;
+    const u32 begin = me.warp * each, end = min(begin + each, row.seen);
     u32 above = 0, equal = 0;
     for (u32 at = begin + me.lane * 4; at < end; at += 128) {
       u32 key[4];
-      load(b, run, at, key);
+      row.load(at, key);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         above += at + i < end && key[i] > border;
@@ -400,17 +457,16 @@ struct Select {
 #pragma unroll
     for (int w = 0; w < kWarps; ++w)
       if (w < me.warp) above += scratch.taken[w][0], equal += scratch.taken[w][1];
-    list(me, b, run, begin, end, border, left, above, equal);
+    list(me, row, begin, end, border, left, above, equal);
   }
 
   // A warp's stretch; above, equal: how many there are before it.
-  static __device__ __forceinline__ void list(const Here& me, const Block& b, const Run& run,
-                                              u32 begin, u32 end, u32 border, u32 left, u32 above,
-                                              u32 equal) {
+  static __device__ __forceinline__ void list(const Here& me, const Row& row, u32 begin, u32 end,
+                                              u32 border, u32 left, u32 above, u32 equal) {
     for (u32 first = begin; first < end; first += 128) {
       const u32 at = first + me.lane * 4;
       u32 key[4] = {}, count = 0;  // above in the upper half, equal in the lower one
-      if (at < end) load(b, run, at, key);
+      if (at < end) row.load(at, key);
 #pragma unroll
       for (int i = 0; i < 4; ++i)
         count += at + i >= end ? 0 : key[i] > border ? 1u << 16 : key[i] == border;
@@ -425,7 +481,7 @@ struct Select {
       for (int i = 0; i < 4; ++i) {
         if (at + i >= end || key[i] < border) continue;
         const bool is_border = key[i] == border;
-        if (!is_border || same < left) put(b, run, larger + min(same, left), at + i);
+        if (!is_border || same < left) row.put(larger + min(same, left), at + i);
         is_border ? ++same : ++larger;
       }
       const u32 all = __shfl_sync(~0u, upto, 31);
@@ -436,19 +492,18 @@ struct Select {
   // One more digit of the border: of the scores that begin like it, the digit at which `left` are
   // reached from the largest on; left: how many of those that have that digit, too.
   template <int kShift, int kBits>
-  static __device__ __forceinline__ void narrow(const Here& me, const Block& b, const Run& run,
-                                                u32 seen, Scratch& scratch, u32& border,
-                                                u32& left) {
+  static __device__ __forceinline__ void narrow(const Here& me, const Row& row, Scratch& scratch,
+                                                u32& border, u32& left) {
     constexpr u32 kMask = (1u << kBits) - 1;
     for (int i = me.thread; i < kDigits; i += kThreads) scratch.bins[i] = 0;
     sync_consumers();
-    for (u32 at = me.thread * 4; at < seen; at += 4 * kThreads) {
+    for (u32 at = me.thread * 4; at < row.seen; at += 4 * kThreads) {
       u32 key[4];
-      load(b, run, at, key);
+      row.load(at, key);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const bool alike = kShift + kBits == 32 || (key[i] ^ border) >> kShift <= kMask;
-        if (at + i < seen && alike) atomicAdd(&scratch.bins[key[i] >> kShift & kMask], 1u);
+        if (at + i < row.seen && alike) atomicAdd(&scratch.bins[key[i] >> kShift & kMask], 1u);
       }
     }
     sync_consumers();

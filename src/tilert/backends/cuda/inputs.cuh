@@ -2,7 +2,7 @@
 // the shares of attention. Every block makes its own, each thread the elements that it will need.
 //
 // x' begins `first_x` floats behind run.x: a block-diagonal product takes another part for each
-// block.
+// block. kPitch: from one token's x' to the next one's.
 //
 // A Layout says which: kRounds pieces of kWide elements; piece r begins at offset(r) of row(r), a
 // token, where inside(r), and put(operand, r, values) takes it. Pieces r = i modulo kPair are of
@@ -10,7 +10,7 @@
 #pragma once
 #include "tile.cuh"
 
-template <bool kChecked>
+template <bool kChecked, int kPitch>
 struct Plain {
   static constexpr bool kTagged = kChecked, kNormed = false;
 };
@@ -19,7 +19,7 @@ struct Stored {
   static constexpr bool kTagged = false, kNormed = false;
 };
 // The products are divided by the root of the mean square at their end: see Inputs::factor.
-template <bool kChecked, class Type, u32 kEpsBits>
+template <bool kChecked, class Type, u32 kEpsBits, int kPitch>
 struct Normed {
   static constexpr bool kTagged = kChecked, kNormed = true;
 };
@@ -50,25 +50,25 @@ __device__ __forceinline__ u32 first_visible(u32 position, u32 window) {
   return window && position + 1 > window ? position + 1 - window : 0;
 }
 
-// The number of shares, from the first on, that hold something of one token, and how many a thread
+// The number of shares, from the first on, that hold something of a token, and how many a thread
 // with few elements takes at once.
 template <int kAttnWindow>
 struct PastPages {  // of Attend: the positions before the token's own, which the first share has
   static constexpr int kAtOnce = 2;
-  static __device__ __forceinline__ int count(const Block& b, int splits) {
-    const u32 hi = b.position(0);
+  static __device__ __forceinline__ int count(const Block& b, u32 token, int splits) {
+    const u32 hi = b.position(token);
     return max(1u, active_shares(first_visible(hi, kAttnWindow), hi, splits));
   }
 };
 struct SeenPages {  // of LatentAttention: all positions up to the token's own
   static constexpr int kAtOnce = 8;
-  static __device__ __forceinline__ int count(const Block& b, int splits) {
-    return active_shares(0, b.position(0) + 1, splits);
+  static __device__ __forceinline__ int count(const Block& b, u32 token, int splits) {
+    return active_shares(0, b.position(token) + 1, splits);
   }
 };
 struct EveryShare {  // of LatentAttention over chosen positions: empty shares say so
   static constexpr int kAtOnce = 8;
-  static __device__ __forceinline__ int count(const Block&, int splits) { return splits; }
+  static __device__ __forceinline__ int count(const Block&, u32, int splits) { return splits; }
 };
 
 // Shares of attention join one after another: what is known fades, and the next one gets a weight.
@@ -93,16 +93,16 @@ struct Inputs {
   // Bits of the norm's weight, fetched while the inputs are awaited.
   template <class Input>
   struct Held {};
-  template <bool kTagged, class T, u32 kEps>
-  struct Held<Normed<kTagged, T, kEps>> {
+  template <bool kTagged, class T, u32 kEps, int kPitch>
+  struct Held<Normed<kTagged, T, kEps, kPitch>> {
     alignas(16) typename T::Bits v[kRounds / Layout::kPair][kWide];
   };
 
   template <class Input>
   static __device__ __forceinline__ void prefetch(const Run&, Held<Input>&) {}
-  template <bool kTagged, class T, u32 kEps>
+  template <bool kTagged, class T, u32 kEps, int kPitch>
   static __device__ __forceinline__ void prefetch(const Run& run,
-                                                  Held<Normed<kTagged, T, kEps>>& held) {
+                                                  Held<Normed<kTagged, T, kEps, kPitch>>& held) {
     using B = typename T::Bits;
     const B* w = reinterpret_cast<const B*>(run.norm);
 #pragma unroll
@@ -124,25 +124,33 @@ struct Inputs {
     }
   }
 
-  template <bool kTagged>
+  template <bool kTagged, int kPitch>
   static __device__ __forceinline__ void make(Block& b, const Run& run, u32 first_x,
-                                              Held<Plain<kTagged>>&, Operand& out) {
-    fill<kTagged>(b, run, first_x,
-                  [&](int round, float (&v)[kWide]) { Layout::put(out, round, v); });
+                                              Held<Plain<kTagged, kPitch>>&, Operand& out) {
+    fill<kTagged, kPitch>(b, run, first_x,
+                          [&](int round, float (&v)[kWide]) { Layout::put(out, round, v); });
   }
 
   template <bool kTagged, int kEach, int kCount>
   static __device__ __forceinline__ void make(Block& b, const Run& run, u32 first_x,
                                               Held<Weighted<kTagged, kEach, kCount>>&,
                                               Operand& out) {
-    static_assert(
-        kTokens == 1 && kEach % kWide == 0 && kCount * kEach == Layout::kK && kCount <= 32,
-        "a lane has one weight, and a piece has one");
-    const float weight =
-        load_float(reinterpret_cast<const float*>(run.bias) + min(lane(), kCount - 1));
-    fill<kTagged>(b, run, first_x, [&](int round, float (&v)[kWide]) {
-      const int at = Layout::inside(round) ? Layout::offset(round) / kEach : 0;
-      const float own = __shfl_sync(~0u, weight, at);
+    static_assert(kEach % kWide == 0 && kCount * kEach == Layout::kK, "a piece has one weight");
+    constexpr int kAll = kCount * kTokens, kOwn = (kAll + 31) / 32;
+    float weight[kOwn];  // weight l + 32 i of all tokens is lane l's
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i)
+      weight[i] =
+          load_float(reinterpret_cast<const float*>(run.bias) + min(lane() + 32 * i, kAll - 1));
+    fill<kTagged, Layout::kK>(b, run, first_x, [&](int round, float (&v)[kWide]) {
+      const int at =
+          Layout::inside(round) ? Layout::row(round) * kCount + Layout::offset(round) / kEach : 0;
+      float own = 0;
+#pragma unroll
+      for (int i = 0; i < kOwn; ++i) {
+        const float other = __shfl_sync(~0u, weight[i], at % 32);
+        own = at / 32 == i ? other : own;
+      }
 #pragma unroll
       for (int i = 0; i < kWide; ++i) v[i] *= own;
       Layout::put(out, round, v);
@@ -155,11 +163,12 @@ struct Inputs {
     L::load_stored(reinterpret_cast<const u16*>(b.at(run.x)), out);
   }
 
-  template <bool kTagged, class T, u32 kEps>
+  template <bool kTagged, class T, u32 kEps, int kPitch>
   static __device__ __forceinline__ void make(Block& b, const Run& run, u32 first_x,
-                                              Held<Normed<kTagged, T, kEps>>& held, Operand& out) {
+                                              Held<Normed<kTagged, T, kEps, kPitch>>& held,
+                                              Operand& out) {
     float sums[Layout::kPair][Layout::kParts];
-    fill<kTagged>(b, run, first_x, [&](int round, float (&v)[kWide]) {
+    fill<kTagged, kPitch>(b, run, first_x, [&](int round, float (&v)[kWide]) {
       if (round == 0)  // again where words are read again
 #pragma unroll
         for (int i = 0; i < Layout::kPair * Layout::kParts; ++i)
@@ -187,8 +196,8 @@ struct Inputs {
   struct Factor {
     static __device__ __forceinline__ float of(const Block&, int) { return 1; }
   };
-  template <bool kTagged, class T, u32 kEps>
-  struct Factor<Normed<kTagged, T, kEps>> {
+  template <bool kTagged, class T, u32 kEps, int kPitch>
+  struct Factor<Normed<kTagged, T, kEps, kPitch>> {
     static __device__ __forceinline__ float of(const Block& b, int row) {
       float sum = 0;
 #pragma unroll
@@ -206,7 +215,7 @@ struct Inputs {
     static_assert(kHeadDim % kWide == 0, "a piece lies in one head");
     static_assert(kTokens == 1 || kSplits == 0, "several tokens are merged by Combine");
     constexpr int kPitch = kHeadDim + 2, kStride = kGroup * kPitch;  // of a head, of a share
-    const int shares = Active::count(b, kSplits);
+    const int shares = Active::count(b, 0, kSplits);
     Blend blend[kRounds];
     float x[kRounds][kWide] = {};
     const float* from[kRounds];
@@ -259,8 +268,7 @@ struct Inputs {
       for (int i = 0; i < n; ++i) parts[i] += parts[i + n];
     float sum = parts[0];
 #pragma unroll
-    for (int o = 16; o >= 4 * (kTokens == 1 ? 2 : kTokens); o /= 2)
-      sum += __shfl_xor_sync(~0u, sum, o);
+    for (int o = 16; o >= 4 * Layout::kWidth; o /= 2) sum += __shfl_xor_sync(~0u, sum, o);
 #pragma unroll
     for (int o = 4; o; o /= 2) sum += __shfl_xor_sync(~0u, sum, o);
     return sum;
@@ -268,7 +276,7 @@ struct Inputs {
 
   // Loads all pieces of this thread, again while tags say that some are late, and gives each to
   // take(round, values).
-  template <bool kTagged, class Take>
+  template <bool kTagged, int kPitch, class Take>
   static __device__ __forceinline__ void fill(const Block& b, const Run& run, u32 first_x,
                                               Take take) {
     const float* from = b.at(run.x) + first_x;
@@ -281,7 +289,7 @@ struct Inputs {
         float v[kBatch][kWide];
 #pragma unroll
         for (int i = 0; i < kBatch; ++i)
-          if (first + i < kRounds) load(from, first + i, v[i]);
+          if (first + i < kRounds) load<kPitch>(from, first + i, v[i]);
 #pragma unroll
         for (int i = 0; i < kBatch; ++i) {
           if (first + i >= kRounds) continue;
@@ -301,11 +309,12 @@ struct Inputs {
     }
   }
 
+  template <int kPitch>
   static __device__ __forceinline__ void load(const float* from, int round, float (&v)[kWide]) {
 #pragma unroll
     for (int i = 0; i < kWide; ++i) v[i] = 0;
     if (!Layout::inside(round)) return;
-    const float* at = from + Layout::row(round) * Layout::kK + Layout::offset(round);
+    const float* at = from + Layout::row(round) * kPitch + Layout::offset(round);
     if constexpr (kWide % 4 == 0) {
 #pragma unroll
       for (int i = 0; i < kWide; i += 4) {

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from tilert.errors import UserError
 from tilert.ir.dtype import DType
-from tilert.ir.program import NONE, Program
+from tilert.ir.machine import Machine
+from tilert.ir.program import NONE, Op, Program
 from tilert.ops import (
     Attend,
     Draw,
+    ExpertDown,
+    ExpertGate,
     IndexRope,
     IndexScore,
     LatentAttention,
@@ -24,79 +29,129 @@ RUN_BYTES, WAIT_BYTES = 96, 4  # struct Run, struct Wait
 MIN_SLOTS = 2
 THREADS, WARPS = 256, 8  # that compute
 HELD_WORDS = 128  # of x' in the registers of a thread: half of them; the rest is in shared memory
+PLAIN_WORDS = 160  # of x' and of sums, where products do without the matrix units
 ENOUGH_SLOTS = 4  # of the ring that a step of several tokens must leave
 UNIT_ROWS = 16  # of a latent cache, in a slot
-TAKEN_ROWS = 64  # of a latent cache, at once
 MAX_CHOSEN = MAX_GROUPS = 32  # experts of a token, groups of experts: one for each lane of a warp
 MAX_ROWS = 32  # of query heads, of all tokens of a step: two blocks of 16 for the matrix units
+PRODUCTS = Linear | ExpertGate | ExpertDown
 
 
 def step_rows(program: Program, available: int) -> int:
     """Most tokens of a step (1, 2, 4 or 8), from the program of one, where a block has so many bytes of
     shared memory: each block holds x' of all tokens, in its registers and what they leave over there.
-
-    One where a product does not go through the matrix units, where each token has experts of its own, and
-    with latent attention.
     """
-    if any(isinstance(op, LatentAttention) for op in program.ops):
-        return 1
-    linears = [op for op in program.ops if isinstance(op, Linear)]
-    if any(op.x_type == DType.F32 for op in linears):
-        return 1
-    if any(isinstance(op, Route) for op in program.ops):
-        return 1
-    group = max((op.group for op in program.ops if isinstance(op, Attend)), default=1)
-    ring = ENOUGH_SLOTS * (program.machine.slot_bytes + SLOT_PAD)
+    ring = max(ENOUGH_SLOTS, _least_slots(program)) * (program.machine.slot_bytes + SLOT_PAD)
     room = available - ring - 2 * queue_bytes(program)  # their queues are a little longer
     return next(
         rows for rows in (8, 4, 2, 1)
         if rows == 1 or (
-            rows * group <= MAX_ROWS
-            and max(kept_bytes(program, op, rows) for op in linears) + shared_struct_bytes(rows) <= room
+            all(_holds(program, op, rows) for op in program.ops)
+            and scratch_bytes(program, rows) + shared_struct_bytes(rows) <= room
         )
     )  # fmt: skip
 
 
-def kept_bytes(program: Program, op: Linear, tokens: int) -> int:
+def _holds(program: Program, op: Op, tokens: int) -> bool:
+    """Whether the registers of a block take an op of so many tokens."""
+    if isinstance(op, Attend):
+        return tokens * op.group <= MAX_ROWS
+    if isinstance(op, IndexScore):  # a token's heads have warps of their own
+        return tokens * index_warps(op) <= WARPS
+    if isinstance(op, PRODUCTS) and op.x_type == DType.F32:
+        return _plain_words(program, op, tokens) <= PLAIN_WORDS
+    return True
+
+
+def index_warps(op: IndexScore) -> int:
+    """Warps that share the indexer's heads of a token (IndexScore::kHeadWarps)."""
+    return 1 if op.heads <= 32 else 2 if op.heads <= 64 else 4
+
+
+@dataclass(frozen=True, slots=True)
+class _Cut:
+    """How a row of weights, with all its parts, is cut into pieces (struct Tile); sizes in bytes."""
+
+    unit_rows: int
+    pieces: int
+    piece: int
+    cycle: int  # pieces after which one begins with a part again
+    cycle_bytes: int
+
+    @staticmethod
+    def of(program: Program, op: PRODUCTS) -> _Cut:
+        parts = op.top_k if isinstance(op, ExpertDown) else 1
+        rows, slot = op.tile_rows * _matrices(op), program.machine.slot_bytes
+        row_bytes = op.k * program.weight_itemsize(op)
+        if rows * row_bytes <= slot:
+            together = min(slot // (rows * row_bytes), parts)
+            pieces = -(-parts // together)
+            return _Cut(rows, pieces, together * row_bytes, pieces, parts * row_bytes)
+        each = -(-row_bytes // (slot // rows))
+        return _Cut(rows, parts * each, -(-row_bytes // each // 64) * 64, each, row_bytes)
+
+    def steps(self, at_once: int) -> int:
+        """Of so many bytes at once, in which a row is taken."""
+        last = self.cycle_bytes - (self.cycle - 1) * self.piece
+        return (self.pieces - 1) * -(-self.piece // at_once) + -(-last // at_once)
+
+
+def _matrices(op: PRODUCTS) -> int:
+    return 1 if isinstance(op, ExpertDown) or op.w_up == NONE else 2
+
+
+def kept_bytes(program: Program, op: PRODUCTS, tokens: int) -> int:
     """What registers do not hold of a product's x' for so many tokens (Matrix::Operand), in bytes."""
     if op.x_type == DType.F32:
         return 0
-    itemsize, matrices = program.weight_itemsize(op), 1 if op.w_up == NONE else 2
-    rows, row_bytes = op.tile_rows * matrices, op.k * itemsize
-    share = program.machine.slot_bytes // rows
-    pieces = -(-row_bytes // share)
-    piece = row_bytes if pieces == 1 else -(-row_bytes // pieces // 64) * 64
-    spread = WARPS * max(1, 16 // rows)  # blocks of 64 bytes that are taken at once
-    last = row_bytes - (pieces - 1) * piece
-    steps = (pieces - 1) * -(-piece // (64 * spread)) + -(-last // (64 * spread))
-    columns = max(1, 16 // rows) * max(tokens, 2)
-    words = max(1, columns // 8) * 8 // itemsize  # of a step
+    cut, itemsize = _Cut.of(program, op), program.weight_itemsize(op)
+    segments = max(1, 16 // cut.unit_rows)
+    steps = cut.steps(64 * WARPS * segments)
+    words = max(1, segments * max(tokens, 2) // 8) * 8 // itemsize  # of a step
     return max(0, steps - HELD_WORDS // words) * words * 4 * THREADS
+
+
+def _plain_words(program: Program, op: PRODUCTS, tokens: int) -> int:
+    """What a thread holds of x', sums and scales without matrix units (struct Scalar)."""
+    cut, itemsize = _Cut.of(program, op), program.weight_itemsize(op)
+    aligned = op.k * itemsize % 16 == 0
+    wide = 16 // itemsize if aligned else 1
+    chunks = cut.cycle_bytes * (cut.pieces // cut.cycle) // itemsize // wide
+    warps = next(n for n in (8, 4, 2, 1) if chunks >= 32 * n or n == 1)
+    own = cut.steps(32 * warps * wide * itemsize)
+    rows = -(-cut.unit_rows * warps // WARPS)
+    return tokens * (own * wide + rows) + own * _matrices(op)
 
 
 def shared_struct_bytes(tokens: int) -> int:
     """At least sizeof(Shared), and alignment; a static_assert compares them."""
     chunk_rows = 32 if tokens == 1 else 16
-    return 1024 + 4 * tokens * (8 + 2 * 2 * chunk_rows * 9)
+    return 1024 + 4 * tokens * (8 + MAX_CHOSEN + 2 * 2 * chunk_rows * 9)
 
 
-def scratch_bytes(program: Program) -> int:
-    """Bytes that one op has for itself: Attend's Scratch, DrawScratch, x' beyond the registers, Route's
-    scores where it sorts out groups, or a little for the others."""
-    sizes = [
-        _attend_bytes(op.group, op.head_dim, program.tokens)
-        for op in program.ops
-        if isinstance(op, Attend)
-    ]
-    sizes += [DRAW_BYTES for op in program.ops if isinstance(op, Draw)]
-    linears = (op for op in program.ops if isinstance(op, Linear))
-    sizes += [kept_bytes(program, op, program.tokens) for op in linears]
-    sizes += [_latent_bytes(op) for op in program.ops if isinstance(op, LatentAttention)]
-    sizes += [4 * (op.lora + op.rope) for op in program.ops if isinstance(op, LatentRope)]
-    sizes += [32 * op.head_dim for op in program.ops if isinstance(op, IndexRope)]
-    sizes += [INDEX_BYTES for op in program.ops if isinstance(op, IndexScore | Select)]
-    sizes += [4 * op.experts for op in program.ops if isinstance(op, Route) and op.n_group > 1]
+def scratch_bytes(program: Program, tokens: int) -> int:
+    """Bytes that one op has for itself in steps of so many tokens."""
+    sizes = [_scratch(program, op, tokens) for op in program.ops]
     return -(-max([256, *sizes]) // 16) * 16
+
+
+def _scratch(program: Program, op: Op, tokens: int) -> int:
+    """Of one op: its Scratch; of a product x' beyond the registers; scores where Route sorts out groups."""
+    if isinstance(op, PRODUCTS):
+        return kept_bytes(program, op, tokens)
+    if isinstance(op, Attend):
+        return _attend_bytes(op.group, op.head_dim, tokens)
+    if isinstance(op, LatentAttention):
+        return _latent_bytes(op, taken_units(program.machine), tokens)
+    if isinstance(op, LatentRope):
+        return 4 * (op.lora + op.rope) * tokens
+    if isinstance(op, IndexRope):
+        return 4 * WARPS * op.head_dim
+    if isinstance(op, IndexScore | Select):
+        return INDEX_BYTES
+    if isinstance(op, Route) and op.n_group > 1:
+        return 4 * op.experts * tokens
+    return DRAW_BYTES if isinstance(op, Draw) else 0
 
 
 def _attend_bytes(group: int, head_dim: int, tokens: int) -> int:
@@ -106,11 +161,22 @@ def _attend_bytes(group: int, head_dim: int, tokens: int) -> int:
     return 2 * halves + 4 * (tokens * head_dim + max(raw, merged) + rows)
 
 
-def _latent_bytes(op: LatentAttention) -> int:
+def _latent_bytes(op: LatentAttention, units: int, tokens: int) -> int:
     share = -(-op.topk // op.splits)
     listed = -(-share // UNIT_ROWS) * UNIT_ROWS + 4
-    scores = 2 * 16 * (TAKEN_ROWS + 8)
-    return 2 * 17 * (op.lora + op.rope) + 4 * (scores + listed)
+    scores = 2 * 16 * (units * UNIT_ROWS + 8)
+    return 2 * (16 + tokens) * (op.lora + op.rope) + 4 * (scores + listed)
+
+
+def taken_units(machine: Machine) -> int:
+    """Units of a latent cache that are taken together. They decide the order of sums, so that all programs
+    of a machine take as many, whatever else their blocks hold."""
+    return 4 if machine.slots >= 8 else 2 if machine.slots >= 4 else 1
+
+
+def _least_slots(program: Program) -> int:
+    latent = any(isinstance(op, LatentAttention) for op in program.ops)
+    return max(MIN_SLOTS, taken_units(program.machine) if latent else 0)
 
 
 def queue_bytes(program: Program) -> int:
@@ -125,16 +191,17 @@ def queue_bytes(program: Program) -> int:
 def shared_bytes(program: Program, slots: int) -> int:
     """Dynamic shared memory of a block whose ring has so many slots."""
     ring = slots * (program.machine.slot_bytes + SLOT_PAD)
-    own = scratch_bytes(program) + shared_struct_bytes(program.tokens)
+    own = scratch_bytes(program, program.tokens) + shared_struct_bytes(program.tokens)
     return ring + own + queue_bytes(program)
 
 
 def fitting_slots(program: Program, available: int) -> int:
     """Slots of the ring, at most the machine's; UserError when `available` bytes hold too few."""
-    for slots in range(program.machine.slots, MIN_SLOTS - 1, -1):
+    least = _least_slots(program)
+    for slots in range(program.machine.slots, least - 1, -1):
         if shared_bytes(program, slots) <= available:
             return slots
     raise UserError(
-        f"the program needs {shared_bytes(program, MIN_SLOTS)} bytes of shared memory per block, but"
+        f"the program needs {shared_bytes(program, least)} bytes of shared memory per block, but"
         f" the device has {available}"
     )

@@ -1,6 +1,7 @@
 // y = epilogue(x' @ w + bias), for each token. Every unit of weights is taken by all warps, which
-// hold x' in registers for the whole run. Partial sums of up to kChunkRows rows wait in shared
-// memory for one barrier, then one or more warps finish those rows while the others go on.
+// hold x' of all tokens in registers for the whole run. Partial sums of up to kChunkRows rows wait
+// in shared memory for one barrier, then one or more warps finish those rows while the others go
+// on.
 #pragma once
 #include "products.cuh"
 
@@ -38,12 +39,12 @@ struct Linear {
   // One tile, or kTogether of them; `row` counts from the first of the run, `in_chunk` from the
   // first of the chunk.
   static __device__ __forceinline__ void take_together(Block& b, const Run& run, Operand& x,
-                                                       u32 row, int in_chunk) {
+                                                       u32 row, int in_chunk, u32 token) {
     typename Product::Sums sums[Product::kTogether];
     Product::add_together(b, run, row, x, sums);
 #pragma unroll
     for (int i = 0; i < Product::kTogether; ++i)
-      Product::leave(b, in_chunk + i * kTileRows, sums[i]);
+      Product::leave(b, in_chunk + i * kTileRows, token, sums[i]);
   }
 
   // Tiles that are taken together have their scales in one block.
@@ -54,11 +55,11 @@ struct Linear {
   }
 
   static __device__ __forceinline__ void take(Block& b, const Run& run, Operand& x, u32 row,
-                                              int in_chunk) {
+                                              int in_chunk, u32 token) {
     typename Product::Sums sums;
 #pragma unroll
     for (int piece = 0; piece < T::kPieces; ++piece) Product::add(b, run, row, piece, x, sums);
-    Product::leave(b, in_chunk, sums);
+    Product::leave(b, in_chunk, token, sums);
   }
 
   static __device__ __forceinline__ float add_up(Block& b, int row, int token) {
@@ -95,7 +96,7 @@ struct Linear {
     u32 scale = 0;
     if constexpr (kRowScaled)
       scale = Source::template scale_row<Scales::kRows>(
-          choice, Source::template scale_group<Scales::kRows>(run, at.row), 0);
+          choice, at.token, Source::template scale_group<Scales::kRows>(run, at.row), 0);
     if (!at.inside) return rest;
     if constexpr (kEpilogue == kAdd) {
       const float* const old[1] = {b.at(run.y) + at.y};
@@ -144,7 +145,7 @@ struct Linear {
   static __device__ __forceinline__ void fetch_scales(const Run& run,
                                                       typename Source::Choice& choice, Operand& x) {
     if constexpr (Scales::kGiven) choice = Source::choice(run);
-    if constexpr (Product::kScaled) Product::load_scales(run, 0, choice, x);
+    if constexpr (Product::kScaled) Product::load_scales(run, 0, 0, choice, x);
   }
 
   static __device__ __forceinline__ bool consume(Block& b, const Run& run) {
@@ -183,24 +184,34 @@ struct Linear {
       const u32 end = min(begin + kChunkRows, last);
       Rest rest;
       if (mine) rest = fetch_rest(b, run, choice, at);
-      for (u32 r = begin; r < end;) {
-        if constexpr (Product::kScaled) Product::load_scales(run, r, choice, x);
-        if constexpr (Product::kTogether > 1) {
-          if (goes_together(run, r, end)) {
-            take_together(b, run, x, r, r - begin);
-            r += Product::kTogether * kTileRows;
-            continue;
-          }
-        }
-        take(b, run, x, r, r - begin);
-        r += kTileRows;
-      }
+      const u32 tokens = Source::kOfToken ? b.params.count : 1;
+#pragma unroll 1
+      for (u32 token = 0; token < tokens; ++token)
+        multiply_chunk(b, run, choice, x, begin, end, token);
       sync_consumers();
       if (mine) {
         finish(b, run, at, rest);
         if (end == run.count) tell(b, run, finisher);
       }
       ++b.chunk;
+    }
+  }
+
+  // Rows [begin, end): for all tokens, or the rows that are for one of them.
+  static __device__ __forceinline__ void multiply_chunk(Block& b, const Run& run,
+                                                        const typename Source::Choice& choice,
+                                                        Operand& x, u32 begin, u32 end, u32 token) {
+    for (u32 r = begin; r < end;) {
+      if constexpr (Product::kScaled) Product::load_scales(run, r, token, choice, x);
+      if constexpr (Product::kTogether > 1) {
+        if (goes_together(run, r, end)) {
+          take_together(b, run, x, r, r - begin, token);
+          r += Product::kTogether * kTileRows;
+          continue;
+        }
+      }
+      take(b, run, x, r, r - begin, token);
+      r += kTileRows;
     }
   }
 };

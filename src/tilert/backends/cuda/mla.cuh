@@ -6,6 +6,11 @@
 // positions with all heads of the tile, which are the rows of A, and leaves the scores in shared
 // memory; then each makes the weights of all positions for itself and multiplies its own columns of
 // the values with them. So nothing is merged at the end, and every row is read from memory once.
+//
+// A tile is of one token: the tokens of a step are other workers' tiles, which find the same rows
+// in the L2 cache at about the same time. The rows that the step appends for the token and those
+// before it are put where they have arrived, for the cache may not have had them when they were
+// copied.
 #pragma once
 #include "attend.cuh"
 
@@ -21,22 +26,34 @@ __device__ __forceinline__ float turned(Load x, const float* angles, int e) {
   return e < kHalf ? fmaf(first, cosine, -(second * sine)) : fmaf(second, cosine, first * sine);
 }
 
-// The page of one token's sequence that holds a position, as a number of the cache.
-__device__ __forceinline__ u32 physical_page(const Block& b, u32 position) {
-  const u32* table = b.params.pages + b.params.sequences[0] * b.params.page_cols;
+// The page of a token's sequence that holds a position, as a number of the cache.
+__device__ __forceinline__ u32 physical_page(const Block& b, u32 token, u32 position) {
+  const u32* table = b.params.pages + b.params.sequences[token] * b.params.page_cols;
   return __ldg(table + position / kPage);
 }
 
+__device__ __forceinline__ u32 given_tokens(const Block& b) {
+  return kTokens == 1 ? 1 : b.params.count;
+}
+__device__ __forceinline__ bool given(const Block& b, u32 token) { return token < given_tokens(b); }
+
+// The first of the step's tokens that are of the same sequence as this one.
+__device__ __forceinline__ u32 first_of_sequence(const Block& b, u32 token) {
+  const u32* of = b.params.sequences;
+  while (kTokens > 1 && token > 0 && of[token - 1] == of[token]) --token;
+  return token;
+}
+
 // run.w: the cache, run.norm: weight of the latent's norm, run.bias_up: the rope table, run.x: the
-// query heads, run.x2: the latent and the shared key. A warp takes a tile.
+// query heads, run.x2: the latent and the shared key. A warp takes a tile of a token.
 template <int kHeads, int kNope, int kRope, int kLora, bool kInterleaved, bool kTagged, class Norm,
-          u32 kEpsBits>
+          u32 kEpsBits, int kQPitch, int kKvPitch>
 struct LatentRope {
   static constexpr int kWidth = kLora + kRope;
   static constexpr int kLoads = (kWidth + 31) / 32, kTurned = (kRope + 31) / 32;
   static constexpr int kPieces = (kLora / 8 + 31) / 32;
   struct Scratch {
-    float row[kWidth];
+    float row[kTokens][kWidth];
   };
   static_assert(sizeof(Scratch) <= kScratchBytes, "scratch is too small");
 
@@ -44,26 +61,29 @@ struct LatentRope {
 
   static __device__ __forceinline__ bool consume(Block& b, const Run& run) {
     if (!wait_for_inputs<false>(b, run)) return false;
-    for (u32 i = run.first + warp(); i < run.first + run.count; i += kWarps)
-      i < kHeads ? turn_head(b, run, i) : append(b, run);
+    for (u32 i = warp(); i < run.count * kTokens; i += kWarps) {
+      const u32 tile = run.first + i / kTokens, token = i % kTokens;
+      if (given(b, token)) tile < kHeads ? turn_head(b, run, token, tile) : append(b, run, token);
+    }
     sync_consumers();
     if (thread() == 0) signal<false>(b, run);
     return true;
   }
 
  private:
-  static __device__ __forceinline__ const float* angles(const Block& b, const Run& run) {
-    return reinterpret_cast<const float*>(run.bias_up) + u64(b.position(0)) * kRope;
+  static __device__ __forceinline__ const float* angles(const Block& b, const Run& run, u32 token) {
+    return reinterpret_cast<const float*>(run.bias_up) + u64(b.position(token)) * kRope;
   }
 
-  static __device__ __forceinline__ void turn_head(const Block& b, const Run& run, u32 head) {
-    float* q = b.at(run.x) + head * (kNope + kRope) + kNope;
+  static __device__ __forceinline__ void turn_head(const Block& b, const Run& run, u32 token,
+                                                   u32 head) {
+    float* q = b.at(run.x) + token * kQPitch + head * (kNope + kRope) + kNope;
     float v[kTurned];
 #pragma unroll
     for (int i = 0; i < kTurned; ++i) {
       const int e = min(lane() + 32 * i, kRope - 1);
-      v[i] = turned<kRope, kInterleaved>([&](int at) { return load_float(q + at); }, angles(b, run),
-                                         e);
+      v[i] = turned<kRope, kInterleaved>([&](int at) { return load_float(q + at); },
+                                         angles(b, run, token), e);
     }
     __syncwarp();  // all lanes have read what some will overwrite
 #pragma unroll
@@ -71,11 +91,12 @@ struct LatentRope {
       if (lane() + 32 * i < kRope) store_float(q + lane() + 32 * i, v[i]);
   }
 
-  static __device__ __forceinline__ void append(Block& b, const Run& run) {
-    float* row = reinterpret_cast<Scratch*>(b.scratch)->row;
-    const float factor = fetch(b, run, row);
-    const u32 position = b.position(0), at = position % kPage;
-    u8* cache = const_cast<u8*>(run.w) + u64(physical_page(b, position)) * kPage * kWidth * 2;
+  static __device__ __forceinline__ void append(Block& b, const Run& run, u32 token) {
+    float* row = reinterpret_cast<Scratch*>(b.scratch)->row[token];
+    const float factor = fetch(b, run, token, row);
+    const u32 position = b.position(token), at = position % kPage;
+    u8* cache =
+        const_cast<u8*>(run.w) + u64(physical_page(b, token, position)) * kPage * kWidth * 2;
     u16* to = reinterpret_cast<u16*>(cache) + at * kWidth;
     auto weight = reinterpret_cast<const typename Norm::Bits*>(run.norm);
 #pragma unroll
@@ -97,21 +118,23 @@ struct LatentRope {
       const u32 e = lane() + 32 * i, column = kLora + e;
       if (e >= kRope) continue;
       const float v = turned<kRope, kInterleaved>([&](int from) { return row[kLora + from]; },
-                                                  angles(b, run), e);
+                                                  angles(b, run, token), e);
       to[swizzle<kWidth>(at, column / 8) * 8 + column % 8] = u16(pack_bf16(v, 0));
     }
     fence_proxy();  // others will stream what is new
   }
 
   // What the product left, to shared memory; the factor that norms the latent.
-  static __device__ __forceinline__ float fetch(const Block& b, const Run& run, float* row) {
+  static __device__ __forceinline__ float fetch(const Block& b, const Run& run, u32 token,
+                                                float* row) {
+    const float* kv = b.at(run.x2) + token * kKvPitch;
     const float* from[kLoads];
     u32 tag[kLoads];
     float v[kLoads], sum = 0;
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
       tag[i] = b.tag(run.x2);
-      from[i] = lane() + 32 * i < kWidth ? b.at(run.x2) + lane() + 32 * i : nullptr;
+      from[i] = lane() + 32 * i < kWidth ? kv + lane() + 32 * i : nullptr;
     }
     if constexpr (kTagged) {
       load_tagged(b, from, tag, v);
@@ -129,15 +152,16 @@ struct LatentRope {
   }
 };
 
-// What a share covers, a piece of kTake at a time. Without chosen positions these are positions, of
-// pages that are dealt out as page_share of ops/attend.py does; else places in the list of them.
+// What a share covers of what a token sees, a piece of kTake at a time. Without chosen positions
+// these are positions, of pages that are dealt out as page_share of ops/attend.py does; else places
+// in the list of them.
 template <int kTake, int kSplits, int kTopk>
 struct Walk {
   u32 split, end;
   u32 from = 0, rows = 0;  // the piece
 
-  __device__ __forceinline__ Walk(const Block& b, u32 of_split) : split(of_split) {
-    const u32 seen = b.position(0) + 1;
+  __device__ __forceinline__ Walk(const Block& b, u32 token, u32 of_split) : split(of_split) {
+    const u32 seen = b.position(token) + 1;
     if constexpr (kTopk == 0) {
       end = seen;
     } else {
@@ -163,7 +187,6 @@ struct Walk {
     next_at += kTake;
     return true;
   }
-  __device__ __forceinline__ bool last() const { return from + rows == end; }
   __device__ __forceinline__ bool idle() const {
     if constexpr (kTopk == 0) return split >= active_shares(0, end, kSplits);
     return first == end;
@@ -174,17 +197,19 @@ struct Walk {
   u32 round = 0, next_at = 0;
 };
 
-// Tile g * kSplits + s: heads [g * kTileHeads, (g + 1) * kTileHeads), share s of the positions.
-// With kTopk a token attends to the positions that Select has chosen. run.w: the cache, run.x:
-// queries as latents, run.x2: rotated queries, run.x3: the chosen positions.
-template <int kTileHeads, int kNope, int kRope, int kLora, int kSplits, int kTopk, bool kTagged,
-          u32 kScaleBits>
+// Tile (t * kGroups + g) * kSplits + s: token t, heads [g * kTileHeads, (g + 1) * kTileHeads),
+// share s of the positions. With kTopk a token attends to the positions that Select has chosen.
+// run.w: the cache, run.x: queries as latents, run.x2: rotated queries, run.x3: the chosen
+// positions. kUnits are taken together.
+template <int kHeads, int kTileHeads, int kNope, int kRope, int kLora, int kSplits, int kTopk,
+          int kUnits, bool kTagged, u32 kScaleBits, int kQPitch, int kRotatedPitch>
 struct LatentAttention {
   static constexpr int kWidth = kLora + kRope, kRowBytes = 2 * kWidth;
   static constexpr int kUnitRows = 16, kUnitBytes = kUnitRows * kRowBytes;
   static_assert(kWidth % 16 == 0 && kLora % 16 == 0 && kNope % 4 == 0 && kTileHeads <= 16, "shape");
   static_assert(kUnitBytes <= kSlotBytes, "16 positions fit a slot");
-  static constexpr int kUnits = kSlots >= 8 ? 4 : kSlots >= 4 ? 2 : 1;  // taken together
+  static_assert(kUnits <= kSlots && kHeads % kTileHeads == 0, "units fit the ring");
+  static constexpr int kGroups = kHeads / kTileHeads;
   static constexpr int kTake = kUnits * kUnitRows;
   static constexpr int kSteps = kWidth / 16, kRowPieces = kWidth / 8;
   static constexpr int kColumns = kLora / 16;                      // blocks of columns of values
@@ -192,26 +217,37 @@ struct LatentAttention {
   static constexpr int kPitch = kTake + 8;                         // of scores; no bank conflicts
   static constexpr int kListed = (kTopk + kSplits - 1) / kSplits;  // positions of a share at most
   static constexpr int kYPitch = kLora + 2;
+  static constexpr int kNewLoads = (kTokens * kRowPieces + kThreads - 1) / kThreads;
   using Share = Walk<kTake, kSplits, kTopk>;
   static __device__ __forceinline__ float scale() { return __uint_as_float(kScaleBits) * kLog2e; }
 
   struct Scratch {
     u16 q[16 * kWidth];
-    u16 own[kWidth];  // the row of the token's own position, as it is stored
+    u16 made[kTokens][kWidth];  // the rows that the step appends, as they are stored
     alignas(16) float scores[2][16][kPitch];
     u32 rows[(kListed + kUnitRows - 1) / kUnitRows * kUnitRows + 4];  // of the cache
   };
   static_assert(sizeof(Scratch) <= kScratchBytes, "scratch is too small");
 
-  // Rows that this launch has appended may be streamed as those of Attend. The token's own may not:
-  // what is copied for it is replaced. Chosen rows may be once their list is made.
+  struct Place {
+    u32 token, group, split;
+    __device__ __forceinline__ explicit Place(u32 tile)
+        : token(kTokens == 1 ? 0 : tile / (kGroups * kSplits)),
+          group(kTokens == 1 ? tile / kSplits : tile / kSplits % kGroups),
+          split(tile % kSplits) {}
+  };
+
+  // Rows that this launch has appended may be streamed as those of Attend. Those of the step may
+  // not: what is copied for them is replaced. Chosen rows may be once their list is made.
   static __device__ __forceinline__ bool stream(Loader& l, const Run& run) {
     Block& b = l.b;
     const Scratch& scratch = *reinterpret_cast<const Scratch*>(b.scratch);
     if (kTopk == 0 && b.step && !l.passed((b.step - 1) * b.length + b.number + kStreamLead + 1))
       return false;
     for (u32 tile = run.first; tile < run.first + run.count; ++tile) {
-      Share share(b, tile % kSplits);
+      const Place at(tile);
+      if (!given(b, at.token)) continue;
+      Share share(b, at.token, at.split);
       if (share.idle()) continue;
       if (kTopk && !l.listed()) return false;
       while (share.next())
@@ -219,7 +255,7 @@ struct LatentAttention {
           if (!l.acquire()) return false;
           l.expect(kUnitBytes);
           kTopk ? copy_rows(l, run, scratch.rows + share.from - share.first + row)
-                : l.copy(0, run.w + row_at(b, share.from + row), kUnitBytes);
+                : l.copy(0, run.w + row_at(b, at.token, share.from + row), kUnitBytes);
           l.next();
         }
     }
@@ -229,7 +265,10 @@ struct LatentAttention {
   static __device__ __forceinline__ bool consume(Block& b, const Run& run) {
     if (!wait_for_inputs<false>(b, run)) return false;
     const Here me;
-    for (u32 i = run.first; i < run.first + run.count; ++i) tile(me, b, run, i);
+    for (u32 i = run.first; i < run.first + run.count; ++i) {
+      const Place at(i);
+      if (given(b, at.token)) tile(me, b, run, at);
+    }
     if (me.thread == 0) signal<false>(b, run);
     return true;
   }
@@ -242,8 +281,8 @@ struct LatentAttention {
     float out[2 * kOwn][4] = {};
   };
 
-  static __device__ __forceinline__ u64 row_at(const Block& b, u32 position) {
-    return (u64(physical_page(b, position)) * kPage + position % kPage) * kRowBytes;
+  static __device__ __forceinline__ u64 row_at(const Block& b, u32 token, u32 position) {
+    return (u64(physical_page(b, token, position)) * kPage + position % kPage) * kRowBytes;
   }
 
   static __device__ __forceinline__ void copy_rows(Loader& l, const Run& run, const u32* rows) {
@@ -255,12 +294,13 @@ struct LatentAttention {
   // Where the chosen positions of a share lie; the last unit is filled up with the last of them,
   // for what its weights of zero meet must be numbers.
   static __device__ __forceinline__ void list_rows(const Here& me, Block& b, const Run& run,
-                                                   const Share& share, Scratch& scratch) {
-    const u32* chosen = reinterpret_cast<const u32*>(b.at(run.x3));
+                                                   u32 token, const Share& share,
+                                                   Scratch& scratch) {
+    const u32* chosen = reinterpret_cast<const u32*>(b.at(run.x3)) + token * kTopk;
     const u32 count = share.end - share.first;
     for (u32 i = me.thread; i < (count + kUnitRows - 1) / kUnitRows * kUnitRows; i += kThreads) {
       const u32 position = load_relaxed(chosen + share.first + min(i, count - 1));
-      scratch.rows[i] = physical_page(b, position) * kPage + position % kPage;
+      scratch.rows[i] = physical_page(b, token, position) * kPage + position % kPage;
     }
     sync_consumers();
     if (me.thread == 0) store_shared(&b.shared.listed, ++b.lists);
@@ -272,21 +312,29 @@ struct LatentAttention {
     *reinterpret_cast<uint2*>(to) = {pack_bf16(v.x, v.y), pack_bf16(v.z, v.w)};
   }
 
-  // Queries and the token's own row to shared memory. Rows of q that no head has hold anything.
+  // Queries and the rows of the step's tokens from `first` to this one to shared memory. Rows of q
+  // that no head has hold anything.
   static __device__ __forceinline__ void prepare(const Here& me, const Block& b, const Run& run,
-                                                 u32 group, Scratch& scratch) {
+                                                 const Place& at, u32 first, Scratch& scratch) {
     constexpr int kOfHead = kLora / 4, kLatents = kTileHeads * kOfHead;
     constexpr int kLoads = (kLatents + kThreads - 1) / kThreads;
     constexpr int kOfTurned = kRope / 4, kTurned = kTileHeads * kOfTurned;
-    if (kTopk == 0 && me.thread < kRowPieces)
-      reinterpret_cast<float4*>(scratch.own)[me.thread] = load_float4(
-          reinterpret_cast<const float*>(run.w + row_at(b, b.position(0))) + me.thread * 4);
+    float4 made[kNewLoads];
+#pragma unroll
+    for (int i = 0; i < kNewLoads; ++i)
+      if (const float* from = made_at(b, run, at.token, first, me.thread + i * kThreads))
+        made[i] = load_float4(from);
     for (u32 i = me.thread; i < kTurned; i += kThreads) {
       const u32 head = i / kOfTurned, e = i % kOfTurned * 4;
-      const float* from = b.at(run.x2) + (group * kTileHeads + head) * (kNope + kRope) + kNope + e;
+      const float* from = b.at(run.x2) + at.token * kRotatedPitch +
+                          (at.group * kTileHeads + head) * (kNope + kRope) + kNope + e;
       put(scratch, head, kLora + e, load_float4(from));
     }
-    const float* from = b.at(run.x) + group * kTileHeads * kLora;
+#pragma unroll
+    for (int i = 0; i < kNewLoads; ++i)
+      if (made_at(b, run, at.token, first, me.thread + i * kThreads))
+        reinterpret_cast<float4*>(scratch.made)[me.thread + i * kThreads] = made[i];
+    const float* from = b.at(run.x) + at.token * kQPitch + at.group * kTileHeads * kLora;
     float4 v[kLoads];
     Retry retry;
     for (u32 other = 1; other;) {
@@ -306,6 +354,15 @@ struct LatentAttention {
     }
   }
 
+  // Piece `index` of the rows that the step appends for the tokens from `first` to this one.
+  static __device__ __forceinline__ const float* made_at(const Block& b, const Run& run, u32 token,
+                                                         u32 first, u32 index) {
+    const u32 row = first + index / kRowPieces;
+    if (kTopk || row > token) return nullptr;
+    return reinterpret_cast<const float*>(run.w + row_at(b, token, b.position(row))) +
+           index % kRowPieces * 4;
+  }
+
   static __device__ __forceinline__ u32 other_tags(float4 v, u32 tag) {
     return other_tag(v.x, tag) | other_tag(v.y, tag) | other_tag(v.z, tag) | other_tag(v.w, tag);
   }
@@ -314,35 +371,37 @@ struct LatentAttention {
     return {untagged(v.x), untagged(v.y), untagged(v.z), untagged(v.w)};
   }
 
-  static __device__ __forceinline__ void tile(const Here& me, Block& b, const Run& run, u32 index) {
+  static __device__ __forceinline__ void tile(const Here& me, Block& b, const Run& run,
+                                              const Place& at) {
     Scratch& scratch = *reinterpret_cast<Scratch*>(b.scratch);
-    const u32 group = index / kSplits, split = index % kSplits;
-    Share share(b, split);
+    Share share(b, at.token, at.split);
     State state;
     if (!share.idle()) {
-      if constexpr (kTopk > 0) list_rows(me, b, run, share, scratch);
-      prepare(me, b, run, group, scratch);
+      if constexpr (kTopk > 0) list_rows(me, b, run, at.token, share, scratch);
+      const u32 first = first_of_sequence(b, at.token), fresh = b.position(first);
+      prepare(me, b, run, at, first, scratch);
       sync_consumers();
-      for (u32 turn = 0; share.next(); turn ^= 1) take(me, b, share, turn, scratch, state);
+      for (u32 turn = 0; share.next(); turn ^= 1) take(me, b, share, fresh, turn, scratch, state);
     } else if (kTopk == 0) {
       return;  // nobody reads the result
     }
-    store(me, b, run, group, split, state);
+    store(me, b, run, at, state);
     sync_consumers();
   }
 
-  // The next piece of a share.
+  // The next piece of a share; fresh: the first position that the step appends.
   static __device__ __forceinline__ void take(const Here& me, Block& b, const Share& share,
-                                              u32 turn, Scratch& scratch, State& state) {
+                                              u32 fresh, u32 turn, Scratch& scratch, State& state) {
     const Cursor first = b.cursor;
     const u32 units = (share.rows + kUnitRows - 1) / kUnitRows, mine = me.warp / 2;
     const u32* rows = scratch.rows + share.from - share.first;  // with kTopk
     if (mine < units) {
       wait_full(b, first.after(mine));
       u16* unit = reinterpret_cast<u16*>(b.slot(first.after(mine)));
-      const u32 own = share.rows - 1;  // of the last piece: the token's own position
-      if (kTopk == 0 && share.last() && own / 8 == u32(me.warp))
-        replace(me, unit, own % kUnitRows, scratch);
+      if constexpr (kTopk == 0) {
+        const u32 from = share.from + me.warp * 8, end = min(from + 8, share.end);
+        if (end > fresh) replace(me, unit, max(from, fresh), end, fresh, scratch);
+      }
       float s[4];
       score(me, scratch.q, unit, kTopk ? rows + mine * kUnitRows : nullptr, s);
       float* to = &scratch.scores[turn][me.lane / 4][me.warp * 8 + me.lane % 4 * 2];
@@ -362,12 +421,13 @@ struct LatentAttention {
     }
   }
 
-  // What was copied for the token's own position may be older than what is there now.
-  static __device__ __forceinline__ void replace(const Here& me, u16* unit, u32 row,
-                                                 const Scratch& scratch) {
-    for (u32 piece = me.lane; piece < kRowPieces; piece += 32)
-      reinterpret_cast<uint4*>(unit + row * kWidth)[piece] =
-          reinterpret_cast<const uint4*>(scratch.own)[piece];
+  // What was copied for positions of the step may be older than what is there now.
+  static __device__ __forceinline__ void replace(const Here& me, u16* unit, u32 begin, u32 end,
+                                                 u32 fresh, const Scratch& scratch) {
+    for (u32 position = begin; position < end; ++position)
+      for (u32 piece = me.lane; piece < kRowPieces; piece += 32)
+        reinterpret_cast<uint4*>(unit + position % kUnitRows * kWidth)[piece] =
+            reinterpret_cast<const uint4*>(scratch.made[position - fresh])[piece];
     fence_proxy();  // the copy engine will write to this slot again
     __syncwarp();
   }
@@ -469,12 +529,13 @@ struct LatentAttention {
   }
 
   static __device__ __forceinline__ void store(const Here& me, const Block& b, const Run& run,
-                                               u32 group, u32 split, const State& state) {
+                                               const Place& at, const State& state) {
+    const u32 head = at.token * kHeads + at.group * kTileHeads;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const u32 row = me.lane / 4 + half * 8;
       if (row >= kTileHeads) continue;
-      float* y = b.at(run.y) + ((group * kTileHeads + row) * kSplits + split) * kYPitch;
+      float* y = b.at(run.y) + ((head + row) * kSplits + at.split) * kYPitch;
       if (me.warp == 0 && me.lane % 4 == 0)
         store_float2(y + kLora, {state.most[half] / kLog2e, state.sum[half]});
 #pragma unroll

@@ -5,7 +5,7 @@
 //   Operand: x' as the products want it, in a thread's own registers for the whole run
 //   Sums, add(unit, ...): one unit, whose slot is given back on the way
 //   kTogether, add_together(...): so many tiles at once, if that is more than one
-//   leave(Sums, ...): to shared memory
+//   leave(Sums, ...): to shared memory; `only`: of one token, where a unit is not for all of them
 #pragma once
 #include "inputs.cuh"
 
@@ -138,7 +138,7 @@ struct Matrix {
     uint4* rest;  // [kSteps - kHeld, kColumnBlocks, kProducts / 2, kThreads]
     // Of the two rows of a lane's sums in each step, for the rows of one block of scales.
     float scale[kSteps][kRowBlocks][2];
-    u32 group = 0xffffffffu;  // whose scales these are
+    u32 group = 0xffffffffu, token = 0;  // whose scales these are
     __device__ __forceinline__ explicit Operand(const Block& b)
         : rest(reinterpret_cast<uint4*>(b.scratch) + thread()) {}
 
@@ -207,12 +207,12 @@ struct Matrix {
     out.set(step(round), part(round), to);
   }
 
-  static __device__ __forceinline__ void load_scales(const Run& run, u32 row,
+  static __device__ __forceinline__ void load_scales(const Run& run, u32 row, u32 token,
                                                      const typename Source::Choice& choice,
                                                      Operand& x) {
     const u32 group = Source::template scale_group<Scales::kRows>(run, row);
-    if (group == x.group) return;
-    x.group = group;
+    if (group == x.group && (!Source::kOfToken || token == x.token)) return;
+    x.group = group, x.token = token;
 #pragma unroll
     for (int step = 0; step < kSteps; ++step)
 #pragma unroll
@@ -221,7 +221,7 @@ struct Matrix {
         const bool up = place / kSegments >= T::kTileRows;
         const int k = (piece_block(step / kPieceSteps) + block(step, segment)) * kBlock;
         const u32 block_row =
-            Source::template scale_row<Scales::kRows>(choice, group, k / T::kPartK);
+            Source::template scale_row<Scales::kRows>(choice, token, group, k / T::kPartK);
         const float* from = (up ? run.scale_up : run.scale) + u64(block_row) * kScaleCols;
         x.scale[step][i / 2][i % 2] =
             block_inside(step, segment) ? __ldg(from + k % T::kPartK / Scales::kCols) : 0;
@@ -338,7 +338,7 @@ struct Matrix {
   // The useful sums stand where a row's segment meets its own columns: each lane picks those that
   // it has, of two tokens or of one, and the segments of a row are added up.
   static constexpr int kOwn = kTokens >= 2 ? 2 : 1;
-  static __device__ __forceinline__ void leave(Block& b, int first, Sums& sums) {
+  static __device__ __forceinline__ void leave(Block& b, int first, int only, Sums& sums) {
 #pragma unroll
     for (int n = 0; n < kRowBlocks; ++n) {
       float own[2][kOwn];
@@ -351,7 +351,7 @@ struct Matrix {
         for (int half = 0; half < (kSegments == 16 ? 1 : 2); ++half) {
           const float sum = segment_sum(own[half][i]) * kSumFactor;
           const int row = n * 16 + (half * 8 + column()) / kSegments, token = quad() * kOwn + i;
-          if (column() % kSegments == 0 && token < kTokens)
+          if (column() % kSegments == 0 && token < kTokens && Source::leaves(token, only))
             *part_of_sum(b, first + T::sum_of(row), warp(), token) = sum;
         }
       }
@@ -392,7 +392,7 @@ struct Matrix {
 
 // Plain arithmetic, for all types and shapes: k in chunks of 16 bytes, or of one element where rows
 // do not start at a multiple of 16. Thread t of a group holds the chunks t, t + kRound, ... of each
-// piece; the rows of a unit are dealt to the groups.
+// piece, of all tokens; the rows of a unit are dealt to the groups.
 template <class T, class Scales>
 struct Scalar {
   using Bits = typename T::Bits;
@@ -403,12 +403,11 @@ struct Scalar {
   static constexpr int kPieceChunks = T::kWhole ? kChunks : T::kPieceBytes / 16;
   static constexpr int kCycleChunks = T::kAligned ? T::kCycleBytes / 16 : kChunks;
   static constexpr int kLastChunks = kCycleChunks - (T::kCycle - 1) * kPieceChunks;
-  static_assert(kTokens == 1 || kK == 0, "several tokens need the matrix units");
   static constexpr int kRowWarps = kChunks >= 256 ? 8 : kChunks >= 128 ? 4 : kChunks >= 64 ? 2 : 1;
   static constexpr int kGroups = kWarps / kRowWarps;
   static constexpr int kRound = 32 * kRowWarps;  // chunks that a group takes at once
   static constexpr int kPieceRounds = (kPieceChunks + kRound - 1) / kRound;
-  static constexpr int kRounds =
+  static constexpr int kOwnChunks =  // of a token, in a thread
       (T::kPieces - 1) * kPieceRounds + (kLastChunks + kRound - 1) / kRound;
   static constexpr int kGroupRows = (T::kUnitRows + kGroups - 1) / kGroups;
   static_assert(kGroups % T::kUnitRows == 0 || T::kUnitRows % kGroups == 0, "powers of two");
@@ -425,38 +424,43 @@ struct Scalar {
   static __device__ __forceinline__ int group_thread() {
     return (warp() % kRowWarps) * 32 + lane();
   }
-  static __device__ __forceinline__ int chunk_of(int round) {
-    const int piece = round / kPieceRounds;
-    return piece / T::kCycle * kCycleChunks + piece % T::kCycle * kPieceChunks + in_piece(round);
+  static __device__ __forceinline__ int chunk_of(int own) {
+    const int piece = own / kPieceRounds;
+    return piece / T::kCycle * kCycleChunks + piece % T::kCycle * kPieceChunks + in_piece(own);
   }
-  static __device__ __forceinline__ int in_piece(int round) {
-    return round % kPieceRounds * kRound + group_thread();
+  static __device__ __forceinline__ int in_piece(int own) {
+    return own % kPieceRounds * kRound + group_thread();
   }
-  static __device__ __forceinline__ int offset(int round) { return chunk_of(round) * kWide; }
-  // False where the last round of a piece goes beyond it.
-  static __device__ __forceinline__ bool inside(int round) {
+  // False where a chunk is beyond the end of its piece.
+  static __device__ __forceinline__ bool chunk_inside(int own) {
     if constexpr (kPieceChunks % kRound == 0 && kLastChunks % kRound == 0) return true;
-    const bool last = round / kPieceRounds % T::kCycle == T::kCycle - 1;
-    return in_piece(round) < (last ? kLastChunks : kPieceChunks);
+    const bool last = own / kPieceRounds % T::kCycle == T::kCycle - 1;
+    return in_piece(own) < (last ? kLastChunks : kPieceChunks);
   }
 
+  // Layout: a round is a chunk of a token, one token after another.
   static constexpr int kTogether = 1;
-  static constexpr int kParts = 1, kPair = 1;
-  static __device__ __forceinline__ int row(int) { return 0; }
+  static constexpr int kParts = 1, kPair = kTokens, kRounds = kOwnChunks * kTokens;
+  static constexpr int kWidth = 2;  // as of Matrix where all lanes have parts of the same token
+  static __device__ __forceinline__ int row(int round) { return round % kTokens; }
   static __device__ __forceinline__ int part(int) { return 0; }
+  static __device__ __forceinline__ int offset(int round) {
+    return chunk_of(round / kTokens) * kWide;
+  }
+  static __device__ __forceinline__ bool inside(int round) { return chunk_inside(round / kTokens); }
   struct Operand {
-    float x[kRounds][kWide];
-    float scale[T::kMatrices][kRounds];  // of this thread's chunks, for the rows of one block
-    u32 group = 0xffffffffu;
+    float x[kTokens][kOwnChunks][kWide];
+    float scale[T::kMatrices][kOwnChunks];  // of this thread's chunks, for the rows of one block
+    u32 group = 0xffffffffu, token = 0;
     __device__ __forceinline__ explicit Operand(const Block&) {}
   };
   static __device__ __forceinline__ void put(Operand& out, int round, const float (&v)[kWide]) {
 #pragma unroll
-    for (int i = 0; i < kWide; ++i) out.x[round][i] = v[i];
+    for (int i = 0; i < kWide; ++i) out.x[row(round)][round / kTokens][i] = v[i];
   }
 
   struct Sums {
-    float v[kGroupRows] = {};
+    float v[kTokens][kGroupRows] = {};
   };
 
   static __device__ __forceinline__ void add(Block& b, const Run& run, u32 row, int piece,
@@ -467,48 +471,54 @@ struct Scalar {
     for (int i = 0; i < kGroupRows; ++i) {
       int unit_row = i * kGroups + group();
       if (T::kUnitRows < kGroups && unit_row >= T::kUnitRows) continue;
-      sums.v[i] += dot(slot + T::offset(run, row, unit_row), x, piece, unit_row / T::kTileRows);
+#pragma unroll
+      for (int token = 0; token < kTokens; ++token)
+        sums.v[token][i] +=
+            dot(slot + T::offset(run, row, unit_row), x, token, piece, unit_row / T::kTileRows);
     }
     release_slot(b);
   }
 
-  static __device__ __forceinline__ void leave(Block& b, int first, Sums& sums) {
-    float total = warp_sums(sums.v);
-    constexpr int kShare = 32 / kGroupRows;
-    int unit_row = (lane() / kShare) * kGroups + group();
-    if (lane() % kShare == 0 && unit_row < T::kUnitRows)
-      *part_of_sum(b, first + T::sum_of(unit_row), warp() % kRowWarps, 0) = total;
+  static __device__ __forceinline__ void leave(Block& b, int first, int only, Sums& sums) {
+#pragma unroll
+    for (int token = 0; token < kTokens; ++token) {
+      float total = warp_sums(sums.v[token]);
+      constexpr int kShare = 32 / kGroupRows;
+      int unit_row = (lane() / kShare) * kGroups + group();
+      if (lane() % kShare == 0 && unit_row < T::kUnitRows && Source::leaves(token, only))
+        *part_of_sum(b, first + T::sum_of(unit_row), warp() % kRowWarps, token) = total;
+    }
   }
 
-  static __device__ __forceinline__ void load_scales(const Run& run, u32 row,
+  static __device__ __forceinline__ void load_scales(const Run& run, u32 row, u32 token,
                                                      const typename Source::Choice& choice,
                                                      Operand& x) {
     const u32 group = Source::template scale_group<Scales::kRows>(run, row);
-    if (group == x.group) return;
-    x.group = group;
+    if (group == x.group && (!Source::kOfToken || token == x.token)) return;
+    x.group = group, x.token = token;
 #pragma unroll
     for (int m = 0; m < T::kMatrices; ++m)
 #pragma unroll
-      for (int r = 0; r < kRounds; ++r) {
+      for (int r = 0; r < kOwnChunks; ++r) {
         const int k = chunk_of(r) * kWide;
         const u32 block_row =
-            Source::template scale_row<Scales::kRows>(choice, group, k / T::kPartK);
+            Source::template scale_row<Scales::kRows>(choice, token, group, k / T::kPartK);
         const float* from = (m ? run.scale_up : run.scale) + u64(block_row) * kScaleCols;
-        x.scale[m][r] = inside(r) ? __ldg(from + k % T::kPartK / Scales::kCols) : 0;
+        x.scale[m][r] = chunk_inside(r) ? __ldg(from + k % T::kPartK / Scales::kCols) : 0;
       }
   }
 
  private:
-  // The dot product of this thread's part of one row, or of one piece of it.
-  static __device__ __forceinline__ float dot(const u8* row, const Operand& x, int piece,
+  // The dot product of this thread's part of one row, or of one piece of it, with one token's x'.
+  static __device__ __forceinline__ float dot(const u8* row, const Operand& x, int token, int piece,
                                               int matrix) {
     float a = 0, c = 0, sum = 0;
 #pragma unroll
     for (int i = 0; i < kPieceRounds; ++i) {
       const int r = piece * kPieceRounds + i;
-      if (r >= kRounds) continue;
-      if (!inside(r)) continue;
-      add_chunk(row, i * kRound + group_thread(), x.x[r], a, c);
+      if (r >= kOwnChunks) continue;
+      if (!chunk_inside(r)) continue;
+      add_chunk(row, i * kRound + group_thread(), x.x[token][r], a, c);
       if constexpr (kScaled) {
         float scale = x.scale[0][r];
         if (T::kMatrices == 2 && matrix) scale = x.scale[T::kMatrices - 1][r];

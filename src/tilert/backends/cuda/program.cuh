@@ -99,7 +99,7 @@ struct Shared {
   // 1 + runs in this launch before that in which the loader lost a unit, or in which a warp stopped
   // to wait for one; 0: none.
   u32 lost, stopped;
-  u32 chosen[kMaxChosen];  // what the loader knows: experts of the run that it streams
+  u32 chosen[kTokens * kMaxChosen];  // what the loader knows: experts of the run that it streams
   float squares[kWarps][kTokens];
   float partial[2][kTokens][2 * kChunkRows * kPartialPitch];
 };

@@ -18,6 +18,7 @@ from tilert.backends.cuda.limits import (
     UNIT_ROWS,
     scratch_bytes,
     shared_struct_bytes,
+    taken_units,
 )
 from tilert.errors import UserError
 from tilert.ir.dtype import DType
@@ -76,7 +77,8 @@ def generate(program: Program, slots: int, *, trace: bool = False) -> Source:
     machine = program.machine
     constants = {
         "kSlots": slots, "kSlotBytes": machine.slot_bytes, "kSlotPitch": machine.slot_bytes + SLOT_PAD,
-        "kWindow": min(machine.window, slots), "kPage": PAGE, "kScratchBytes": scratch_bytes(program),
+        "kWindow": min(machine.window, slots), "kPage": PAGE,
+        "kScratchBytes": scratch_bytes(program, program.tokens),
         "kCounters": len(program.counters), "kTurn": tags.stride % TAGS, "kTokens": program.tokens,
         "kStreamLead": program.stream_lead, "kSharedBytes": shared_struct_bytes(program.tokens),
         "kHeldWords": HELD_WORDS, "kVariants": len(known),
@@ -109,7 +111,7 @@ def _type(program: Program, op: Op, tags: Tags) -> str:
         return _index(program, op, tags)
     if isinstance(op, Combine):
         return (
-            f"Combine<{op.kv_heads}, {op.group}, {op.head_dim}, {op.splits}, {op.window},"
+            f"Combine<{op.kv_heads}, {op.group}, {op.head_dim}, {op.splits}, {_active(program, op.part)},"
             f" {_flag(op.y in tags.writers)}, {_narrow(program, op.y)}>"
         )
     if isinstance(op, Embed):
@@ -155,11 +157,14 @@ def _latent(program: Program, op: LatentRope | LatentAttention, tags: Tags) -> s
     if isinstance(op, LatentRope):
         return (
             f"LatentRope<{op.heads}, {op.nope}, {op.rope}, {op.lora}, {_flag(bool(op.interleave))},"
-            f" {_flag(op.kv in tags.writers)}, {_weight(program, op.weight)}, {_bits(op.eps)}>"
+            f" {_flag(op.kv in tags.writers)}, {_weight(program, op.weight)}, {_bits(op.eps)},"
+            f" {_pitch(program, op.q)}, {_pitch(program, op.kv)}>"
         )
+    assert op.block == 1, "a tile has one token"
     return (
-        f"LatentAttention<{op.tile_heads}, {op.nope}, {op.rope}, {op.lora}, {op.splits}, {op.topk},"
-        f" {_flag(op.q in tags.writers)}, {_bits(op.scale)}>"
+        f"LatentAttention<{op.heads}, {op.tile_heads}, {op.nope}, {op.rope}, {op.lora}, {op.splits},"
+        f" {op.topk}, {taken_units(program.machine)}, {_flag(op.q in tags.writers)}, {_bits(op.scale)},"
+        f" {_pitch(program, op.q)}, {_pitch(program, op.q_rope)}>"
     )
 
 
@@ -178,13 +183,20 @@ def _index(program: Program, op: IndexRope | IndexScore | Select, tags: Tags) ->
     if isinstance(op, IndexScore):
         return (
             f"IndexScore<{op.heads}, {op.head_dim}, {op.topk}, {op.splits}, {op.width},"
-            f" {_flag(op.head_weights in tags.writers)}, {_bits(op.scale)}>"
+            f" {_flag(op.head_weights in tags.writers)}, {_bits(op.scale)}, {_pitch(program, op.q)},"
+            f" {_pitch(program, op.head_weights)}>"
         )
     norms = ", ".join(_weight(program, b) for b in (op.weight, op.shift))
     return (
         f"IndexRope<{op.heads}, {op.head_dim}, {op.rope}, {_flag(bool(op.interleave))},"
-        f" {_flag(op.k in tags.writers)}, {norms}, {_bits(op.eps)}>"
+        f" {_flag(op.k in tags.writers)}, {norms}, {_bits(op.eps)}, {_pitch(program, op.q)},"
+        f" {_pitch(program, op.k)}>"
     )
+
+
+def _pitch(program: Program, buf: Buf) -> int:
+    """From one token's row of an activation to the next one's; with one token shapes do not differ by it."""
+    return 0 if program.tokens == 1 else program.buffers[buf].cols
 
 
 def _flag(value: bool) -> str:
@@ -198,8 +210,9 @@ def _narrow(program: Program, buf: Buf) -> str:
 def _linear(program: Program, op: Linear, tags: Tags) -> str:
     x, rows = _input(program, op, tags), "Straight"
     if op.splits > 1:
-        x = f"Merged<{op.splits}, {op.group}, {op.head_dim}, {_active(program, op)}>"
+        x = f"Merged<{op.splits}, {op.group}, {op.head_dim}, {_active(program, op.x)}>"
     if op.groups > 1:
+        assert x != "Stored", "each block has another part of x"
         stride = op.splits * (op.head_dim + 2) if op.splits > 1 else op.x_stride
         rows = f"Blocks<{op.n // op.groups}, {stride}>"
     epilogue = ("kStore", "kAdd", "kGate")[op.epilogue]
@@ -218,10 +231,10 @@ def _down(program: Program, op: ExpertDown, tags: Tags) -> str:
 
 
 def _input(program: Program, op: Linear | ExpertGate, tags: Tags) -> str:
-    checked = _flag(op.x in tags.writers)
+    checked, pitch = _flag(op.x in tags.writers), _pitch(program, op.x)
     if op.norm != NONE:
-        return f"Normed<{checked}, {_weight(program, op.norm)}, {_bits(op.eps)}>"
-    return "Stored" if program.buffers[op.x].dtype is DType.BF16 else f"Plain<{checked}>"
+        return f"Normed<{checked}, {_weight(program, op.norm)}, {_bits(op.eps)}, {pitch}>"
+    return "Stored" if program.buffers[op.x].dtype is DType.BF16 else f"Plain<{checked}, {pitch}>"
 
 
 def _product(
@@ -236,9 +249,9 @@ def _product(
     )
 
 
-def _active(program: Program, op: Linear) -> str:
-    """Which of the shares that a product merges hold something."""
-    made = next(o for o in program.ops if isinstance(o, Attend | LatentAttention) and o.y == op.x)
+def _active(program: Program, shares: Buf) -> str:
+    """Which of the shares of attention in a buffer hold something."""
+    made = next(o for o in program.ops if isinstance(o, Attend | LatentAttention) and o.y == shares)
     if isinstance(made, Attend):
         return f"PastPages<{made.window}>"
     return "EveryShare" if made.topk else "SeenPages"

@@ -46,7 +46,8 @@ struct None {  // of an operand that an op does not have
 // run has rows; a row of weights has `kParts` parts along k, each of another matrix. For others
 // than this one see experts.cuh.
 struct Straight {
-  static constexpr bool kChosen = false;  // by what an earlier op has left
+  static constexpr bool kChosen = false;   // by what an earlier op has left
+  static constexpr bool kOfToken = false;  // each token of several has rows of its own
   static constexpr int kParts = 1;
   static constexpr u32 kBlockRows = 0, kBlockStride = 0;  // all rows have the same x
   struct Choice {};                                       // what the warps know of it
@@ -55,8 +56,8 @@ struct Straight {
 
   // The loader's side. False: the launch has ended.
   static __device__ __forceinline__ bool ready(Loader&, const Run&) { return true; }
-  // The row of weights in a table of rows that `matrix`, run.w or run.w_up, points to.
-  static __device__ __forceinline__ u32 stored(const Block&, const Run&, u32 row, int) {
+  // The row of weights in a table of rows that `matrix`, run.w or run.w_up, points to, for a token.
+  static __device__ __forceinline__ u32 stored(const Block&, const Run&, u32 row, u32, int) {
     return row;
   }
   // Of a tile of so many rows, those that there are.
@@ -78,9 +79,11 @@ struct Straight {
     return (run.first + row) / kBlockRows;
   }
   template <u32 kBlockRows>
-  static __device__ __forceinline__ u32 scale_row(const Choice&, u32 group, int) {
+  static __device__ __forceinline__ u32 scale_row(const Choice&, u32, u32 group, int) {
     return group;
   }
+  // Whether a product leaves the sums of a token when it has multiplied the rows of token `only`.
+  static __device__ __forceinline__ bool leaves(int, int) { return true; }
 };
 
 // Rows of a block-diagonal matrix: so many have the same x, and that of the next ones is so much
@@ -132,11 +135,10 @@ struct Tile {
   // The loader's side.
   static __device__ __forceinline__ bool stream(Loader& l, const Run& run) {
     if (!Source::ready(l, run)) return false;
-    for (u32 row = 0; row < run.count; row += kTileRows) {
-      u32 rows = Source::rows(run, row, kTileRows);
-      if (!(kFits ? stream_whole(l, run, row, rows) : stream_pieces(l, run, row, rows)))
-        return false;
-    }
+    if constexpr (!Source::kOfToken) return stream_rows(l, run, 0, run.count, 0);
+    for (u32 begin = 0; begin < run.count; begin += kChunkRows)
+      for (u32 token = 0; token < l.b.params.count; ++token)
+        if (!stream_rows(l, run, begin, min(begin + kChunkRows, run.count), token)) return false;
     return true;
   }
 
@@ -162,29 +164,42 @@ struct Tile {
   }
 
  private:
+  static __device__ __forceinline__ bool stream_rows(Loader& l, const Run& run, u32 begin, u32 end,
+                                                     u32 token) {
+    for (u32 row = begin; row < end; row += kTileRows) {
+      u32 rows = Source::rows(run, row, kTileRows);
+      if (!(kFits ? stream_whole(l, run, row, rows, token)
+                  : stream_pieces(l, run, row, rows, token)))
+        return false;
+    }
+    return true;
+  }
+
   static __device__ __forceinline__ const u8* stored(const Loader& l, const Run& run, u32 row,
-                                                     int matrix, int part) {
-    return (matrix ? run.w_up : run.w) + u64(Source::stored(l.b, run, row, part)) * kRowBytes;
+                                                     u32 token, int matrix, int part) {
+    const u32 at = Source::stored(l.b, run, row, token, part);
+    return (matrix ? run.w_up : run.w) + u64(at) * kRowBytes;
   }
 
   // All of a tile, some parts at a time.
-  static __device__ __forceinline__ bool stream_whole(Loader& l, const Run& run, u32 row,
-                                                      u32 rows) {
+  static __device__ __forceinline__ bool stream_whole(Loader& l, const Run& run, u32 row, u32 rows,
+                                                      u32 token) {
 #pragma unroll 1
     for (int first = 0; first < Source::kParts; first += kTogetherParts) {
       if (!l.acquire()) return false;
       if constexpr (Source::kParts > 1)
-        stream_parts(l, run, row, rows, first);
+        stream_parts(l, run, row, rows, token, first);
       else
-        stream_tile(l, run, row, rows);
+        stream_tile(l, run, row, rows, token);
       l.next();
     }
     return true;
   }
 
-  static __device__ __forceinline__ void stream_tile(Loader& l, const Run& run, u32 row, u32 rows) {
-    const u8* from[2] = {stored(l, run, row, 0, 0), nullptr};
-    if constexpr (kMatrices == 2) from[1] = stored(l, run, row, 1, 0);
+  static __device__ __forceinline__ void stream_tile(Loader& l, const Run& run, u32 row, u32 rows,
+                                                     u32 token) {
+    const u8* from[2] = {stored(l, run, row, token, 0, 0), nullptr};
+    if constexpr (kMatrices == 2) from[1] = stored(l, run, row, token, 1, 0);
     u32 bytes[2];
 #pragma unroll
     for (int m = 0; m < kMatrices; ++m) {
@@ -198,16 +213,16 @@ struct Tile {
   }
 
   static __device__ __forceinline__ void stream_parts(Loader& l, const Run& run, u32 row, u32 rows,
-                                                      int first) {
+                                                      u32 token, int first) {
     const int count = min(kTogetherParts, Source::kParts - first);
     l.expect(count * rows * kRowBytes);
 #pragma unroll 1
     for (int i = 0; i < count; ++i)
-      l.copy(i * kPartBytes, stored(l, run, row, 0, first + i), rows * kRowBytes);
+      l.copy(i * kPartBytes, stored(l, run, row, token, 0, first + i), rows * kRowBytes);
   }
 
-  static __device__ __forceinline__ bool stream_pieces(Loader& l, const Run& run, u32 row,
-                                                       u32 rows) {
+  static __device__ __forceinline__ bool stream_pieces(Loader& l, const Run& run, u32 row, u32 rows,
+                                                       u32 token) {
 #pragma unroll 1
     for (int part = 0; part < Source::kParts; ++part)
 #pragma unroll 1
@@ -217,7 +232,7 @@ struct Tile {
         l.expect(kMatrices * rows * bytes);
 #pragma unroll
         for (int m = 0; m < kMatrices; ++m) {
-          const u8* from = stored(l, run, row, m, part) + done;
+          const u8* from = stored(l, run, row, token, m, part) + done;
 #pragma unroll 1
           for (u32 r = 0; r < rows; ++r)
             l.copy(m * kMatrixPitch + r * kRowPiece, from + u64(r) * kRowBytes, bytes);
