@@ -22,7 +22,7 @@ from tilert.engine.engine import Engine
 from tilert.engine.mtp import LayerDrafter
 from tilert.engine.runner import Row, Runner
 from tilert.errors import UserError
-from tilert.ir.machine import cpu
+from tilert.ir.machine import NULL, cpu
 from tilert.models.derived import ColumnPart
 
 FREE = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
@@ -257,8 +257,8 @@ def test_a_step_of_guesses_gives_the_same_bits_in_every_order(tmp_path: Path) ->
     guessing.make("deepseek_v32", tmp_path)
     llm = opened(tmp_path, max_model_len=128, max_num_seqs=2)
     assert llm.engine.layer is not None
-    for workers, drafts in ((2, 1), (3, 3)):
-        program = llm.runner.guessing(llm.engine.layer, drafts, cpu(workers))
+    for machine, drafts in ((cpu(2), 1), (cpu(3), 3), (NULL, 2)):
+        program = llm.runner.guessing(llm.engine.layer, drafts, machine)
         weights = programs.make_weights(program)
         expected = programs.outcome(program, weights, "sequential", steps=4)
         for order in list(ORDERS)[:: 1 + drafts]:

@@ -34,9 +34,8 @@ def lower_speculation(
     given, tokens = model.home[hidden], model.state("tokens")
     for number in range(1, graph.drafts + 1):
         low = Lowering(
-            graph.layer, machine, replace(limits, tokens=limits.tokens if number == 1 else 1, outputs=1),
-            dtypes, scales, model.buffers, model.ops, model.ids, scope=f"guess{number}.", given=given,
-            states=first if number == 1 else others,
+            graph.layer, machine, _limits(model, number), dtypes, scales, model.buffers, model.ops,
+            model.ids, scope=f"guess{number}.", given=given, states=first if number == 1 else others,
         )  # fmt: skip
         lower_nodes(low)
         part, chunks = lower_argmax(low, graph.layer.nodes[-1].output)
@@ -46,6 +45,14 @@ def lower_speculation(
     return model.buffers, model.ops
 
 
+def _limits(model: Lowering, number: int) -> Limits:
+    """Of a pass of the layer, which has one row but for the first. A machine with rings has kernels for one
+    number of rows, of which such a pass leaves all but one alone."""
+    if model.fused:
+        return model.limits
+    return replace(model.limits, tokens=model.limits.tokens if number == 1 else 1, outputs=1)
+
+
 def _accept(model: Lowering) -> tuple[dict[str, Buf], dict[str, Buf]]:
     """The states of the layer's first pass, which Accept makes, and those of its further ones."""
 
@@ -53,14 +60,15 @@ def _accept(model: Lowering) -> tuple[dict[str, Buf], dict[str, Buf]]:
         return model.buffer(name, Kind.STATE, DType.I32, 1, cols)
 
     rows = model.limits.tokens
+    fewest, outputs = (rows, rows) if model.fused else (1, 1)
     common = {name: model.state(name) for name in ("sequences", "pages", "sampled")}
     first = common | {
         "tokens": state("following", rows), "positions": state("places", rows),
-        "counts": state("kept", 2), "output_rows": state("last", 1),
+        "counts": state("kept", 2), "output_rows": state("last", outputs),
     }  # fmt: skip
     others = common | {
-        "tokens": state("guess", 1), "positions": state("place", 1),
-        "counts": state("one", 2), "output_rows": state("only", 1),
+        "tokens": state("guess", fewest), "positions": state("place", fewest),
+        "counts": state("one", 2), "output_rows": state("only", outputs),
     }  # fmt: skip
     part, chunks = lower_argmax(model, model.graph.nodes[-1].output)
     model.ops.append(

@@ -16,7 +16,7 @@ from tilert.compiler.order import Facts, Place
 from tilert.ir.dtype import DType
 from tilert.ir.encode import field_kinds
 from tilert.ir.program import NONE, PAST, Buffer, Kind, Op, Program, Region, Run, Wait
-from tilert.ir.regions import Cells, cache_frames
+from tilert.ir.regions import Cells
 
 ALIGN = 64  # bytes; every activation starts at a cache line
 
@@ -366,11 +366,10 @@ def ring(facts: Facts) -> Iterator[str]:
 def stream(facts: Facts) -> Iterator[str]:
     """Past cache rows can be streamed as soon as the run `stream_lead` after the one that reads them has
     started in the step before: that start comes after the appends of that step. Older ones are in order
-    with it. What another pass of the step appends is not there as early, whatever has started."""
+    with it. Where rows are streamed only when the waits of the run hold, there is nothing to prove."""
     program = facts.program
-    if not program.machine.slots:
+    if not program.machine.slots or program.held:
         return
-    frames = cache_frames(program.buffers, program.ops)
     writers: dict[int, list[int]] = defaultdict(list)
     for number, regions in enumerate(facts.writes):
         for buffer in {r.buffer for r in regions}:
@@ -384,11 +383,8 @@ def stream(facts: Facts) -> Iterator[str]:
             yield f"{facts.name(place)} streams a cache, but its worker has too few runs"
             continue
         after = facts.numbers[place.worker][later]
-        for buffer, writer in ((b, w) for b in sorted(past) for w in writers[b]):
-            at, op = facts.places[writer], place.run.op
-            passed = at.run.op < op and frames[at.run.op][buffer] != frames[op][buffer]
-            if passed and program.ops[op].choice == NONE:
-                yield f"{facts.name(place)} streams what {facts.name(at)} appends in another pass"
+        for writer in (w for buffer in sorted(past) for w in writers[buffer]):
+            at = facts.places[writer]
             known = facts.clock[wrap, after, at.worker]
             if at.worker != place.worker and known < facts.moment(0, at):
                 yield (f"{facts.name(place)} streams what {facts.name(at)} appends, but the run that its"

@@ -265,6 +265,12 @@ class Program:
         does not wait for all."""
         return 1 if self.tokens == 1 else 2
 
+    @property
+    def held(self) -> bool:
+        """True when a step has passes at several positions, which only the run knows. Then past cache rows
+        are not streamed before the waits of the run that reads them hold."""
+        return len({getattr(op, "positions", NONE) for op in self.ops} - {NONE}) > 1
+
     def weight_itemsize(self, op: Op) -> int:
         """Bytes per element of the op's weights; the widest when they differ, 4 when it has none."""
         weights = [b for b in self.operands(op) if b.kind is Kind.WEIGHT]
