@@ -226,7 +226,10 @@ class Runner:
 
     def guessing(self, layer: Runner, drafts: int, machine: Machine) -> Program:
         """The program whose steps verify `drafts` guesses and make as many, for any machine."""
-        limits = Limits(drafts + 1, drafts + 1, self.sequences, self.context)
+        rows = drafts + 1
+        if machine.slots:  # kernels take 2, 4 or 8 rows
+            rows = next(count for count in (2, 4, 8) if count >= rows)
+        limits = Limits(rows, rows, self.sequences, self.context)
         weights, scales = {**self.weights, **layer.weights}, {**(self.scales or {})}
         dtypes = {name: DType.of(array) for name, array in weights.items()}
         return program_for(

@@ -89,11 +89,9 @@ struct Attend {
     return (u64(__ldg(table + page)) * kKvHeads + g) * kPageBytes;
   }
 
-  // Rows that this launch has appended may be streamed once the run kStreamLead after this one has
-  // started in the step before: it comes after all appends of this op (verified as rule `stream`).
   static __device__ __forceinline__ bool stream(Loader& l, const Run& run) {
     Block& b = l.b;
-    if (b.step && !l.passed((b.step - 1) * b.length + b.number + kStreamLead + 1)) return false;
+    if (!l.past()) return false;
     for (u32 tile = run.first; tile < run.first + run.count; ++tile)
       for (Span span; span.next(b.params);) {
         const u32 split = tile % kSplits, first = first_of(b, span), end = end_of(b, span);
@@ -582,7 +580,7 @@ struct Combine {
   static __device__ __forceinline__ float2 blended(const Block& b, const Run& run, u32 tile,
                                                    u32 head, u32 column) {
     const u32 token = tile / kKvHeads;
-    if (token >= b.params.count) return {0, 0};
+    if (token >= b.count()) return {0, 0};
     const int shares = Active::count(b, token, kSplits);
     const float* from = b.at(run.x) + u64(tile) * kSplits * kStride + head * kPitch;
     Blend blend;

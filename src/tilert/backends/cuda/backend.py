@@ -15,11 +15,12 @@ from typing import Any, Protocol
 import numpy as np
 
 from tilert.backends.cuda.limits import RUN_BYTES, fitting_slots, shared_bytes
-from tilert.backends.cuda.source import KERNEL, Source, generate
+from tilert.backends.cuda.source import KERNEL, Source, generate, passes
 from tilert.backends.hang import Hang, save
 from tilert.ir.program import NONE, PAGE, Buf, Kind, Op, Program, Run
 from tilert.ir.tags import TAGS, Tags, derive
 from tilert.ops import (
+    Accept,
     Adjust,
     Argmax,
     Attend,
@@ -29,12 +30,14 @@ from tilert.ops import (
     Embed,
     ExpertDown,
     ExpertGate,
+    Guess,
     IndexRope,
     IndexScore,
     LatentAttention,
     LatentRope,
     Linear,
     NextToken,
+    Norm,
     Route,
     Select,
     Sift,
@@ -48,6 +51,8 @@ MAX_TOKENS = 8  # kMaxTokens
 MAX_STOPS = 16
 COUNTER_PITCH = 32  # words
 UNSET = 0xFFFFFFFF  # a letter that has not come
+NO_TOKEN = 0xFFFFFFFE  # kNoToken
+PASS_SHIFT = 12  # kPassShift
 NO_SIGNAL = 0xFFFF
 FAILED = 2  # enum Verdict
 RANK_SHIFT = 24  # kRankShift
@@ -130,7 +135,7 @@ class _Params(ctypes.Structure):
     _fields_ = [
         (name, ctypes.c_void_p)
         for name in ("runs", "run_begin", "waits", "wait_begin", "totals", "counters", "arena", "tokens",
-                     "pages", "stop_ids", "mailbox", "cancel", "verdict", "failures", "stamps", "clocks")
+                     "passes", "pages", "stop_ids", "mailbox", "cancel", "verdict", "failures", "stamps", "clocks")
     ] + [(name, ctypes.c_uint32 * MAX_TOKENS) for name in ("positions", "sequences")
     ] + [(name, ctypes.c_uint32) for name in ("count", "page_cols", "steps")]  # fmt: skip
 
@@ -206,8 +211,10 @@ class CudaBackend:
                 program, source.variants, weights, caches, homes, self.arena.address
             ).items()
         }
-        # Stop ids, token ids, page tables.
-        self.inputs = device.allocate(4 * (MAX_STOPS + MAX_TOKENS + self.state["pages"].size))
+        self.passes = passes(program)[-1]
+        own = 2 * self.passes + 2 * program.tokens  # struct Passes
+        # Stop ids, token ids, passes, page tables.
+        self.inputs = device.allocate(4 * (MAX_STOPS + MAX_TOKENS + own + self.state["pages"].size))
         self.mailbox = device.pinned(MAX_STEPS * program.tokens + 1)  # at the end the cancel flag
 
     def _load(self, source: Source) -> Kernel:
@@ -257,9 +264,10 @@ class CudaBackend:
         return self.arena.read(b.offset, b.rows * b.cols, np.float32).reshape(b.rows, b.cols)
 
     def steps(self, count: int) -> Generator[np.ndarray, None, None]:
-        """Run up to `count` steps; after each, the sampled token ids. Closing it cancels the rest.
+        """Run up to `count` steps; after each, the sampled token ids, in a program that makes guesses -1
+        behind the last. Closing it cancels the rest.
 
-        Ends early after an id of `stop_ids`, if the program makes one token per step. Raises LaunchError
+        Ends early after an id of `stop_ids`, if the tokens of a step are of one sequence. Raises LaunchError
         when a wait of the kernel never held.
         """
         assert 1 <= count <= MAX_STEPS, f"{count} steps in one launch"
@@ -270,13 +278,19 @@ class CudaBackend:
                 tokens = [self._receive(index * width + row) for row in range(rows)]
                 if None in tokens:
                     return
-                self.state["tokens"][0, :rows] = tokens
-                self.state["positions"][0, :rows] += 1
+                if self.passes > 1:
+                    tokens = [-1 if token == NO_TOKEN else token for token in tokens]
+                    self.state["positions"][0, :rows] += rows - tokens.count(-1)
+                else:
+                    self.state["tokens"][0, :rows] = tokens
+                    self.state["positions"][0, :rows] += 1
                 yield np.asarray(tokens, np.int32)
         finally:
             self.mailbox[-1] = 1
             self.kernel.wait()
         self._check()
+        if self.passes > 1:  # what the last step has guessed
+            self.state["tokens"][0, :rows] = self.inputs.read(4 * MAX_STOPS, rows, np.int32)
 
     def _launch(self, steps: int) -> None:
         self.kernel.launch(len(self.program.queues), self.prepare(steps))
@@ -291,7 +305,11 @@ class CudaBackend:
         stops, tokens = np.full(MAX_STOPS, -1, np.int32), np.zeros(MAX_TOKENS, np.int32)
         stops[: len(self.stop_ids)] = self.stop_ids
         tokens[:rows] = state["tokens"][0, :rows]
-        self.inputs.write(np.concatenate([stops, tokens, state["pages"].ravel()]).astype(np.int32))
+        own = np.zeros(2 * self.passes + 2 * self.program.tokens, np.int32)
+        own[: 2 * self.passes] = [0, 1] * self.passes
+        own[:2] = state["positions"][0, 0], rows
+        given = np.concatenate([stops, tokens, own, state["pages"].ravel()])
+        self.inputs.write(given.astype(np.int32))
         self.arena.clear()  # no word has a tag from an earlier launch
         for name, memory in self.sampling.items():
             if name == "controls" or state["controls"][0, 0] & SAMPLING[name]:
@@ -313,7 +331,8 @@ class CudaBackend:
         params = _Params(
             **{name: memory.address for name, memory in self.tables.items()},
             counters=self.counters.address, arena=self.arena.address, stop_ids=inputs,
-            tokens=inputs + 4 * MAX_STOPS, pages=inputs + 4 * (MAX_STOPS + MAX_TOKENS), mailbox=box,
+            tokens=inputs + 4 * MAX_STOPS, passes=inputs + 4 * (MAX_STOPS + MAX_TOKENS),
+            pages=inputs + 4 * (MAX_STOPS + MAX_TOKENS + own.size), mailbox=box,
             cancel=box + 4 * (self.mailbox.size - 1), verdict=self.outcome.address,
             stamps=self._traced[0].address if self._traced else None,
             clocks=self._traced[1].address if self._traced else None,
@@ -381,7 +400,7 @@ def _tables(
         homes[b.kind][b.name] if b.kind in homes else states.get(b.name, b.offset // 4)
         for b in program.buffers
     ]
-    choices = _choices(program)
+    choices, number = _choices(program), passes(program)
     runs = np.zeros(sum(map(len, program.queues)), RUN)
     records = iter(runs)
     waits: list[int] = []
@@ -390,7 +409,7 @@ def _tables(
         known = -1  # the choice that the loader has
         for run in queue:
             record = next(records)
-            record["variant"] = variants[run.op]
+            record["variant"] = variants[run.op] | number[run.op] << PASS_SHIFT
             record["wait_begin"] = len(waits) - wait_begin[-1]
             record["wait_count"] = len(run.waits)
             record["signal"] = NO_SIGNAL if run.signal < 0 else run.signal
@@ -454,6 +473,8 @@ def _add_ranks(record: Any, program: Program, index: int, tags: Tags) -> None:
         operands = (("x", op.logits),)
     elif isinstance(op, LatentRope):
         operands = (("x2", op.kv),)
+    elif isinstance(op, Norm):
+        operands = (("x", op.x),)
     elif isinstance(op, LatentAttention):
         operands = (("x", op.q),)
     elif isinstance(op, IndexRope):
@@ -524,8 +545,10 @@ def _resolve(record: Any, program: Program, run: Run, at: list[int]) -> None:
     elif isinstance(op, Route):
         record["norm"], record["x"] = home(op.bias), at[op.logits]
         record["y"], record["x2"] = at[op.chosen], at[op.weights]
-    elif isinstance(op, NextToken):
+    elif isinstance(op, NextToken | Accept | Guess):
         record["x"] = at[op.part]
+    elif isinstance(op, Norm):
+        record["norm"], record["x"], record["y"] = at[op.weight], at[op.x], at[op.y]
     elif isinstance(op, Totals):
         record["x"], record["y"] = at[op.bins], at[op.totals]
     elif isinstance(op, Combine):

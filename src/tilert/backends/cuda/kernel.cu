@@ -3,15 +3,24 @@
 // variants.
 #include "experts.cuh"
 #include "index.cuh"
+#include "norm.cuh"
 #include "variants.h"
+
+__device__ __forceinline__ u32 pass_of(const Run& run) {
+  return kPasses > 1 ? run.variant >> kPassShift : 0;
+}
+__device__ __forceinline__ u32 variant_of(const Run& run) {
+  return kPasses > 1 ? run.variant & ((1u << kPassShift) - 1) : run.variant;
+}
 
 __device__ __forceinline__ void load_weights(Block& b) {
   Loader loader{b};
   for (b.step = 0; b.step < b.params.steps; ++b.step)
     for (b.number = 0; b.number < b.length; ++b.number) {
       const Run& run = b.queue[b.number];
+      b.pass = pass_of(run);
       bool going = false;
-      switch (run.variant) {
+      switch (variant_of(run)) {
 #define TILERT_CASE(i)                 \
   case i:                              \
     going = V##i::stream(loader, run); \
@@ -42,8 +51,9 @@ __device__ __forceinline__ void compute(Block& b) {
     for (b.number = 0; b.number < b.length; ++b.number) {
       const Run& run = b.queue[b.number];
       const u64 begin = kTrace ? cycles() : 0;
+      b.pass = pass_of(run);
       bool going = false;
-      switch (run.variant) {
+      switch (variant_of(run)) {
 #define TILERT_CASE(i)             \
   case i:                          \
     going = V##i::consume(b, run); \

@@ -20,7 +20,7 @@ enum Verdict : u32 { kGoOn = 0, kStopped = 1, kFailed = 2 };
 
 // One run of the queue, with everything that its op needs resolved to addresses. 96 bytes.
 struct Run {
-  u16 variant;  // which specialisation of which op
+  u16 variant;  // which specialisation of which op; from kPassShift on the pass that it belongs to
   u16 wait_begin, wait_count;
   u16 signal;        // counter, or kNoSignal
   u32 first, count;  // linear: output rows; other ops: tiles
@@ -39,6 +39,7 @@ struct Run {
   u32 x2, x3;
 };
 constexpr u16 kNoSignal = 0xffff;
+constexpr int kPassShift = 12;
 
 struct Wait {
   u16 counter;
@@ -70,6 +71,7 @@ struct Params {
   u32* counters;          // [counters * kCounterPitch]
   float* arena;
   u32* tokens;          // [kTokens] the step's token ids
+  u32* passes;          // with several passes: see Passes
   const u32* pages;     // [sequences, page_cols] page tables
   const u32* stop_ids;  // kMaxStops, 0xffffffff where unused
   u32* mailbox;         // host memory, [steps, kTokens]
@@ -91,6 +93,18 @@ constexpr u32 kByUnit = 0xfffffffeu;  // in a Failure: it was a unit of weights 
 constexpr int kMaxStops = 16;
 constexpr int kMaxChosen = 32;  // experts of a token: one for each lane
 
+// Where a pass stands and what it has, in steps of several: a model, whose tokens but the first are
+// guesses, and a layer that guesses, once for the tokens that count and once for each guess but the
+// last. All tokens are of one sequence, each behind the one before it.
+struct Pass {
+  u32 first, count;  // position of its first token, tokens
+};
+struct Passes {
+  Pass at[kPasses];
+  u32 following[kTokens];  // tokens of the layer's first pass
+  u32 guess[kTokens];      // token of its further passes, and zeros
+};
+
 struct Shared {
   u64 full[kSlots], empty[kSlots];
   u32 verdict;   // told to all threads of the block
@@ -99,6 +113,7 @@ struct Shared {
   // 1 + runs in this launch before that in which the loader lost a unit, or in which a warp stopped
   // to wait for one; 0: none.
   u32 lost, stopped;
+  Pass passes[2][kPasses];           // of this step and the next or the one before
   u32 chosen[kTokens * kMaxChosen];  // what the loader knows: experts of the run that it streams
   float squares[kWarps][kTokens];
   float partial[2][kTokens][2 * kChunkRows * kPartialPitch];
@@ -126,6 +141,7 @@ struct Block {
   const u32* totals;
   u32 length;                // runs in the queue
   u32 step = 0, number = 0;  // number: of the run in the queue
+  u32 pass = 0;              // of the run
   u32 turn = 0;              // added to the ranks of tags, in this step
   Cursor cursor;
   u32 chunk = 0;    // chunks of rows so far: picks the buffer of partial sums
@@ -137,7 +153,17 @@ struct Block {
     return ring + at.slot * kSlotPitch;
   }
   __device__ __forceinline__ u32 position(int token) const {
+    if constexpr (kPasses > 1) return load_shared(&here().first) + token;
     return params.positions[token] + step;
+  }
+  // Tokens of the pass; behind an ordered wait, as positions.
+  __device__ __forceinline__ u32 count() const {
+    if constexpr (kPasses > 1) return load_shared(&here().count);
+    return params.count;
+  }
+  __device__ __forceinline__ Pass& here() const { return shared.passes[step % 2][pass]; }
+  __device__ __forceinline__ Passes& passes() const {
+    return *reinterpret_cast<Passes*>(params.passes);
   }
   __device__ __forceinline__ float* at(u32 operand) const {
     return params.arena + (operand & ((1u << kRankShift) - 1));
@@ -222,6 +248,13 @@ __device__ __forceinline__ bool wait_for_inputs(Block& b, const Run& run) {
       }
     }
     __syncwarp();  // the loader may rely on what any lane has acquired
+    if constexpr (kPasses > 1 && !kTagged) {
+      if (lane() == 0) {
+        const Pass& pass = b.passes().at[b.pass];
+        store_shared(&b.here().first, load_relaxed(&pass.first));
+        store_shared(&b.here().count, load_relaxed(&pass.count));
+      }
+    }
     if (lane() == 0) store_shared(&b.shared.progress, b.step * b.length + b.number + 1);
   }
   sync_consumers();
@@ -330,6 +363,19 @@ struct Loader {
   // Until as many waits have held in this launch; what was appended before can be streamed then.
   // False: the launch has ended.
   __device__ __forceinline__ bool passed(u32 waits) { return reached(&b.shared.progress, waits); }
+  // Until rows of the past can be streamed. Those that this launch has appended can be once the run
+  // kStreamLead after this one has started in the step before: it comes after all appends of this
+  // op (verified as rule `stream`). With several passes, once this run's own waits hold: they say
+  // where its tokens are, too.
+  __device__ __forceinline__ bool past() {
+    if constexpr (kPasses > 1) return passed(b.step * b.length + b.number + 1);
+    return b.step == 0 || passed((b.step - 1) * b.length + b.number + kStreamLead + 1);
+  }
+  // Tokens of a pass that has begun, as who made a choice in it must have seen.
+  __device__ __forceinline__ u32 count() const {
+    if constexpr (kPasses > 1) return load_relaxed(&b.passes().at[b.pass].count);
+    return b.params.count;
+  }
   // Until the next list of chosen rows is made.
   __device__ __forceinline__ bool listed() { return reached(&b.shared.listed, ++lists); }
   __device__ __forceinline__ bool reached(const u32* word, u32 wanted) {

@@ -25,6 +25,7 @@ from tilert.ir.dtype import DType
 from tilert.ir.program import NONE, PAGE, Buf, Op, Program
 from tilert.ir.tags import TAGS, Tags, derive
 from tilert.ops import (
+    Accept,
     Adjust,
     Argmax,
     Attend,
@@ -34,12 +35,14 @@ from tilert.ops import (
     Embed,
     ExpertDown,
     ExpertGate,
+    Guess,
     IndexRope,
     IndexScore,
     LatentAttention,
     LatentRope,
     Linear,
     NextToken,
+    Norm,
     Route,
     Select,
     Sift,
@@ -49,7 +52,7 @@ from tilert.ops import (
 FOLDER = Path(__file__).parent
 HEADERS = (
     "ptx.cuh", "program.cuh", "tile.cuh", "inputs.cuh", "products.cuh", "linear.cuh", "attend.cuh",
-    "sample.cuh", "draw.cuh", "experts.cuh", "mla.cuh", "index.cuh",
+    "sample.cuh", "draw.cuh", "experts.cuh", "mla.cuh", "index.cuh", "norm.cuh",
 )  # fmt: skip
 KERNEL = "tilert_program"
 
@@ -82,6 +85,7 @@ def generate(program: Program, slots: int, *, trace: bool = False) -> Source:
         "kCounters": len(program.counters), "kTurn": tags.stride % TAGS, "kTokens": program.tokens,
         "kStreamLead": program.stream_lead, "kSharedBytes": shared_struct_bytes(program.tokens),
         "kHeldWords": HELD_WORDS, "kVariants": len(known),
+        "kPasses": passes(program)[-1],
     }  # fmt: skip
     headers = {name: (FOLDER / name).read_text(encoding="utf-8") for name in HEADERS}
     headers["constants.h"] = "#pragma once\n" + "".join(
@@ -90,6 +94,16 @@ def generate(program: Program, slots: int, *, trace: bool = False) -> Source:
     headers["constants.h"] += f"constexpr bool kTrace = {'true' if trace else 'false'};\n"
     headers["variants.h"] = f"#pragma once\n{names}\n#define TILERT_VARIANTS(X) {cases}\n"
     return Source((FOLDER / "kernel.cu").read_text(encoding="utf-8"), headers, variants)
+
+
+def passes(program: Program) -> list[int]:
+    """The pass that each op belongs to, and behind them how many there are: the model's is the first, and
+    the layer's that guesses follow."""
+    number, found = 0, list[int]()
+    for op in program.ops:
+        found.append(number)
+        number += isinstance(op, Accept | Guess)
+    return [*found, max(number, 1)]
 
 
 def _type(program: Program, op: Op, tags: Tags) -> str:
@@ -133,8 +147,13 @@ def _type(program: Program, op: Op, tags: Tags) -> str:
         return _gate(program, op, tags)
     if isinstance(op, ExpertDown):
         return _down(program, op, tags)
-    assert isinstance(op, NextToken), f"{type(op).__name__} has no CUDA form"
-    return f"NextToken<{op.chunks}>"
+    if isinstance(op, Norm):
+        return (
+            f"Norm<{op.width}, {_flag(op.gather != NONE)}, {_flag(op.x in tags.writers)},"
+            f" {_weight(program, op.weight)}, {_bits(op.eps)}>"
+        )
+    assert isinstance(op, NextToken | Accept | Guess), f"{type(op).__name__} has no CUDA form"
+    return f"{type(op).__name__}<{op.chunks}>"
 
 
 def _check_heads(program: Program, op: Attend) -> None:
