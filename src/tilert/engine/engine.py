@@ -257,9 +257,11 @@ class Engine:
 
     def _guess_steps(self, sequence: Sequence) -> int:
         """How many steps of verifying and guessing the device can make in one launch: none where tokens are
-        not chosen there, and none for the last token, nor where a guess could lie outside the context."""
+        not chosen there or there is nothing to guess from, none for the last token, and none where a guess
+        could lie outside the context."""
         left, rows = sequence.limit - len(sequence.tokens), self.speculative_tokens + 1
-        if not self.layer or left < 2 or not sequence.sampler.is_plain_greedy:
+        begun = isinstance(sequence.drafter, LayerDrafter) and sequence.drafter.begun
+        if not begun or left < 2 or not sequence.sampler.is_plain_greedy:
             return 0
         room = self.runner.context - sequence.computed - 2 * self.speculative_tokens
         return max(0, min(-(-left // rows), LAUNCH_STEPS // rows, room // rows + 1))
@@ -272,7 +274,7 @@ class Engine:
         first = sequence.computed
         self._reserve(sequence, first + (steps - 1) * (drafts + 1) + 2 * drafts)
         fed = [sequence.tokens[-1], *drafter.draft(drafts)]
-        launch = self.runner.guess(self.layer, fed, first, sequence.slot, steps)
+        launch = self.runner.guess(self.layer, fed, first, sequence.slot, steps, sequence.stop_ids)
         with closing(launch):
             for made in launch:
                 drafted = min(drafts, sequence.limit - len(sequence.tokens) - 1)

@@ -43,9 +43,14 @@ class LayerDrafter:
             self._feed()
         self._noted.append(hidden)
 
+    @property
+    def begun(self) -> bool:
+        """True when there is something to guess from: not before the first token's hidden state is known."""
+        return bool(self._noted or self._ready)
+
     def draft(self, most: int) -> list[int]:
         """Up to `most` tokens that may come next; their positions have pages."""
-        count = min(most, self.longest)
+        count = min(most, self.longest) if self.begun else 0
         if count <= 0 or self._ready:
             return self._ready[:count]
         draft = [self._feed(guess=True)]

@@ -9,12 +9,13 @@ makes guesses, together with the layer for that, whose other programs are those 
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from tilert.backends.cpu import CpuBackend, Pool
 from tilert.backends.cuda.backend import MAX_STOPS, CudaBackend
+from tilert.backends.cuda.runtime import CudaRuntime
 from tilert.backends.interpreter import Interpreter
 from tilert.compiler import Limits
 from tilert.engine.programs import program_for
@@ -24,9 +25,6 @@ from tilert.ir.graph import Graph, Speculation
 from tilert.ir.machine import Machine
 from tilert.ir.program import PAGE, Program, Scale
 from tilert.ops.draw import MAX_VOCAB
-
-if TYPE_CHECKING:
-    from tilert.backends.cuda.runtime import CudaRuntime
 
 FEW, PROMPT = 8, 256  # most tokens of a step of the two larger programs
 TOKENS = {"decode": 1, "sampled": 1, "few2": 2, "few4": 4, "few": FEW, "prompt": PROMPT}
@@ -79,9 +77,12 @@ class Runner:
     ) -> Runner:
         """A runner of another graph for the same sequences: it has caches of its own under the same page
         table."""
+        place = self.place
+        if isinstance(place, CudaRuntime):
+            place = place.beside(graph, weights)
         other = Runner(
             graph, weights, self.machine, context=self.context, sequences=self.sequences,
-            num_pages=self.num_pages, place=self.place, scales=scales,
+            num_pages=self.num_pages, place=place, scales=scales,
         )  # fmt: skip
         other.page_table = self.page_table
         return other
@@ -193,35 +194,41 @@ class Runner:
         check_finite(backend.read("peaks" if sampler else "logits")[0].max())
 
     def guess(
-        self, layer: Runner, tokens: Sequence[int], position: int, slot: int, steps: int
-    ) -> Generator[list[int], None, None]:
+        self, layer: Runner, tokens: Sequence[int], position: int, slot: int, steps: int,
+        stop_ids: Iterable[int] = (),
+    ) -> Generator[list[int], None, None]:  # fmt: skip
         """The tokens that each of up to `steps` steps gives a sequence, greedy ones: one, and one more for
         each right guess.
 
         tokens: the sequence's last one, at `position`, and guesses for those that follow it; `layer` makes
-        the next ones within the same step. A step moves on by up to len(tokens) positions and touches up
-        to 2 * len(tokens) - 2 from its first one on. Raises UserError as `loop` does.
+        the next ones within the same step. A step moves on by up to len(tokens) positions and touches up to
+        2 * len(tokens) - 2 from its first one on. stop_ids, and errors: as of `loop`.
         """
         backend = self._guessing(layer, len(tokens) - 1)
         rows = [Row(token, position + i, slot) for i, token in enumerate(tokens)]
         backend = self._fill(backend, rows, range(len(rows)))
         backend.state["one"][:] = 1  # rows of the layer's further passes, and of their logits
+        if isinstance(backend, CudaBackend):
+            backend.stop_ids = tuple(stop_ids)[:MAX_STOPS]
         for sampled in backend.steps(steps):
             yield [int(token) for token in sampled if token >= 0]
-        check_finite(backend.read("logits").max())
+        check_finite(backend.read("logits")[: len(rows)].max())
 
     def guesses(self, layer: Runner, drafts: int) -> list[int]:
         """Those that the last step of `guess` has made for what comes next, when it made all its steps."""
-        return self._guessing(layer, drafts).state["tokens"][0, 1:].tolist()
+        return self._guessing(layer, drafts).state["tokens"][0, 1 : drafts + 1].tolist()
 
     def _guessing(self, layer: Runner, drafts: int) -> Backend:
         kind = f"guess{drafts}"
         if kind not in self._backends:
+            program = self.guessing(layer, drafts, self.machine)
+            if isinstance(self.place, CudaRuntime) and isinstance(layer.place, CudaRuntime):
+                self._backends[kind] = self.place.bound(program, layer.place)
+                return self._backends[kind]
             assert self._caches and layer._caches, "the first guesses come from steps of both"
             self._backends[kind] = self._bound(
-                self.guessing(layer, drafts, self.machine), {**self.weights, **layer.weights},
-                {**self._caches, **layer._caches},
-            )  # fmt: skip
+                program, {**self.weights, **layer.weights}, {**self._caches, **layer._caches}
+            )
         return self._backends[kind]
 
     def guessing(self, layer: Runner, drafts: int, machine: Machine) -> Program:

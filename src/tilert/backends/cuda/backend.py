@@ -135,7 +135,8 @@ class _Params(ctypes.Structure):
     _fields_ = [
         (name, ctypes.c_void_p)
         for name in ("runs", "run_begin", "waits", "wait_begin", "totals", "counters", "arena", "tokens",
-                     "passes", "pages", "stop_ids", "mailbox", "cancel", "verdict", "failures", "stamps", "clocks")
+                     "passes", "pages", "stop_ids", "mailbox", "cancel", "verdict", "failures", "stamps",
+                     "clocks")
     ] + [(name, ctypes.c_uint32 * MAX_TOKENS) for name in ("positions", "sequences")
     ] + [(name, ctypes.c_uint32) for name in ("count", "page_cols", "steps")]  # fmt: skip
 
@@ -200,9 +201,13 @@ class CudaBackend:
             name: device.allocate(a.nbytes) for name, a in self.state.items() if name in SAMPLING
         }
         self.stop_ids: tuple[int, ...] = ()
-        assert program.arena_bytes < 4 << RANK_SHIFT, "offsets in the arena are words of 24 bits"
         homes = {name: memory.address for name, memory in self.sampling.items()}
-        self.arena = device.allocate(program.arena_bytes)
+        # What the host gives for every token lies behind the activations.
+        first, given = -(-program.arena_bytes // 64) * 64, self.state.get("given")
+        self.arena = device.allocate(first + (0 if given is None else given.nbytes))
+        if given is not None:
+            homes["given"], self.given = first // 4, self.arena.part(first, given.nbytes)
+        assert first < 4 << RANK_SHIFT, "offsets in the arena are words of 24 bits"
         self.counters = device.allocate(4 * COUNTER_PITCH * len(program.counters))
         self.outcome = device.allocate(4 + FAILURE_BYTES * len(program.queues))  # verdict, failures
         self.tables = {
@@ -311,6 +316,8 @@ class CudaBackend:
         given = np.concatenate([stops, tokens, own, state["pages"].ravel()])
         self.inputs.write(given.astype(np.int32))
         self.arena.clear()  # no word has a tag from an earlier launch
+        if "given" in state:
+            self.given.write(state["given"])
         for name, memory in self.sampling.items():
             if name == "controls" or state["controls"][0, 0] & SAMPLING[name]:
                 memory.write(state[name])
@@ -391,7 +398,8 @@ def _tables(
 ) -> dict[str, np.ndarray]:  # fmt: skip
     """The read-only tables of struct Params, with all operands resolved to addresses.
 
-    states: where the state buffers are that ops find through their run; others come with Params.
+    states: where the state buffers are that ops find through their run, an address or a place in the arena;
+    others come with Params.
     arena: where it begins.
     """
     tags = derive(program)

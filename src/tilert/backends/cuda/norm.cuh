@@ -2,9 +2,9 @@
 #pragma once
 #include "linear.cuh"
 
-// A warp takes a row of the output. kGathers: all of them are the norm of the last row that the
+// A warp takes a row of the output. kOfLast: all of them are the norm of the last row that the
 // pass has, for only the first is asked for. run.x: [kTokens, kWidth], run.norm: the weight.
-template <int kWidth, bool kGathers, bool kTagged, class Weight, u32 kEpsBits>
+template <int kWidth, bool kOfLast, bool kTagged, class Weight, u32 kEpsBits>
 struct Norm {
   static constexpr int kOwn = (kWidth + 31) / 32;
   static constexpr int kBatch = kOwn < 16 ? kOwn : 16;  // loads that are under way together
@@ -13,7 +13,7 @@ struct Norm {
   static __device__ __forceinline__ bool consume(Block& b, const Run& run) {
     if (!wait_for_inputs<false>(b, run)) return false;
     if (warp() < kTokens) {
-      const float* x = b.at(run.x) + (kGathers ? b.count() - 1 : warp()) * kWidth;
+      const float* x = b.at(run.x) + (kOfLast ? b.count() - 1 : warp()) * kWidth;
       float* y = b.at(run.y) + warp() * kWidth;
       auto weight = reinterpret_cast<const typename Weight::Bits*>(run.norm);
       float sum = 0;

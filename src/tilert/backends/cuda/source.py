@@ -148,8 +148,9 @@ def _type(program: Program, op: Op, tags: Tags) -> str:
     if isinstance(op, ExpertDown):
         return _down(program, op, tags)
     if isinstance(op, Norm):
+        last = op.gather != NONE and passes(program)[-1] > 1
         return (
-            f"Norm<{op.width}, {_flag(op.gather != NONE)}, {_flag(op.x in tags.writers)},"
+            f"Norm<{op.width}, {_flag(last)}, {_flag(op.x in tags.writers)},"
             f" {_weight(program, op.weight)}, {_bits(op.eps)}>"
         )
     assert isinstance(op, NextToken | Accept | Guess), f"{type(op).__name__} has no CUDA form"
