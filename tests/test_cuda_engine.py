@@ -85,7 +85,7 @@ def test_latent_attention_under_the_engine(
     params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
     exact = LLM(tmp_path, backend="interpreter", **options)
     gpu = LLM(tmp_path, backend="cuda", **options)
-    prompt = {"prompt_token_ids": [5, 9, 33, 7, 60, 12]}
+    prompt = {"prompt_token_ids": [5, 9, 33, 7, 61, 12]}
     (wanted,), (found,) = (m.generate([prompt], params) for m in (exact, gpu))
     assert len(found.outputs[0].token_ids) == 12
     assert found.outputs[0].token_ids[:alike] == wanted.outputs[0].token_ids[:alike]
@@ -158,7 +158,7 @@ def test_hidden_states_of_a_step_in_pieces(of_outputs: bool) -> None:
 
 
 def test_tokens_of_a_mixture_equal_the_cpu(tmp_path: Path, device: EmulatedDevice) -> None:
-    """Its steps have one row each, also where a prompt or several requests would have more."""
+    """Several requests share steps, in which each token has experts of its own."""
     families.make("qwen3_moe", tmp_path, vocab_size=300)
     params = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
     cpu = LLM(tmp_path, skip_tokenizer_init=True, max_model_len=64)

@@ -15,6 +15,7 @@ from emulator import SUPPORTED, EmulatedDevice
 
 from tilert.backends import hang
 from tilert.backends.cuda.backend import CudaBackend, LaunchError
+from tilert.backends.cuda.limits import step_rows
 from tilert.backends.cuda.runtime import GpuDevice
 from tilert.backends.interpreter import Interpreter
 from tilert.compiler import Limits, build
@@ -60,7 +61,7 @@ def small(**changes: int) -> Machine:
                    cache_dtype=DType.BF16, **fields)  # fmt: skip
 
 
-def compiled(name: str) -> tuple[Program, dict[str, np.ndarray]]:
+def compiled(name: str, tokens: int = 1) -> tuple[Program, dict[str, np.ndarray]]:
     """A program of layers of experts, and random weights for it."""
     config, hidden, dtype, blocks, changes = CASES[name]
     graph = Graph(name)
@@ -84,7 +85,8 @@ def compiled(name: str) -> tuple[Program, dict[str, np.ndarray]]:
             weights[f"{weight}_scale"] = rng.uniform(0.01, 0.03, shape).astype(np.float32)
         weights[weight] = values.astype(stored.numpy)
     dtypes = {weight: DType.of(array) for weight, array in weights.items()}
-    return build(graph, small(**changes), Limits(1, 1, 1, 256), dtypes, scales), weights
+    limits = Limits(tokens, tokens, 1, 256)
+    return build(graph, small(**changes), limits, dtypes, scales), weights
 
 
 def loaded(program: Program, weights: dict[str, np.ndarray], device: GpuDevice) -> CudaBackend:
@@ -97,9 +99,11 @@ def loaded(program: Program, weights: dict[str, np.ndarray], device: GpuDevice) 
     return made
 
 
-def begin(backend: CudaBackend | Interpreter, token: int) -> None:
-    backend.state["counts"][0] = 1, 1
-    backend.state["tokens"][0, 0], backend.state["positions"][0, 0] = token, 0
+def begin(backend: CudaBackend | Interpreter, *tokens: int) -> None:
+    count = len(tokens)
+    backend.state["counts"][0] = count, count
+    backend.state["tokens"][0, :count] = tokens
+    backend.state["positions"][0, :count] = backend.state["output_rows"][0, :count] = range(count)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -112,6 +116,25 @@ def test_logits_equal_the_interpreter(name: str, devices: Devices) -> None:
             list(each.steps(1))
         logits, wanted = made.read("logits")[0], interpreter.read("logits")[0]
         assert np.abs(logits - wanted).max() < 5e-3 * np.abs(wanted).max(), token
+
+
+@pytest.mark.parametrize(("name", "rows"), [("odd-f16", 2), ("grouped", 4), ("fp8", 4)])
+def test_each_token_has_experts_of_its_own(name: str, rows: int, devices: Devices) -> None:
+    """In steps that are full or not: logits as the interpreter's, and bit for bit those of each alone."""
+    program, weights = compiled(name, tokens=rows)
+    device, tokens = devices(2), (3, 40, 17)[: max(2, rows - 1)]
+    alone = loaded(*compiled(name), device)
+    assert step_rows(alone.program, device.shared_bytes) >= rows
+    made, interpreter = loaded(program, weights, device), Interpreter(program, weights, {})
+    for each in (made, interpreter):
+        begin(each, *tokens)
+        list(each.steps(1))
+    logits, wanted = (each.read("logits")[: len(tokens)] for each in (made, interpreter))
+    assert np.abs(logits - wanted).max() < 5e-3 * np.abs(wanted).max()
+    for row, token in enumerate(tokens):
+        begin(alone, token)
+        list(alone.steps(1))
+        assert alone.read("logits")[0].tobytes() == logits[row].tobytes(), row
 
 
 def test_any_order_of_threads_gives_the_same_bits(devices: Devices) -> None:

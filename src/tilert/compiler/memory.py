@@ -1,9 +1,10 @@
 """Where activations live: buffers whose lifetimes do not meet share storage; offsets in the arena.
 
 Only buffers of the same type and shape share, so a region of one is a region of the other and the
-dependency pass sees every reuse. Nor do buffers of tagged words share with others, which would take their tags,
-and so the bits that tags take, in programs of some number of tokens and not of others. Program outputs (the logits, their peaks where tokens are drawn, and what
-the graph names) keep storage of their own: the host reads them.
+dependency pass sees every reuse. Buffers of tagged words share with such alone: others would take their
+tags from them, and so the rounding, in the programs of some numbers of tokens and not in others. Program
+outputs (the logits, their peaks where tokens are drawn, and what the graph names) keep storage of their
+own: the host reads them.
 """
 
 from __future__ import annotations

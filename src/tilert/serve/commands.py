@@ -267,7 +267,7 @@ def _compile_kernel(program: Program, arch: str) -> None:
     if arch not in jit.TARGETS:
         raise UserError(f"target '{arch}' is not known; accepted are {', '.join(jit.TARGETS)}")
     slots = limits.fitting_slots(program, jit.TARGETS[arch])
-    made = source.generate(program, slots)
+    made = source.generate(program, jit.TARGETS[arch])
     cubin = jit.compile_cubin(
         made.text, name=source.KERNEL, arch=arch, headers=made.headers, progress=_say
     )

@@ -188,7 +188,7 @@ class CudaBackend:
         assert program.tokens == program.outputs <= MAX_TOKENS, "every token has an output"
         self.program, self.device = program, device
         self.slots = fitting_slots(program, device.shared_bytes)
-        source = generate(program, self.slots)
+        source = generate(program, device.shared_bytes)
         self.kernel = self._load(source)
         # Stamps, clocks and steps of the last launch, when it was traced.
         self._traced: tuple[Memory, Memory, int] | None = None
@@ -231,7 +231,8 @@ class CudaBackend:
         Another kernel does it: the one that does not trace has nothing of it.
         """
         self._tracing = enabled
-        self.kernel = self._load(generate(self.program, self.slots, trace=enabled))
+        made = generate(self.program, self.device.shared_bytes, trace=enabled)
+        self.kernel = self._load(made)
 
     def records(self) -> np.ndarray:
         """int64 [runs, 6] of the last launch: worker, run, step, wait begin, start, end; times in ns.

@@ -18,15 +18,11 @@ struct Chosen {
   }
   // An earlier run of the queue has waited for it, as the loader has.
   static __device__ __forceinline__ bool known(const Run& run) { return run.x3 == 0; }
-  // By all lanes of a warp.
-  __device__ __forceinline__ u32 expert(u32 token, int slot) const {
-    u32 found = 0;
+  __device__ __forceinline__ u32 of_token(u32 token) const {
+    u32 known = own[0];
 #pragma unroll
-    for (u32 t = 0; t < kTokens; ++t) {
-      const u32 of_token = __shfl_sync(~0u, own[t], slot);
-      if (t == token) found = of_token;
-    }
-    return found;
+    for (u32 t = 1; t < kTokens; ++t) known = t == token ? own[t] : known;
+    return known;
   }
 };
 
@@ -87,9 +83,9 @@ struct InTurn : OfChosen<kCount> {
     return slot(run, row) * kBlocks<kBlockRows> + in_matrix(run, row) / kBlockRows;
   }
   template <u32 kBlockRows>
-  static __device__ __forceinline__ u32 scale_row(const Choice& choice, u32 token, u32 group, int) {
+  static __device__ __forceinline__ u32 scale_row(u32 own, u32 group, int) {
     constexpr u32 kEach = kBlocks<kBlockRows>;
-    return choice.expert(token, group / kEach % kCount) * kEach + group % kEach;
+    return __shfl_sync(~0u, own, group / kEach % kCount) * kEach + group % kEach;
   }
 
  private:
@@ -107,10 +103,9 @@ struct SideBySide : OfChosen<kCount> {
     return SideBySide::expert(b, token, part) * kRows + run.first + row;
   }
   template <u32 kBlockRows>
-  static __device__ __forceinline__ u32 scale_row(const Choice& choice, u32 token, u32 group,
-                                                  int part) {
+  static __device__ __forceinline__ u32 scale_row(u32 own, u32 group, int part) {
     constexpr u32 kBlocks = (kRows + kBlockRows - 1) / kBlockRows;
-    return choice.expert(token, part) * kBlocks + group;
+    return __shfl_sync(~0u, own, part) * kBlocks + group;
   }
 };
 

@@ -222,16 +222,18 @@ struct IndexScore {
   static __device__ __forceinline__ bool consume(Block& b, const Run& run) {
     if (!wait_for_inputs<false>(b, run)) return false;
     const Here me;
-    Queries queries;
-    if (scored(b, token(me))) fetch(me, b, run, queries);
-    u32 turn = 0;
-    for (u32 tile = run.first; tile < run.first + run.count; ++tile)
-      for (Span span; span.next(b);) {
-        const u32 seen = span.seen(b);
-        for (u32 page = tile; page * kPage < seen; page += kSplits, turn ^= 1)
-          add_page(me, b, run, span, tile, page, turn, queries);
-      }
-    sync_consumers();
+    if (some_scored(b)) {
+      Queries queries;
+      fetch(me, b, run, queries);  // rows without a token hold anything
+      u32 turn = 0;
+      for (u32 tile = run.first; tile < run.first + run.count; ++tile)
+        for (Span span; span.next(b);) {
+          const u32 seen = span.seen(b);
+          for (u32 page = tile; page * kPage < seen; page += kSplits, turn ^= 1)
+            add_page(me, b, run, span, tile, page, turn, queries);
+        }
+      sync_consumers();
+    }
     if (me.thread == 0) signal<false>(b, run);
     return true;
   }
@@ -245,6 +247,12 @@ struct IndexScore {
 
   static __device__ __forceinline__ bool scored(const Block& b, u32 token) {
     return given(b, token) && b.position(token) >= kTopk;
+  }
+
+  static __device__ __forceinline__ bool some_scored(const Block& b) {
+    for (u32 t = 0; t < given_tokens(b); ++t)
+      if (scored(b, t)) return true;
+    return false;
   }
 
   // Whose heads a warp has.
@@ -303,9 +311,9 @@ struct IndexScore {
     const float* scales = reinterpret_cast<const float*>(slot + kKeyBytes);
     const int heads = me.warp % kHeadWarps, first = me.warp / kTokenWarps * kColumns * 8;
     float* part = scratch.part[turn][token(me)][heads];
-#pragma unroll
+#pragma unroll 2
     for (int n = 0; n < kColumns; ++n) {
-      if (!span.has(token(me)) || !scored(b, token(me))) continue;
+      if (kTokens > 1 && (!span.has(token(me)) || !scored(b, token(me)))) continue;
       float sum[2];
       score(me, slot + (first + n * 8 + me.lane / 4) * kDim, queries, sum);
       const int at = first + n * 8 + me.lane * 2;  // of the lanes that keep the sums

@@ -143,8 +143,9 @@ struct Inputs {
       weight[i] =
           load_float(reinterpret_cast<const float*>(run.bias) + min(lane() + 32 * i, kAll - 1));
     fill<kTagged, Layout::kK>(b, run, first_x, [&](int round, float (&v)[kWide]) {
-      const int at =
-          Layout::inside(round) ? Layout::row(round) * kCount + Layout::offset(round) / kEach : 0;
+      // Worked out anew each time, or a register would be kept for each round.
+      const u32 element = Layout::offset(round) + (kTokens > 1 ? opaque(0) : 0);
+      const int at = Layout::inside(round) ? Layout::row(round) * kCount + element / kEach : 0;
       float own = 0;
 #pragma unroll
       for (int i = 0; i < kOwn; ++i) {
@@ -179,7 +180,7 @@ struct Inputs {
         sum = fmaf(v[i], v[i], sum);
         v[i] = Layout::inside(round) ? v[i] * T::widen(held.v[round / Layout::kPair][i]) : 0;
       }
-      if constexpr (kTokens > 4)
+      if constexpr (kRounds > 16)
         compute_here(sum);  // put off, it would keep all pieces in registers
       Layout::put(out, round, v);
     });

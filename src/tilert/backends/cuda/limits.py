@@ -32,6 +32,7 @@ HELD_WORDS = 128  # of x' in the registers of a thread: half of them; the rest i
 PLAIN_WORDS = 160  # of x' and of sums, where products do without the matrix units
 ENOUGH_SLOTS = 4  # of the ring that a step of several tokens must leave
 UNIT_ROWS = 16  # of a latent cache, in a slot
+MAX_UNITS = 4  # of a latent cache that are taken together
 MAX_CHOSEN = MAX_GROUPS = 32  # experts of a token, groups of experts: one for each lane of a warp
 MAX_ROWS = 32  # of query heads, of all tokens of a step: two blocks of 16 for the matrix units
 PRODUCTS = Linear | ExpertGate | ExpertDown
@@ -41,7 +42,9 @@ def step_rows(program: Program, available: int) -> int:
     """Most tokens of a step (1, 2, 4 or 8), from the program of one, where a block has so many bytes of
     shared memory: each block holds x' of all tokens, in its registers and what they leave over there.
     """
-    ring = max(ENOUGH_SLOTS, _least_slots(program)) * (program.machine.slot_bytes + SLOT_PAD)
+    ring = max(ENOUGH_SLOTS, _least_slots(program, available)) * (
+        program.machine.slot_bytes + SLOT_PAD
+    )
     room = available - ring - 2 * queue_bytes(program)  # their queues are a little longer
     return next(
         rows for rows in (8, 4, 2, 1)
@@ -142,7 +145,7 @@ def _scratch(program: Program, op: Op, tokens: int) -> int:
     if isinstance(op, Attend):
         return _attend_bytes(op.group, op.head_dim, tokens)
     if isinstance(op, LatentAttention):
-        return _latent_bytes(op, taken_units(program.machine), tokens)
+        return _latent_bytes(op, tokens)
     if isinstance(op, LatentRope):
         return 4 * (op.lora + op.rope) * tokens
     if isinstance(op, IndexRope):
@@ -161,22 +164,25 @@ def _attend_bytes(group: int, head_dim: int, tokens: int) -> int:
     return 2 * halves + 4 * (tokens * head_dim + max(raw, merged) + rows)
 
 
-def _latent_bytes(op: LatentAttention, units: int, tokens: int) -> int:
+def _latent_bytes(op: LatentAttention, tokens: int) -> int:
     share = -(-op.topk // op.splits)
     listed = -(-share // UNIT_ROWS) * UNIT_ROWS + 4
-    scores = 2 * 16 * (units * UNIT_ROWS + 8)
+    scores = 2 * 16 * (MAX_UNITS * UNIT_ROWS + 8)
     return 2 * (16 + tokens) * (op.lora + op.rope) + 4 * (scores + listed)
 
 
-def taken_units(machine: Machine) -> int:
-    """Units of a latent cache that are taken together. They decide the order of sums, so that all programs
-    of a machine take as many, whatever else their blocks hold."""
-    return 4 if machine.slots >= 8 else 2 if machine.slots >= 4 else 1
+def taken_units(machine: Machine, available: int) -> int:
+    """Units of a latent cache that are taken together: half of a ring, and of a block's memory.
+
+    They decide the order of sums, so the programs of all numbers of tokens take as many.
+    """
+    most = min(machine.slots, available // (machine.slot_bytes + SLOT_PAD)) // 2
+    return next((units for units in (MAX_UNITS, 2) if units <= most), 1)
 
 
-def _least_slots(program: Program) -> int:
+def _least_slots(program: Program, available: int) -> int:
     latent = any(isinstance(op, LatentAttention) for op in program.ops)
-    return max(MIN_SLOTS, taken_units(program.machine) if latent else 0)
+    return max(MIN_SLOTS, taken_units(program.machine, available) if latent else 0)
 
 
 def queue_bytes(program: Program) -> int:
@@ -197,7 +203,7 @@ def shared_bytes(program: Program, slots: int) -> int:
 
 def fitting_slots(program: Program, available: int) -> int:
     """Slots of the ring, at most the machine's; UserError when `available` bytes hold too few."""
-    least = _least_slots(program)
+    least = _least_slots(program, available)
     for slots in range(program.machine.slots, least - 1, -1):
         if shared_bytes(program, slots) <= available:
             return slots

@@ -94,9 +94,15 @@ struct Linear {
                                                     const Place& at) {
     Rest rest;
     u32 scale = 0;
-    if constexpr (kRowScaled)
-      scale = Source::template scale_row<Scales::kRows>(
-          choice, at.token, Source::template scale_group<Scales::kRows>(run, at.row), 0);
+    if constexpr (kRowScaled) {
+      const u32 group = Source::template scale_group<Scales::kRows>(run, at.row);
+#pragma unroll
+      for (int t = 0; t < (Source::kOfToken ? kTokens : 1); ++t) {
+        const u32 of_token =
+            Source::template scale_row<Scales::kRows>(choice.of_token(t), group, 0);
+        if (!Source::kOfToken || t == at.token) scale = of_token;
+      }
+    }
     if (!at.inside) return rest;
     if constexpr (kEpilogue == kAdd) {
       const float* const old[1] = {b.at(run.y) + at.y};

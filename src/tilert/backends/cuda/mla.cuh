@@ -198,14 +198,15 @@ struct Walk {
 // Tile (t * kGroups + g) * kSplits + s: token t, heads [g * kTileHeads, (g + 1) * kTileHeads),
 // share s of the positions. With kTopk a token attends to the positions that Select has chosen.
 // run.w: the cache, run.x: queries as latents, run.x2: rotated queries, run.x3: the chosen
-// positions. kUnits are taken together.
+// positions.
 template <int kHeads, int kTileHeads, int kNope, int kRope, int kLora, int kSplits, int kTopk,
-          int kUnits, bool kTagged, u32 kScaleBits, int kQPitch, int kRotatedPitch>
+          bool kTagged, u32 kScaleBits, int kQPitch, int kRotatedPitch>
 struct LatentAttention {
   static constexpr int kWidth = kLora + kRope, kRowBytes = 2 * kWidth;
   static constexpr int kUnitRows = 16, kUnitBytes = kUnitRows * kRowBytes;
   static_assert(kWidth % 16 == 0 && kLora % 16 == 0 && kNope % 4 == 0 && kTileHeads <= 16, "shape");
   static_assert(kUnitBytes <= kSlotBytes, "16 positions fit a slot");
+  static constexpr int kUnits = kTakenUnits;  // taken together
   static_assert(kUnits <= kSlots && kHeads % kTileHeads == 0, "units fit the ring");
   static constexpr int kGroups = kHeads / kTileHeads;
   static constexpr int kTake = kUnits * kUnitRows;

@@ -213,6 +213,8 @@ struct Matrix {
     const u32 group = Source::template scale_group<Scales::kRows>(run, row);
     if (group == x.group && (!Source::kOfToken || token == x.token)) return;
     x.group = group, x.token = token;
+    const auto known = choice.of_token(token);
+    u32 block_row = Source::template scale_row<Scales::kRows>(known, group, 0);
 #pragma unroll
     for (int step = 0; step < kSteps; ++step)
 #pragma unroll
@@ -220,8 +222,8 @@ struct Matrix {
         const int place = i * 8 + column(), segment = place % kSegments;
         const bool up = place / kSegments >= T::kTileRows;
         const int k = (piece_block(step / kPieceSteps) + block(step, segment)) * kBlock;
-        const u32 block_row =
-            Source::template scale_row<Scales::kRows>(choice, token, group, k / T::kPartK);
+        if constexpr (Source::kParts > 1)
+          block_row = Source::template scale_row<Scales::kRows>(known, group, k / T::kPartK);
         const float* from = (up ? run.scale_up : run.scale) + u64(block_row) * kScaleCols;
         x.scale[step][i / 2][i % 2] =
             block_inside(step, segment) ? __ldg(from + k % T::kPartK / Scales::kCols) : 0;
@@ -496,13 +498,15 @@ struct Scalar {
     const u32 group = Source::template scale_group<Scales::kRows>(run, row);
     if (group == x.group && (!Source::kOfToken || token == x.token)) return;
     x.group = group, x.token = token;
+    const auto known = choice.of_token(token);
+    u32 block_row = Source::template scale_row<Scales::kRows>(known, group, 0);
 #pragma unroll
     for (int m = 0; m < T::kMatrices; ++m)
 #pragma unroll
       for (int r = 0; r < kOwnChunks; ++r) {
         const int k = chunk_of(r) * kWide;
-        const u32 block_row =
-            Source::template scale_row<Scales::kRows>(choice, token, group, k / T::kPartK);
+        if constexpr (Source::kParts > 1)
+          block_row = Source::template scale_row<Scales::kRows>(known, group, k / T::kPartK);
         const float* from = (m ? run.scale_up : run.scale) + u64(block_row) * kScaleCols;
         x.scale[m][r] = chunk_inside(r) ? __ldg(from + k % T::kPartK / Scales::kCols) : 0;
       }

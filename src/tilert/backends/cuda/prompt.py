@@ -67,10 +67,11 @@ class PromptRunner:
         self.paged = PagedCaches(caches, self.device)
         self.ops: dict[str, Callable[[_Step, Node], torch.Tensor]] = {
             "embed": self._embed, "given": self._given, "rms_norm": self._rms_norm,
-            "linear": self._linear, "add": self._add, "silu_mul": self._silu_mul, "rope": self._rope, "attention": self._attention,
-            "latent_rope": self._latent_rope, "latent_attention": self._latent_attention,
-            "index_rope": self._index_rope, "index_score": self._index_score, "select": self._select,
-            "route": self._route, "experts": self._experts,
+            "linear": self._linear, "add": self._add, "silu_mul": self._silu_mul,
+            "rope": self._rope, "attention": self._attention, "latent_rope": self._latent_rope,
+            "latent_attention": self._latent_attention, "index_rope": self._index_rope,
+            "index_score": self._index_score, "select": self._select, "route": self._route,
+            "experts": self._experts,
         }  # fmt: skip
         unknown = {node.op for node in graph.nodes} - self.ops.keys()
         assert not unknown, f"prompts cannot compute {', '.join(sorted(unknown))}"

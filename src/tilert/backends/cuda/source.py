@@ -16,6 +16,7 @@ from tilert.backends.cuda.limits import (
     MAX_GROUPS,
     SLOT_PAD,
     UNIT_ROWS,
+    fitting_slots,
     scratch_bytes,
     shared_struct_bytes,
     taken_units,
@@ -66,18 +67,19 @@ class Source:
     variants: list[int]
 
 
-def generate(program: Program, slots: int, *, trace: bool = False) -> Source:
-    """The source of a program whose ring has `slots` slots; with `trace` every run leaves its times.
+def generate(program: Program, available: int, *, trace: bool = False) -> Source:
+    """The source of a program where a block has so many bytes of shared memory; with `trace` every run
+    leaves its times.
 
-    Raises UserError for heads that the kernel has no form of, AssertionError for an op that the compiler
-    never emits for such machines.
+    Raises UserError for heads that the kernel has no form of and where that memory is too little,
+    AssertionError for an op that the compiler never emits for such machines.
     """
     known: dict[str, int] = {}
     tags = derive(program)
     variants = [known.setdefault(_type(program, op, tags), len(known)) for op in program.ops]
     names = "\n".join(f"using V{i} = {name};" for name, i in known.items())
     cases = " ".join(f"X({i})" for i in known.values())
-    machine = program.machine
+    machine, slots = program.machine, fitting_slots(program, available)
     constants = {
         "kSlots": slots, "kSlotBytes": machine.slot_bytes, "kSlotPitch": machine.slot_bytes + SLOT_PAD,
         "kWindow": min(machine.window, slots), "kPage": PAGE,
@@ -86,6 +88,7 @@ def generate(program: Program, slots: int, *, trace: bool = False) -> Source:
         "kStreamLead": program.stream_lead, "kSharedBytes": shared_struct_bytes(program.tokens),
         "kHeldWords": HELD_WORDS, "kVariants": len(known),
         "kPasses": passes(program)[-1],
+        "kTakenUnits": taken_units(machine, available),
     }  # fmt: skip
     headers = {name: (FOLDER / name).read_text(encoding="utf-8") for name in HEADERS}
     headers["constants.h"] = "#pragma once\n" + "".join(
@@ -183,7 +186,7 @@ def _latent(program: Program, op: LatentRope | LatentAttention, tags: Tags) -> s
     assert op.block == 1, "a tile has one token"
     return (
         f"LatentAttention<{op.heads}, {op.tile_heads}, {op.nope}, {op.rope}, {op.lora}, {op.splits},"
-        f" {op.topk}, {taken_units(program.machine)}, {_flag(op.q in tags.writers)}, {_bits(op.scale)},"
+        f" {op.topk}, {_flag(op.q in tags.writers)}, {_bits(op.scale)},"
         f" {_pitch(program, op.q)}, {_pitch(program, op.q_rope)}>"
     )
 

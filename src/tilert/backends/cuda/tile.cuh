@@ -50,7 +50,9 @@ struct Straight {
   static constexpr bool kOfToken = false;  // each token of several has rows of its own
   static constexpr int kParts = 1;
   static constexpr u32 kBlockRows = 0, kBlockStride = 0;  // all rows have the same x
-  struct Choice {};                                       // what the warps know of it
+  struct Choice {                                         // what the warps know of it
+    __device__ __forceinline__ Choice of_token(u32) const { return {}; }
+  };
   static __device__ __forceinline__ Choice choice(const Run&) { return {}; }
   static __device__ __forceinline__ bool known(const Run&) { return true; }  // before its waits
 
@@ -73,13 +75,13 @@ struct Straight {
   static __device__ __forceinline__ bool pairs(const Run& run, u32 row) {
     return (run.first + row) % kStride == 0;
   }
-  // Rows of one group have the same rows of scales, one for each part.
+  // Rows of one group have the same rows of scales, one for each part, by the choice of a token.
   template <u32 kBlockRows>
   static __device__ __forceinline__ u32 scale_group(const Run& run, u32 row) {
     return (run.first + row) / kBlockRows;
   }
   template <u32 kBlockRows>
-  static __device__ __forceinline__ u32 scale_row(const Choice&, u32, u32 group, int) {
+  static __device__ __forceinline__ u32 scale_row(const Choice&, u32 group, int) {
     return group;
   }
   // Whether a product leaves the sums of a token when it has multiplied the rows of token `only`.
