@@ -371,6 +371,16 @@ def cache_rows_read_before_they_are_appended() -> Program:
 
 
 @breaks("coverage")
+def cache_rows_read_before_a_pass_appends_them() -> Program:
+    """The pass before has written row 0, too, but of other positions."""
+    d = programs.guess_draft(cpu(3))
+    second = [i for i, op in enumerate(d.ops) if isinstance(op, Rope)][1]
+    d.ops[second : second + 2] = d.ops[second + 1], d.ops[second]
+    phased(d)
+    return d.program()
+
+
+@breaks("coverage")
 def activation_that_nobody_writes() -> Program:
     program = GOOD["greedy"]
     lost = Buffer("lost", Kind.WORK, DType.F32, 1, HIDDEN, offset=1 << 16)

@@ -69,8 +69,9 @@ class Reference:
 
 
 def make(
-    name: str, folder: Path, adds: float = 1.0, *, shared: bool = False, **changes: Any
-) -> Reference:
+    name: str, folder: Path, adds: float = 1.0, *, shared: bool = False,
+    dtype: torch.dtype = torch.float32, **changes: Any,
+) -> Reference:  # fmt: skip
     """Write a model of the family with such a layer into `folder`.
 
     adds: a factor on what all blocks add. At 0 the next token hangs on the token alone, and every guess is
@@ -78,7 +79,7 @@ def make(
     """
     if name == "glm_moe_dsa":
         changes = {"indexer_types": ["full", "shared", "full", "full"], **changes}
-    model = families.make(name, folder, num_hidden_layers=LAYERS + 1, **changes)
+    model = families.make(name, folder, dtype, num_hidden_layers=LAYERS + 1, **changes)
     tensors = load_file(folder / "model.safetensors")
     torch.manual_seed(7)
     width = model.config.hidden_size
@@ -92,6 +93,7 @@ def make(
     if adds == 1 and not shared:  # others than the model's, so that a mistake is seen
         for part in ("embed_tokens", "shared_head.head"):
             own[part] = torch.randn_like(own[part]) * 0.15
+    own = {n: tensor.to(dtype) for n, tensor in own.items()}
     for key in [key for key in tensors if key.endswith(ADDS)]:
         tensors[key] = tensors[key] * adds
     with torch.no_grad():

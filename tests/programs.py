@@ -19,12 +19,14 @@ from tilert.ir.program import NONE, Buf, Buffer, Counter, Kind, Op, Program, Run
 from tilert.models import load_config
 from tilert.models.decoder import build as build_graph
 from tilert.ops import (
+    Accept,
     Argmax,
     Attention,
     Combine,
     Embed,
     ExpertDown,
     ExpertGate,
+    Guess,
     IndexRope,
     IndexScore,
     LatentAttention,
@@ -450,6 +452,71 @@ def streamed_latent() -> Program:
     return d.program()
 
 
+def guess_draft(machine: Machine) -> Draft:
+    """Three tokens of which two were guessed, and a layer of attention that makes two guesses: one pass
+    over the tokens that count, at positions of their own, and one over the first guess."""
+    d, rows = Draft(machine, 3, 3, 2), 3
+    tokens, positions, counts = (
+        d.state(n, c) for n, c in (("tokens", 3), ("positions", 3), ("counts", 2))
+    )
+    following, places, kept, last = (
+        d.state(n, c) for n, c in (("following", 3), ("places", 3), ("kept", 2), ("last", 1))
+    )
+    guess, place, one = (d.state(n, c) for n, c in (("guess", 1), ("place", 1), ("one", 2)))
+    table, x = d.weight("table", VOCAB, HIDDEN), d.work("x", rows, HIDDEN)
+    head, part = d.weight("head", VOCAB, HIDDEN), d.work("part", rows, 4)
+    k_cache, v_cache = (
+        d.add(Buffer(f"{name}_cache", Kind.CACHE, DType.F32, CONTEXT, 4)) for name in "kv"
+    )
+    who, pages = d.state("sequences", 3), d.state("pages", 2, rows=2)
+    d.op(Embed(tokens, table, x, counts, VOCAB, rows, HIDDEN, 1))
+
+    def choose(x: Buf, rows: int, counts: Buf, part: Buf) -> None:
+        logits = d.work(f"logits{len(d.ops)}", rows, VOCAB)
+        d.op(linear(x, head, logits, counts, k=HIDDEN, n=VOCAB, tile=3, rows=rows, count_index=1))
+        d.op(Argmax(logits, part, counts, rows, VOCAB, 6))
+
+    choose(x, rows, counts, part)
+    sampled = d.state("sampled", 3)
+    d.op(
+        Accept(
+            part, sampled, tokens, positions, counts, following, places, kept, last, place, rows, 2
+        )
+    )
+    passes = (following, places, kept, last, 3), (guess, place, one, d.state("only", 1), 1)
+    for number, (ids, at, counts, row, rows) in enumerate(passes, 1):
+        x = d.work(f"x{number}", rows, HIDDEN)
+        q, k, v, mixed = (d.work(f"{name}{number}", rows, 4) for name in ("q", "k", "v", "mixed"))
+        d.op(Embed(ids, table, x, counts, VOCAB, rows, HIDDEN, 1))
+        for y, name in ((q, "wq"), (k, "wk"), (v, "wv")):
+            w = _weight_of(d, name, 4, HIDDEN)
+            d.op(linear(x, w, y, counts, k=HIDDEN, n=4, tile=4, rows=rows))
+        d.op(Rope(q, k, v, NONE, NONE, _weight_of(d, "rope", CONTEXT, 4), k_cache, v_cache, at, who, pages,
+                  counts, rows, 1, 1, 4, CONTEXT, 2, 2, 1e-5))  # fmt: skip
+        d.op(Attention(q, k_cache, v_cache, mixed, at, who, pages, counts, rows, 1, 1, 4, 0, 1, 1, 2, 2,
+                       0.5))  # fmt: skip
+        d.op(linear(mixed, _weight_of(d, "wo", HIDDEN, 4), x, counts, k=4, n=HIDDEN, tile=4, rows=rows,
+                    epilogue=ADD))  # fmt: skip
+        z, part = d.work(f"z{number}", 1, HIDDEN), d.work(f"part{number}", 1, 4)
+        norm = _weight_of(d, "final_norm", 1, HIDDEN)
+        d.op(Norm(x, norm, row, z, counts, rows, 1, HIDDEN, 1, 1e-5))
+        choose(z, 1, counts, part)
+        d.op(Guess(part, guess, tokens, place, number, 2))
+    return d
+
+
+def _weight_of(draft: Draft, name: str, rows: int, cols: int) -> Buf:
+    names = [b.name for b in draft.buffers]
+    return Buf(names.index(name)) if name in names else draft.weight(name, rows, cols)
+
+
+def guesses() -> Program:
+    """A step that verifies guesses and makes new ones, on three workers."""
+    d = guess_draft(cpu(3))
+    phased(d)
+    return d.program()
+
+
 def wait_for_choices(d: Draft) -> None:
     """Whoever streams what an op has chosen gets a wait for that op."""
     for queue in d.queues:
@@ -499,7 +566,7 @@ def loose() -> Program:
 
 GOOD = {make.__name__: make() for make in (
     greedy, barriers, ring, pipeline, stream, loose, attention, wide, devices, experts,
-    streamed_experts, latent, streamed_latent,
+    streamed_experts, latent, streamed_latent, guesses,
 )}  # fmt: skip
 
 
@@ -535,9 +602,18 @@ def make_weights(program: Program) -> dict[str, np.ndarray]:
 
 
 def set_state(state: dict[str, np.ndarray], program: Program) -> None:
-    """Two tokens when there is room (else one), at the end of a page and near the start."""
+    """Two tokens when there is room (else one), at the end of a page and near the start; guesses are of
+    one sequence."""
     used = min(2, program.tokens)
     first = {"tokens": [3, 7], "positions": [62, 5], "sequences": [1, 0], "output_rows": [0, 1]}
+    if "following" in state:
+        used = program.tokens
+        first |= {
+            "tokens": [3, 8, 7],
+            "positions": [62, 63, 64],
+            "sequences": [1, 1, 1],
+            "one": [1, 1],
+        }
     for name, array in state.items():
         kind = name.split("@")[0]
         if kind == "counts":

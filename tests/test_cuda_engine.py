@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import families
+import guessing
 import numpy as np
 import pytest
 import torch
@@ -21,11 +22,13 @@ from tilert import LLM, SamplingParams
 from tilert.backends.cuda import open_device, runtime
 from tilert.backends.cuda.backend import UNSET, CudaBackend
 from tilert.backends.cuda.runtime import CudaRuntime
+from tilert.engine import engine
+from tilert.engine.core import RequestOutput
 from tilert.errors import UserError
 from tilert.files import keep
 from tilert.ir.machine import B200, H200, Machine, by_name
-from tilert.ir.program import Program
-from tilert.ops import Attend, Draw
+from tilert.ir.program import NONE, Buf, Program
+from tilert.ops import Attend, Draw, Norm
 from tilert.serve import llm as serving
 from tilert.serve import report, trace, tune
 from tilert.serve import shipped as shipping
@@ -86,6 +89,72 @@ def test_latent_attention_under_the_engine(
     (wanted,), (found,) = (m.generate([prompt], params) for m in (exact, gpu))
     assert len(found.outputs[0].token_ids) == 12
     assert found.outputs[0].token_ids[:alike] == wanted.outputs[0].token_ids[:alike]
+
+
+def test_the_checkpoints_layer_guesses(
+    device: EmulatedDevice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tokens of plain decoding with guesses of which some are right, in one program; a stop within a
+    step."""
+    sizes: dict[str, Any] = {
+        "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4, "vocab_size": 96,
+        "num_key_value_heads": 4, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "v_head_dim": 16,
+        "qk_rope_head_dim": 16, "q_lora_rank": 32, "moe_intermediate_size": 32,
+    }  # fmt: skip
+    guessing.make("deepseek_v3", tmp_path, 0.01, dtype=torch.bfloat16, **sizes)
+    model = LLM(tmp_path, skip_tokenizer_init=True, max_model_len=64, max_num_seqs=2, backend="cuda",
+                num_speculative_tokens=3, speculative_method="mtp")  # fmt: skip
+    assert model.speculative_method == "mtp"
+
+    def made(**changes: Any) -> RequestOutput:
+        params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, **changes)
+        return model.generate({"prompt_token_ids": [61]}, params)[0]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.Engine, "_guess_steps", lambda *_: 0)
+        patch.setattr(engine.Engine, "_draft", lambda *_: [])
+        plain = made().outputs[0].token_ids
+    own = made()
+    assert own.outputs[0].token_ids == plain
+    assert {1, 2} & set(own.metrics.verified) != set(own.metrics.verified)
+    output = made(stop_token_ids=[plain[5]]).outputs[0]
+    assert output.token_ids == plain[: plain.index(plain[5]) + 1]
+    model.engine.cache.check()
+
+
+@pytest.mark.parametrize("of_outputs", [False, True])
+def test_hidden_states_of_a_step_in_pieces(of_outputs: bool) -> None:
+    """A launch takes two rows and leaves ten times what it was given; in a layer that guesses, of the rows
+    that have logits."""
+
+    class Made:
+        program = SimpleNamespace(
+            tokens=2, buffer_ids={"hidden": 0}, buffers=[SimpleNamespace(name="hidden")],
+            ops=[Norm(NONE, NONE, Buf(0) if of_outputs else NONE, Buf(0), NONE, 2, 2, 3, 2, 1e-5)],
+        )  # fmt: skip
+
+        def __init__(self) -> None:
+            shapes = {"tokens": (1, 2), "positions": (1, 2), "sequences": (1, 2), "pages": (1, 4),
+                      "output_rows": (1, 2), "counts": (1, 2)}  # fmt: skip
+            self.state: dict[str, Any] = {n: np.zeros(s, np.int32) for n, s in shapes.items()}
+            self.state["given"] = np.zeros((2, 3), np.float32)
+
+        def steps(self, count: int) -> Any:
+            yield self.state["tokens"][0, : self.state["counts"][0, 0]]
+
+        def read(self, name: str) -> Any:
+            return 10 * self.state["given"] if name == "hidden" else self.state["tokens"].T * 1.0
+
+    pieces = runtime.Pieces(Made(), 8)  # type: ignore[arg-type]
+    given = np.arange(15, dtype=np.float32).reshape(5, 3)
+    pieces.state["given"][:5] = given
+    pieces.state["tokens"][0, :5] = range(5)
+    pieces.state["counts"][0] = 5, 2
+    pieces.state["output_rows"][0, :2] = 1, 4
+    list(pieces.steps(1))
+    hidden = pieces.read("hidden")
+    assert np.array_equal(hidden[:5], 10 * (given[[1, 4]] if of_outputs else given))
+    assert pieces.read("logits").tolist() == [[1], [4]]
 
 
 def test_tokens_of_a_mixture_equal_the_cpu(tmp_path: Path, device: EmulatedDevice) -> None:

@@ -20,8 +20,9 @@ from tilert.compiler.units import with_units
 from tilert.errors import UserError
 from tilert.ir import machine
 from tilert.ir.dtype import DType
+from tilert.ir.graph import Speculation
 from tilert.ir.program import Scale
-from tilert.models import load_config
+from tilert.models import load_config, mtp
 from tilert.models.decoder import build as build_graph
 from tilert.models.derived import ROPE_TABLE
 
@@ -119,6 +120,26 @@ def test_no_op_spills_in_its_loops(name: str, tmp_path: Path) -> None:
     for number, kind in kinds.items():
         if name != "llama-1b" and alike.match(kind):
             continue
+        alone = re.sub(r"(?<=VARIANTS\(X\)).*", f" X({number})", variants)
+        cubin = compile_cubin(
+            source.text, name=KERNEL, arch="sm_90a", headers={**source.headers, "variants.h": alone},
+            cache=tmp_path,
+        )  # fmt: skip
+        used = cubin.resources[KERNEL]
+        assert used.stack == used.spill_stores == used.spill_loads == 0, (number, used)
+
+
+def test_what_verifies_and_makes_guesses_does_not_spill(tmp_path: Path) -> None:
+    config = load_config({**BASE, **SHAPES["deepseek-v3.2"], "num_nextn_predict_layers": 1})
+    graph, layer = build_graph(config, 8192, hidden=True), mtp.build(config, 8192, ())
+    dtypes = {w: DType.BF16 for w in {**graph.weights, **layer.weights} if w != ROPE_TABLE}
+    target = with_units(graph, replace(machine.H200, workers_per_device=16), dtypes)
+    program = build(Speculation(graph, layer, 3), target, Limits(4, 4, 1, 8192), dtypes)
+    source = generate(program, fitting(program, TARGETS["sm_90a"]))
+    variants = source.headers["variants.h"]
+    kinds = re.findall(r"using V(\d+) = (Norm|Accept|Guess)<", variants)
+    assert {kind for _, kind in kinds} == {"Norm", "Accept", "Guess"}
+    for number, _ in kinds:
         alone = re.sub(r"(?<=VARIANTS\(X\)).*", f" X({number})", variants)
         cubin = compile_cubin(
             source.text, name=KERNEL, arch="sm_90a", headers={**source.headers, "variants.h": alone},

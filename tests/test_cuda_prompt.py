@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import families
+import guessing
 import numpy as np
 import pytest
 import torch
@@ -21,7 +22,7 @@ from tilert.backends.cuda.paged import StepCaches
 from tilert.backends.cuda.prompt import PromptRunner
 from tilert.ir.graph import Graph
 from tilert.ir.program import NONE, Buf
-from tilert.models import load_config
+from tilert.models import load_config, mtp
 from tilert.models.decoder import build
 from tilert.models.load import bind
 from tilert.ops import Route
@@ -31,11 +32,17 @@ PAGES = [5, 2, 7, 0]
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
-def loaded(folder: Path, dtype: torch.dtype = torch.float32) -> PromptRunner:
+def loaded(
+    folder: Path, dtype: torch.dtype = torch.float32, *, guesses: bool | None = None
+) -> PromptRunner:
+    """guesses: of a model whose hidden states are an output, or of the layer that guesses from them."""
     checkpoint = open_checkpoint(folder)
     config = load_config(checkpoint.config, checkpoint.generation_config)
-    graph = build(config, 256)
-    arrays = bind(graph, config, 256, checkpoint.tensors)
+    tensors = mtp.layer_tensors(config, checkpoint.tensors) if guesses else checkpoint.tensors
+    graph = build(config, 256, hidden=guesses is False)
+    if guesses:
+        graph = mtp.build(config, 256, tensors.keys())
+    arrays = bind(graph, config, 256, tensors)
     weights = {name: torch.tensor(array.astype(np.float32)) for name, array in arrays.items()}
     weights = {n: w if n == "tilert.rope_table" else w.to(dtype) for n, w in weights.items()}
     heads, widths = config.num_key_value_heads, dict.fromkeys("kv", config.head_dim)
@@ -45,7 +52,7 @@ def loaded(folder: Path, dtype: torch.dtype = torch.float32) -> PromptRunner:
         widths |= {"index": index.index_head_dim} if index else {}
     caches = {
         f"layers.{i}.{kind}_cache": torch.full((8, heads, 64, width), 9.0, dtype=dtype)
-        for i in range(config.num_hidden_layers) for kind, width in widths.items()
+        for i in range(config.num_hidden_layers + 1) for kind, width in widths.items()
     }  # fmt: skip
     weights, _ = families.stacked(graph, weights, {})
     return PromptRunner(graph, weights, caches, {})
@@ -59,6 +66,26 @@ def made(name: str, folder: Path) -> Any:
     """See families.make."""
     latent = "kv_lora_rank" in families.FAMILIES[name][1]
     return families.make(name, folder, torch.float32, **(WHOLE if latent else {}))
+
+
+def test_hidden_states_and_guesses_are_those_of_torch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In two runs of several pieces."""
+    reference = guessing.make("deepseek_v32", tmp_path, **WHOLE)
+    tokens = tokens_for(71)
+    model, layer = (loaded(tmp_path, guesses=guesses) for guesses in (False, True))
+    monkeypatch.setattr(prompt, "CHUNK", 16)
+    rows, hidden, expected = [3, 39], reference.hidden(tokens), reference.logits(tokens)
+    for begin, end in ((0, 30), (30, 70)):
+        ids = tokens[begin:end]
+        model.run(ids, begin, PAGES, [])
+        assert (model.hidden - hidden[begin:end]).abs().max() < 1e-3
+        outputs = [row for row in rows if row < len(ids)]
+        given = model.hidden.numpy()
+        logits = layer.run(tokens[begin + 1 : end + 1], begin, PAGES, outputs, given)
+        assert np.abs(logits.numpy() - expected[begin:end][outputs]).max() < 1e-3
+        assert layer.hidden.shape == (len(outputs), hidden.shape[1])
 
 
 @pytest.mark.parametrize("name", [name for name in families.FAMILIES if name != "llama-odd"])

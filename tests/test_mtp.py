@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import guessing
 import numpy as np
+import programs
 import pytest
 from safetensors.torch import load_file, save_file
 from test_models import TOLERANCE, tokens_for
 
 from tilert import LLM, SamplingParams
+from tilert.backends.interpreter import ORDERS
+from tilert.engine import engine
 from tilert.engine.cache import PageCache
+from tilert.engine.engine import Engine
 from tilert.engine.mtp import LayerDrafter
 from tilert.engine.runner import Row, Runner
 from tilert.errors import UserError
+from tilert.ir.machine import NULL, cpu
 from tilert.models.derived import ColumnPart
 
 FREE = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
@@ -65,26 +71,36 @@ def test_hidden_states_and_guesses_are_those_of_torch(
 
 
 class Draft(NamedTuple):
-    """A draft, the tokens before it, and the logits of its last guess."""
+    """A draft, the tokens before it, and the logits of its last guess where the host made it."""
 
     tokens: list[int]
     guesses: list[int]
-    logits: np.ndarray
+    logits: np.ndarray | None
 
 
-@pytest.fixture
-def drafts(monkeypatch: pytest.MonkeyPatch) -> list[Draft]:
-    """Every draft that is made."""
+@pytest.fixture(params=["host", "device"])
+def drafts(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> list[Draft]:
+    """Every draft that is made; on the device, where a launch has one step, all but the first."""
     seen: list[Draft] = []
-    draft = LayerDrafter.draft
+    draft, skip = LayerDrafter.draft, LayerDrafter.skip
 
     def noted(self: LayerDrafter, most: int) -> list[int]:
+        made = not self._ready
         guesses = draft(self, most)
-        if guesses:
+        if guesses and made:
             seen.append(Draft(list(self.tokens), guesses, self.runner.logits()[0].copy()))
         return guesses
 
+    def skipped(self: LayerDrafter, end: int, ready: Sequence[int] = ()) -> None:
+        if ready:
+            seen.append(Draft(list(self.tokens), list(ready), None))
+        skip(self, end, ready)
+
     monkeypatch.setattr(LayerDrafter, "draft", noted)
+    monkeypatch.setattr(LayerDrafter, "skip", skipped)
+    if request.param == "host":
+        monkeypatch.setattr(Engine, "_guess_steps", lambda *_: 0)
+    monkeypatch.setattr(engine, "LAUNCH_STEPS", 4)
     return seen
 
 
@@ -94,7 +110,8 @@ def check(reference: guessing.Reference, drafts: list[Draft]) -> None:
     for draft in [*drafts[:: len(drafts) // 3 + 1], drafts[-1]]:
         guesses, logits = reference.draft(draft.tokens, len(draft.guesses))
         assert draft.guesses == guesses, len(draft.tokens)
-        assert np.abs(draft.logits - logits).max() < TOLERANCE, len(draft.tokens)
+        if draft.logits is not None:
+            assert np.abs(draft.logits - logits).max() < TOLERANCE, len(draft.tokens)
     drafts.clear()
 
 
@@ -121,8 +138,9 @@ def test_drafts_are_those_of_torch(tmp_path: Path, drafts: list[Draft]) -> None:
     long = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
     llm.generate(prompts, [few, long])
     lengths = [len(draft.tokens) for draft in drafts]  # while both ran, nothing was drafted
-    assert lengths[0] == 41
-    assert min(lengths[1:]) > 40 + 4
+    alone = [41] if drafts[1].logits is not None else [41, 42]  # before the other one came
+    assert lengths[: len(alone)] == alone
+    assert min(lengths[len(alone) :]) > 40 + 4
     check(reference, drafts)
     with closing(llm.stream({"prompt_token_ids": tokens[30:100]}, long)) as stream:  # type: ignore[type-var]
         for _ in range(5):
@@ -178,6 +196,118 @@ def test_outputs_are_the_same_and_right_guesses_are_accepted(adds: float, tmp_pa
         assert made(llm, prompt, params) == made(plain, prompt)[:length]
 
 
+ON_HOST: dict[str, Any] = {
+    "logprobs": 0
+}  # what only the host can give, so it takes the guesses there
+
+
+@pytest.mark.parametrize(
+    ("family", "backend"),
+    [("deepseek_v3", "cpu"), ("deepseek_v32", "interpreter"), ("glm_moe_dsa", "cpu")],
+)
+def test_the_device_guesses_and_verifies_as_the_host_does(
+    family: str, backend: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tokens and statistics, with guesses of which some are right; in one launch and in several."""
+    guessing.make(family, tmp_path, 0.03)
+    prompt, launches = {"prompt_token_ids": tokens_for(59)}, []
+    guess = Runner.guess
+
+    def counted(self: Runner, *args: Any) -> Any:
+        launches.append(args[4])
+        return guess(self, *args)
+
+    monkeypatch.setattr(Runner, "guess", counted)
+    for count in (1, 3) if backend == "cpu" else (2,):
+        llm = opened(tmp_path, count, backend=backend)
+        params: dict[str, Any] = {"temperature": 0, "max_tokens": 30, "ignore_eos": True}
+        expected = llm.generate(prompt, SamplingParams(**params, **ON_HOST))[0]
+        assert not launches
+        for steps in (64, 2 * count + 2):
+            monkeypatch.setattr(engine, "LAUNCH_STEPS", steps)
+            request = llm.generate(prompt, SamplingParams(**params))[0]
+            assert request.outputs[0].token_ids == expected.outputs[0].token_ids
+            assert request.metrics.verified == expected.metrics.verified
+            assert request.metrics.drafted_tokens == expected.metrics.drafted_tokens
+            assert {1, 2} <= set(request.metrics.verified), "some guesses are right, others are not"
+            assert sum(launches) >= len(request.metrics.verified)
+            assert len(launches) > (1 if steps == 64 else 4)
+            launches.clear()
+
+
+def test_a_stop_within_accepted_guesses_and_a_stream_that_is_closed(tmp_path: Path) -> None:
+    guessing.make("deepseek_v32", tmp_path, 0.0)
+    prompt, llm = {"prompt_token_ids": tokens_for(62)}, opened(tmp_path)
+    whole = made(llm, tokens_for(62))
+    for place in (6, 7, 8, 9):  # each row of a step
+        stop = SamplingParams(
+            temperature=0, max_tokens=20, ignore_eos=True, stop_token_ids=[whole[place]]
+        )
+        output = llm.generate(prompt, stop)[0].outputs[0]
+        assert output.token_ids == whole[: whole.index(whole[place]) + 1]
+        assert output.finish_reason == "stop"
+        assert made(llm, tokens_for(62)) == whole
+        with closing(llm.stream(prompt, FREE)) as stream:  # type: ignore[type-var]
+            assert [next(stream).token_id for _ in range(place)] == whole[:place]
+        llm.engine.cache.check()
+        assert made(llm, tokens_for(62)) == whole
+
+
+def test_a_step_of_guesses_gives_the_same_bits_in_every_order(tmp_path: Path) -> None:
+    guessing.make("deepseek_v32", tmp_path)
+    llm = opened(tmp_path, max_model_len=128, max_num_seqs=2)
+    assert llm.engine.layer is not None
+    for machine, drafts in ((cpu(2), 1), (cpu(3), 3), (NULL, 2)):
+        program = llm.runner.guessing(llm.engine.layer, drafts, machine)
+        weights = programs.make_weights(program)
+        expected = programs.outcome(program, weights, "sequential", steps=4)
+        for order in list(ORDERS)[:: 1 + drafts]:
+            assert programs.outcome(program, weights, order, 1, steps=4) == expected
+
+
+def test_a_prompt_of_one_token_has_nothing_to_guess_from(tmp_path: Path) -> None:
+    guessing.make("deepseek_v3", tmp_path, 0.05)
+    plain, llm = opened(tmp_path, 0), opened(tmp_path)
+    for params in (FREE, SamplingParams(temperature=0.6, seed=3, max_tokens=9, ignore_eos=True)):
+        assert made(llm, [7], params) == made(plain, [7], params)
+
+
+@pytest.mark.parametrize("adds", [0.0, 0.05])
+def test_guesses_stay_inside_the_context(adds: float, tmp_path: Path) -> None:
+    guessing.make("deepseek_v3", tmp_path, adds)
+    plain, llm = (opened(tmp_path, n, max_model_len=96, max_num_seqs=1) for n in (0, 3))
+    to_the_end = SamplingParams(temperature=0, max_tokens=None, ignore_eos=True)
+    for length in (70, 87, 88, 89, 90, 94, 95):
+        tokens = made(llm, tokens_for(length), to_the_end)
+        assert len(tokens) == 96 - length
+        assert tokens == made(plain, tokens_for(length), to_the_end)
+
+
+def test_guesses_of_one_step_are_those_of_torch(tmp_path: Path) -> None:
+    """The logits of a step's last guess, after steps of which each accepts another number."""
+    reference = guessing.make("deepseek_v32", tmp_path)
+    llm, tokens = opened(tmp_path, 3), tokens_for(100)
+    runner, layer = llm.runner, llm.engine.layer
+    assert layer is not None
+    greedy, known = made(opened(tmp_path, 0), tokens[:60]), tokens[:60]
+    made(llm, tokens[:60], SamplingParams(temperature=0, max_tokens=3, ignore_eos=True))
+    position, expected = 60, [*tokens[:60], *greedy]
+    runner.set_pages(0, [0, 1])
+    rows = [Row(token, p, 0) for p, token in enumerate(known)]
+    runner.step(rows, [])
+    layer.step([Row(expected[p + 1], p, 0) for p in range(60)], [], runner.hidden(0, 60))
+    for right in (0, 3, 1, 2, 0):
+        fed = expected[position : position + 1 + right]
+        fed += [(expected[position + right + 1] + 1) % 199] * (4 - len(fed))
+        (new,) = runner.guess(layer, fed, position, 0, 1)
+        position += right + 1
+        assert new == expected[position - right : position + 1]
+        guesses, logits = reference.draft(expected[: position + 1], 3)
+        assert runner.guesses(layer, 3) == guesses
+        last = runner._guessing(layer, 3).read("guess3.logits")[0]
+        assert np.abs(last - logits).max() < TOLERANCE
+
+
 def test_who_guesses_can_be_chosen(tmp_path: Path) -> None:
     guessing.make("deepseek_v3", tmp_path)
     assert opened(tmp_path).speculative_method == "mtp"
@@ -211,7 +341,6 @@ def test_errors(tmp_path: Path) -> None:
         "speculative_method 'eagle' is not known; accepted are auto", speculative_method="eagle"
     )
     refused("'mtp', but num_speculative_tokens is 0; accepted are 1", 0, speculative_method="mtp")
-    refused("the back end 'cuda' does not run yet", speculative_method="mtp", backend="cuda")
     changed(tmp_path, {"eh_proj.weight": eh_proj[:, :7].clone()})
     refused(
         "tensor 'model.layers.3.eh_proj.weight' has shape [48, 7], but the config asks for [48, 96]"

@@ -56,6 +56,7 @@ def scattered(seed: int, base: str = "") -> Program:
         "attention": lambda: programs.attention_draft(
             machine.cpu(dice.randint(2, 4)), dice.randint(1, 3), dice.randint(1, 3)
         ),
+        "guesses": lambda: programs.guess_draft(machine.cpu(dice.randint(2, 4))),
         "latent": lambda: programs.latent_draft(
             machine.cpu(dice.randint(2, 4)), dice.randint(1, 3), dice.randint(1, 2)
         ),
@@ -303,7 +304,7 @@ def repaired(program: Program) -> Program:
 
 
 COMPILED = [tiny_model(machine.cpu(2), 1), tiny_model(machine.NULL, 3)]
-BASES = [*GOOD.values(), *COMPILED, *(scattered(seed) for seed in range(12))]
+BASES = [*GOOD.values(), *COMPILED, *(scattered(seed) for seed in range(13))]
 WEIGHTS = {id(program): programs.make_weights(program) for program in BASES}
 
 

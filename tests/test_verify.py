@@ -23,7 +23,7 @@ from tilert.compiler.verify import RULES, VerifyError, verify
 from tilert.ir.machine import NULL, cpu
 from tilert.ir.program import Kind, Program
 from tilert.ir.regions import Cells
-from tilert.ops import NextToken
+from tilert.ops import Accept, Guess, NextToken
 
 
 @pytest.mark.parametrize("name", BROKEN)
@@ -136,8 +136,8 @@ def test_regions_of_a_run_are_those_of_its_tiles(name: str) -> None:
             assert covered(whole) == set.union(*(covered(tile) for tile in tiles)), op
 
 
-def test_only_next_token_writes_state() -> None:
+def test_only_what_makes_the_next_step_ready_writes_state() -> None:
     for program in GOOD.values():
         for op in program.ops:
             kinds = {program.buffers[r.buffer].kind for r in op.writes(0, op.tiles)}
-            assert (Kind.STATE in kinds) == isinstance(op, NextToken)
+            assert (Kind.STATE in kinds) == isinstance(op, NextToken | Accept | Guess)

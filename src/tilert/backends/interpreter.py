@@ -19,9 +19,10 @@ import numpy as np
 from tilert.backends.protocol import DeadlockError, Place, Protocol, run_name
 from tilert.errors import UserError
 from tilert.ir.program import NONE, PAGE, PAST, Buf, Buffer, Kind, Op, Program, Region
-from tilert.ir.regions import Cells
-from tilert.ops import Draw, NextToken
+from tilert.ir.regions import Cells, cache_frames
+from tilert.ops import Accept, Draw, NextToken
 
+_CHOICES = (Accept, Draw, NextToken)  # ops after which the host is told the tokens of the step
 _Write = tuple[int, tuple[int | slice, ...], np.ndarray]  # buffer, index, values
 
 
@@ -117,7 +118,7 @@ class Interpreter:
         for op in self.program.ops:
             for tile in range(op.tiles):
                 self.memory.apply(self.memory.execute(op, tile, epoch), epoch)
-            if isinstance(op, NextToken | Draw):
+            if isinstance(op, _CHOICES):
                 sampled = self.memory.sampled(op)
         return sampled
 
@@ -186,7 +187,7 @@ class _Memory:
             if epochs is not None:
                 epochs[index] = epoch
 
-    def sampled(self, op: NextToken | Draw) -> np.ndarray:
+    def sampled(self, op: Accept | Draw | NextToken) -> np.ndarray:
         """A copy of the ids that the op has just chosen."""
         return self.arrays[op.sampled][0, : self.arrays[op.counts][0, 1]].copy()
 
@@ -367,7 +368,7 @@ class _Launch:
         self.signals = [_Signals() for _ in program.counters]
         self.sampled: list[np.ndarray] = []
         self.finished = 0  # steps that all workers have completed
-        self.samples = any(isinstance(op, NextToken | Draw) for op in program.ops)
+        self.samples = any(isinstance(op, _CHOICES) for op in program.ops)
         if races is not None:
             races.begin()
 
@@ -417,7 +418,7 @@ class _Launch:
         w.clock[w.at.worker] = w.at.step * len(w.at.queue) + w.at.position + 1
         if run.signal >= 0:
             self.signals[run.signal].add(w.clock)
-        if isinstance(op, NextToken | Draw):
+        if isinstance(op, _CHOICES):
             self.sampled.append(self.memory.sampled(op))
         w.tile = w.since = -1
         self.protocol.finish(w.at)
@@ -438,7 +439,8 @@ class _Launch:
 class _Races:
     """For each cell and worker the last write and the last access, as moments of the worker's clock.
 
-    Rows of a cache move between steps, so accesses of different steps conflict when their columns do.
+    Rows of a cache move between steps, and between ops that count them by other positions, so accesses
+    of different steps or frames conflict when their columns do.
     """
 
     def __init__(self, program: Program) -> None:
@@ -455,6 +457,14 @@ class _Races:
         named = [r for table in (self.reads, self.writes) for rs in table.values() for r in rs]
         self.cells = Cells([*named, *(self._column(r) for r in named)])
         self.lengths = np.asarray([max(1, len(q)) for q in program.queues], np.int64)
+        frames = cache_frames(program.buffers, ops)
+        caches = {b for found in frames for b in found}
+        # Of each cache: by worker and position in its queue, how the run counts the cache's rows.
+        shape = len(program.queues), int(self.lengths.max(initial=1))
+        self.frames = {b: np.full(shape, -1) for b in caches}
+        for at, run in runs.items():
+            for b, frame in frames[run.op].items():
+                self.frames[b][at] = frame
         self.written = np.zeros((self.cells.count, len(program.queues)), np.int64)
         self.touched = np.zeros_like(self.written)
 
@@ -486,7 +496,10 @@ class _Races:
         if column is not region:
             every = self.cells.of(column)
             moments = table[every]
-            elsewhere = (moments - 1) // self.lengths != w.at.step
+            step, position = np.divmod(moments - 1, self.lengths)
+            frames = self.frames[region.buffer]
+            frame = frames[np.arange(len(self.lengths)), position]
+            elsewhere = (step != w.at.step) | (frame != frames[w.at.worker, w.at.position])
             moments = np.where(np.isin(every, own)[:, None] | elsewhere, moments, 0)
         else:
             moments = table[own]

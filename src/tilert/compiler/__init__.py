@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from tilert.compiler.depend import depend
+from tilert.compiler.guess import lower_speculation
 from tilert.compiler.lower import lower
 from tilert.compiler.lowering import Limits
 from tilert.compiler.memory import place
 from tilert.compiler.schedule import schedule
 from tilert.compiler.verify import verify
 from tilert.ir.dtype import DType
-from tilert.ir.graph import Graph
+from tilert.ir.graph import Graph, Speculation
 from tilert.ir.machine import Machine
 from tilert.ir.program import Program, Scale
 from tilert.ir.tags import taggable
@@ -20,7 +21,7 @@ __all__ = ["Limits", "build"]
 
 
 def build(
-    graph: Graph, machine: Machine, limits: Limits, dtypes: Mapping[str, DType],
+    graph: Graph | Speculation, machine: Machine, limits: Limits, dtypes: Mapping[str, DType],
     scales: Mapping[str, Scale] | None = None,
 ) -> Program:  # fmt: skip
     """The program that computes `graph` on `machine` in steps of up to `limits.tokens` tokens.
@@ -30,7 +31,10 @@ def build(
     Deterministic: the same input gives the same bytes. Raises VerifyError when the result is not
     proven sound, which is a fault of the compiler and never of the input.
     """
-    buffers, ops = lower(graph, machine, limits, dtypes, scales or {})
+    if isinstance(graph, Speculation):
+        buffers, ops = lower_speculation(graph, machine, limits, dtypes, scales or {})
+    else:
+        buffers, ops = lower(graph, machine, limits, dtypes, scales or {})
     tagged = taggable(buffers, ops) if machine.slots else ()
     buffers, ops = place(buffers, ops, {value.name for value in graph.outputs}, tagged)
     queues = schedule(machine, buffers, ops)

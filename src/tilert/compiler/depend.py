@@ -12,14 +12,25 @@ with lag 1.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
 import numpy as np
 
-from tilert.ir.program import NONE, Buffer, Counter, Kind, Op, Region, Run, Wait
-from tilert.ir.regions import Cells
+from tilert.ir.program import (
+    NONE,
+    Buffer,
+    Counter,
+    Kind,
+    Op,
+    Region,
+    Run,
+    Wait,
+    several_passes,
+)
+from tilert.ir.regions import Cells, cache_moves
 
 Ints = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -74,6 +85,7 @@ class _Walk:
         places: list[_Place],
     ) -> None:
         self.buffers, self.places, self.ops = buffers, places, ops
+        self.moves, self.held = cache_moves(buffers, ops), several_passes(ops)
         changing = {r.buffer for p in places for r in ops[p.run.op].writes(p.run.lo, p.run.hi)}
         self.reads = [
             self._changing(ops[p.run.op].reads(p.run.lo, p.run.hi), changing) for p in places
@@ -100,9 +112,10 @@ class _Walk:
     def run(self) -> list[_Group]:
         """Everything that runs of a step wait for."""
         for step in range(2):
-            for _, run in groupby(self.places, key=lambda place: place.run.op):
+            for op, run in groupby(self.places, key=lambda place: place.run.op):
+                self._shift_caches(self.moves[op])
                 self._visit_op(step, list(run))
-            self._shift_caches()
+            self._shift_caches(range(len(self.buffers)))
         return list(self.groups.values())
 
     def _visit_op(self, step: int, places: list[_Place]) -> None:
@@ -128,9 +141,10 @@ class _Walk:
         self, op: Op, earlier: dict[tuple[Region, bool], Ints], needs: list[tuple[Region, bool]]
     ) -> Ints:
         """Runs that the loader of a run of `op` must wait for itself: those that made the choice of what it
-        streams, and those of the step before that appended to the cache that it streams."""
+        streams, and those of the step before that appended to the cache that it streams; not with several
+        passes, for there it waits for all that its worker does before it streams past rows."""
         made = [earlier[r, w] for r, w in needs if r.buffer == op.choice != NONE]
-        past = [earlier[r, w] for r, w in needs if r.row_lo < 0 and not w]
+        past = [earlier[r, w] for r, w in needs if r.row_lo < 0 and not w and not self.held]
         return _union([*made, *(runs[runs < len(self.places)] for runs in past)])
 
     def _earlier(self, region: Region, written: bool) -> Ints:
@@ -180,11 +194,11 @@ class _Walk:
             self.last_read[cells] = -1
             self.last_write[cells, place.worker] = me
 
-    def _shift_caches(self) -> None:
+    def _shift_caches(self, moved: Iterable[int]) -> None:
         """Positions of this step are past ones of the next: every row takes the latest of all rows."""
-        for index, buffer in enumerate(self.buffers):
+        for index in moved:
             grid = self.cells.grid(index)
-            if buffer.kind is Kind.CACHE and grid.size:
+            if self.buffers[index].kind is Kind.CACHE and grid.size:
                 for table in (self.last_write, self.last_read):
                     table[grid] = table[grid].max(axis=0, keepdims=True)
 

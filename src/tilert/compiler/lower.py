@@ -11,7 +11,6 @@ own here; memory.py makes them share.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Mapping
 
 from tilert.compiler.latent import LOWER_LATENT, wanted_beyond
@@ -58,23 +57,19 @@ def lower(
 ) -> tuple[list[Buffer], list[Op]]:  # fmt: skip
     """Buffers and ops of a graph, in an order that computes it; see build."""
     low = Lowering(graph, machine, limits, dtypes, scales)
-    low.uses.update(v for node in graph.nodes for v in node.inputs.values() if v is not None)
-    low.maker.update({node.output: node for node in graph.nodes})
-    readers: dict[Value, list[Node]] = defaultdict(list)
-    for node in graph.nodes:
-        for value in node.inputs.values():
-            if value is not None:
-                readers[value].append(node)
-    low.readers.update(readers)
-    low.routing.update(node.inputs["logits"] for node in graph.nodes if node.op == "route")
-    _check_sums(low)
-    for name in ("counts", "tokens", "positions", "sequences", "output_rows", "pages", "sampled"):
-        low.state(name)
-    for node in graph.nodes:
-        _LOWER[node.op](low, node)
+    lower_nodes(low)
     choose = _lower_draw if limits.sampled else _lower_choice
     choose(low, graph.nodes[-1].output)
     return low.buffers, low.ops
+
+
+def lower_nodes(low: Lowering) -> None:
+    """The ops of all nodes, to the logits."""
+    _check_sums(low)
+    for name in ("counts", "tokens", "positions", "sequences", "output_rows", "pages", "sampled"):
+        low.state(name)
+    for node in low.graph.nodes:
+        _LOWER[node.op](low, node)
 
 
 def _lower_embed(low: Lowering, node: Node) -> None:
@@ -89,7 +84,9 @@ def _lower_embed(low: Lowering, node: Node) -> None:
 
 def _lower_given(low: Lowering, node: Node) -> None:
     name, rows, cols = node.output.name, low.rows(node.output), node.output.cols
-    low.home[node.output] = low.buffer(name, Kind.STATE, DType.F32, rows, cols)
+    if low.given == NONE:
+        low.given = low.buffer(name, Kind.STATE, DType.F32, rows, cols)
+    low.home[node.output] = low.given
 
 
 BY_COLUMN = {"rms_norm", "latent_rope", "index_rope", "index_score"}
@@ -413,17 +410,23 @@ def _lower_attention(low: Lowering, node: Node) -> None:
 
 
 def _lower_choice(low: Lowering, logits: Value) -> None:
-    """Argmax of the logits; in steps of few tokens it also makes the next step ready."""
-    rows, workers = low.limits.outputs, low.machine.workers
-    chunk = -(-logits.cols // workers)
-    chunks = -(-logits.cols // chunk)
-    part = low.buffer("argmax", Kind.WORK, DType.F32, rows, 2 * chunks)
-    low.ops.append(Argmax(low.home[logits], part, low.state("counts"), rows, logits.cols, chunk))
+    """The best token of each row; in steps of few tokens it also makes the next step ready."""
+    rows, (part, chunks) = low.limits.outputs, lower_argmax(low, logits)
     feed = int(low.limits.tokens == low.limits.outputs)
     low.ops.append(
         NextToken(part, low.state("sampled"), low.state("tokens"), low.state("positions"),
                   low.state("counts"), rows, chunks, feed)
     )  # fmt: skip
+
+
+def lower_argmax(low: Lowering, logits: Value) -> tuple[Buf, int]:
+    """The buffer of the largest logits of all chunks, and how many chunks there are."""
+    rows, workers = low.limits.outputs, low.machine.workers
+    chunk = -(-logits.cols // workers)
+    chunks = -(-logits.cols // chunk)
+    part = low.buffer("argmax", Kind.WORK, DType.F32, rows, 2 * chunks)
+    low.ops.append(Argmax(low.home[logits], part, low.state("counts"), rows, logits.cols, chunk))
+    return part, chunks
 
 
 def _lower_draw(low: Lowering, logits: Value) -> None:

@@ -56,6 +56,21 @@ class Lowering:
         default_factory=set[Value | None]
     )  # logits that choose experts
     readers: dict[Value, list[Node]] = field(default_factory=dict[Value, list[Node]])
+    # Of a pass over a layer that guesses, in a program with other passes: what stands before the names of
+    # its activations, where it finds what the host gives elsewhere, and the states that are its own.
+    scope: str = ""
+    given: Buf = NONE
+    states: dict[str, Buf] = field(default_factory=dict[str, Buf])
+
+    def __post_init__(self) -> None:
+        nodes = self.graph.nodes
+        self.uses.update(v for node in nodes for v in node.inputs.values() if v is not None)
+        self.maker.update({node.output: node for node in nodes})
+        for node in nodes:
+            for value in node.inputs.values():
+                if value is not None:
+                    self.readers.setdefault(value, []).append(node)
+        self.routing.update(node.inputs["logits"] for node in nodes if node.op == "route")
 
     @property
     def fused(self) -> bool:
@@ -69,13 +84,17 @@ class Lowering:
 
     def buffer(self, name: str, kind: Kind, dtype: DType, rows: int, cols: int) -> Buf:
         """The buffer of that name, made at the first call."""
+        if kind is Kind.WORK:
+            name = self.scope + name
         if name not in self.ids:
             self.ids[name] = Buf(len(self.buffers))
             self.buffers.append(Buffer(name, kind, dtype, rows, cols))
         return self.ids[name]
 
     def state(self, name: str) -> Buf:
-        """A buffer that the host writes before a launch."""
+        """A buffer that the host writes before a launch, or the pass before."""
+        if name in self.states:
+            return self.states[name]
         lim = self.limits
         cols = {"tokens": lim.tokens, "positions": lim.tokens, "sequences": lim.tokens, "counts": 2,
                 "output_rows": lim.outputs, "sampled": lim.outputs, "pages": lim.pages}  # fmt: skip

@@ -15,12 +15,14 @@ step s + 1 before Y in any later step (queue order): steps further apart are ord
 
 *Cache rows* move from step to step: the rows [0, T) of one step lie somewhere in the past rows of the
 next, and how far they move is known only at run time. Between the steps all rows of a column therefore
-take the latest access of any of its rows, which can only add demands.
+take the latest access of any of its rows, which can only add demands. The same goes for ops of one step
+that count the rows by other positions (see cache_frames).
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -28,7 +30,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tilert.ir.program import Kind, Program, Region, Run, Wait
-from tilert.ir.regions import Cells
+from tilert.ir.regions import Cells, cache_moves
 
 Ints = npt.NDArray[np.int32]
 
@@ -106,6 +108,11 @@ class Facts:
         if self.program.buffers[r.buffer].kind is not Kind.CACHE:
             return r
         return r._replace(row_lo=max(r.row_lo, 0), row_hi=max(r.row_hi, 0))
+
+    @cached_property
+    def moves(self) -> list[list[int]]:
+        """For each op the caches whose rows move before it; see cache_moves."""
+        return cache_moves(self.program.buffers, self.program.ops)
 
     @cached_property
     def producers(self) -> list[dict[int, list[int]]]:
@@ -220,10 +227,12 @@ class _Walk:
 
     def first_conflict(self) -> tuple[str, str] | None:
         """(rule, sentence), None when all is well."""
+        facts = self.facts
         for step in range(2):
-            for runs in self.facts.of_op:
+            for moved, runs in zip(facts.moves, facts.of_op, strict=True):
+                self._shift_caches(moved)
                 reads, writes = (
-                    self._by_region(table, runs) for table in (self.facts.reads, self.facts.writes)
+                    self._by_region(table, runs) for table in (facts.reads, facts.writes)
                 )
                 for region, readers in reads.items() if step else ():
                     if found := self._check(region, readers, self.written):
@@ -232,13 +241,13 @@ class _Walk:
                     if found := self._check(region, writers, self.touched):
                         return found
                 for region, readers in reads.items():
-                    cells = self.facts.cells.of(region)
+                    cells = facts.cells.of(region)
                     self.touched[cells] = np.maximum(
                         self.touched[cells], self._moments(step, readers)
                     )
                 for region, writers in writes.items():
                     self._overwrite(region, step, writers[0])
-            self._shift_caches()
+            self._shift_caches(range(len(facts.program.buffers)))
         return None
 
     def _by_region(self, table: list[list[Region]], runs: list[int]) -> dict[Region, list[int]]:
@@ -262,10 +271,10 @@ class _Walk:
             table[cells] = 0  # whoever comes after this write comes after what came before it
             table[cells, place.worker] = self.facts.moment(step, place)
 
-    def _shift_caches(self) -> None:
-        for index, buffer in enumerate(self.facts.program.buffers):
+    def _shift_caches(self, moved: Iterable[int]) -> None:
+        for index in moved:
             grid = self.facts.cells.grid(index)
-            if buffer.kind is Kind.CACHE and grid.size:
+            if self.facts.program.buffers[index].kind is Kind.CACHE and grid.size:
                 for table in (self.written, self.touched):
                     table[grid] = table[grid].max(axis=0, keepdims=True)
 

@@ -25,7 +25,7 @@ ALIGN = 64  # bytes; every activation starts at a cache line
 _WEIGHTS = ("w", "w_up", "bias", "bias_up", "norm", "weight", "table", "q_norm", "k_norm",
             "shift")  # fmt: skip
 _STATES = ("counts", "positions", "sequences", "pages", "tokens", "sampled", "gather", "controls",
-           "mask", "tally", "when")  # fmt: skip
+           "mask", "tally", "when", "following", "places", "kept", "last", "place")  # fmt: skip
 _WORKS = ("y", "q", "k", "v", "part", "logits", "scores", "peaks", "weights", "kv", "q_rope",
           "head_weights")  # fmt: skip
 _WORDS = ("bins", "totals", "candidates", "selected", "chosen")
@@ -334,7 +334,9 @@ def meaning(facts: Facts) -> Iterator[str]:
 def coverage(facts: Facts) -> Iterator[str]:
     """Activations and new cache rows that an op reads were written by earlier ops of the same step."""
     made = np.zeros(facts.cells.count, bool)
-    for runs in facts.of_op:
+    for moved, runs in zip(facts.moves, facts.of_op, strict=True):
+        for cache in moved:  # what was row 0 of the step may be any row now
+            made[facts.cells.grid(cache)] = False
         for number in runs:
             for region in facts.reads[number]:
                 own = facts.of_step(region)
@@ -388,9 +390,10 @@ def ring(facts: Facts) -> Iterator[str]:
 
 def stream(facts: Facts) -> Iterator[str]:
     """Who streams past rows of a cache has waits of its own for all that append to it in the step before:
-    its loader runs ahead of the queue and holds only those. Older rows are in order with them."""
+    its loader runs ahead of the queue and holds only those. Older rows are in order with them. Where rows
+    are streamed only when all waits of the run hold, there is nothing to prove."""
     program = facts.program
-    if not program.machine.slots:
+    if not program.machine.slots or program.held:
         return
     writers: dict[int, set[int]] = defaultdict(set)
     for number, regions in enumerate(facts.writes):

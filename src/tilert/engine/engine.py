@@ -5,8 +5,9 @@ sequence. When a single sequence runs, and it is greedy or the device samples, i
 the device and many steps go out in one launch. With speculation, a single sequence's next tokens are
 guessed (looked up in what it holds already, or by the checkpoint's own layer) and verified in one step of
 several rows: each row's token is chosen as plain decoding would choose it there, and the rows up to the
-first wrong guess count. Several sequences fill the rows of a step with tokens that are all of use, so
-nothing is drafted for them.
+first wrong guess count. Where the device chooses the tokens, the layer's guesses are made there as well, in
+the same step. Several sequences fill the rows of a step with tokens that are all of use, so nothing is
+drafted for them.
 """
 
 from __future__ import annotations
@@ -141,7 +142,9 @@ class Engine:
             yield from self._prompt(sequence)
         decoding = [s for s in self.running if s.pending == 1]
         alone = len(decoding) == 1 and len(self.running) == 1
-        if alone and (draft := self._draft(decoding[0])):
+        if alone and (steps := self._guess_steps(decoding[0])):
+            yield from self._guess(decoding[0], steps)
+        elif alone and (draft := self._draft(decoding[0])):
             yield from self._verify(decoding[0], draft)
         elif alone and (steps := self._launch_steps(decoding[0])):
             yield from self._loop(decoding[0], steps)
@@ -252,9 +255,40 @@ class Engine:
             if sequence.finish_reason or token.token_id != guess:
                 return
 
+    def _guess_steps(self, sequence: Sequence) -> int:
+        """How many steps of verifying and guessing the device can make in one launch: none where tokens are
+        not chosen there or there is nothing to guess from, none for the last token, and none where a guess
+        could lie outside the context."""
+        left, rows = sequence.limit - len(sequence.tokens), self.speculative_tokens + 1
+        begun = isinstance(sequence.drafter, LayerDrafter) and sequence.drafter.begun
+        if not begun or left < 2 or not sequence.sampler.is_plain_greedy:
+            return 0
+        room = self.runner.context - sequence.computed - 2 * self.speculative_tokens
+        return max(0, min(-(-left // rows), LAUNCH_STEPS // rows, room // rows + 1))
+
+    def _guess(self, sequence: Sequence, steps: int) -> Iterator[Event]:
+        """The tokens of one launch whose steps verify the guesses that they begin with, as `_verify`, and
+        make the next ones."""
+        drafter, drafts = sequence.drafter, self.speculative_tokens
+        assert isinstance(drafter, LayerDrafter) and self.layer, "the layer guesses"
+        first = sequence.computed
+        self._reserve(sequence, first + (steps - 1) * (drafts + 1) + 2 * drafts)
+        fed = [sequence.tokens[-1], *drafter.draft(drafts)]
+        launch = self.runner.guess(self.layer, fed, first, sequence.slot, steps, sequence.stop_ids)
+        with closing(launch):
+            for made in launch:
+                drafted = min(drafts, sequence.limit - len(sequence.tokens) - 1)
+                drafter.skip(sequence.computed + len(made))
+                for row, token in enumerate(made):
+                    sequence.computed += 1
+                    yield self._commit(sequence, sequence.sampler.commit(token), drafted, row)
+                    if sequence.finish_reason:  # set by the token itself, or by abort() meanwhile
+                        return
+        drafter.skip(sequence.computed, self.runner.guesses(self.layer, drafts))
+
     def _launch_steps(self, sequence: Sequence) -> int:
         """How many of its next tokens the device can choose in one launch. None with a layer that drafts,
-        for it needs the hidden state of every step."""
+        for it needs the hidden state of every step; see `_guess_steps`."""
         if self.layer:
             return 0
         most = LOOK_STEPS if sequence.drafter else LAUNCH_STEPS

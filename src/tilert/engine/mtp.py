@@ -2,7 +2,8 @@
 
 The layer has caches of its own, with a row for every position, made of the model's hidden state there and
 of the token after it. They lie under the model's page table, so that a prefix that is found again brings
-them along. Knows no sampling: whatever is guessed, the answer stays the same.
+them along. Knows no sampling: whatever is guessed, the answer stays the same. Where tokens are chosen on
+the device, so are guesses, by one program of model and layer, and what is here makes the first ones only.
 """
 
 from __future__ import annotations
@@ -28,29 +29,41 @@ class LayerDrafter:
         self._slot = -1
         self._done = 0  # positions whose rows are in the layer's caches
         self._noted: list[np.ndarray] = []  # hidden states of those that follow
+        self._ready: list[int] = []  # a draft for what comes next, made beforehand
 
     def begin(self, slot: int, computed: int) -> None:
         """The sequence runs from now on, in `slot` and with the first `computed` positions found."""
-        self._slot, self._done, self._noted = slot, computed, []
+        self._slot, self._done, self._noted, self._ready = slot, computed, [], []
 
     def note(self, hidden: np.ndarray) -> None:
         """Hidden states [n, hidden_size] of the next n positions, n up to what a step takes. The tokens
         after the positions that were noted before are known."""
+        self._ready = []
         if sum(map(len, self._noted)) + len(hidden) > self.runner.prompt:
             self._feed()
         self._noted.append(hidden)
 
+    @property
+    def begun(self) -> bool:
+        """True when there is something to guess from: not before the first token's hidden state is known."""
+        return bool(self._noted or self._ready)
+
     def draft(self, most: int) -> list[int]:
         """Up to `most` tokens that may come next; their positions have pages."""
-        count = min(most, self.longest)
-        if count <= 0:
-            return []
+        count = min(most, self.longest) if self.begun else 0
+        if count <= 0 or self._ready:
+            return self._ready[:count]
         draft = [self._feed(guess=True)]
         # The rows of guesses are overwritten once it is known what comes there.
         for position in range(self._done, self._done + count - 1):
             row, given = Row(draft[-1], position, self._slot), self.runner.hidden(0, 1)
             draft.append(int(self.runner.step([row], [0], given)[0]))
         return draft
+
+    def skip(self, end: int, ready: Sequence[int] = ()) -> None:
+        """The model's own program has made the rows of all positions below `end`, with a launch that began
+        with a draft; `ready` is the draft that it has made for what comes next."""
+        self._done, self._ready = end, list(ready)
 
     def settle(self, end: int) -> None:
         """Make the rows of all positions below `end`, for whoever finds the sequence's pages."""

@@ -15,7 +15,7 @@ from tilert.compiler import Limits, build
 from tilert.files import cache_folder, keep, kept
 from tilert.ir import encode
 from tilert.ir.dtype import DType
-from tilert.ir.graph import Graph
+from tilert.ir.graph import Graph, Speculation
 from tilert.ir.machine import Machine
 from tilert.ir.program import Program, Scale
 from tilert.ops import OPS
@@ -24,7 +24,7 @@ MANY_WORKERS = 16  # with fewer, compiling is as fast as finding
 
 
 def program_for(
-    graph: Graph, machine: Machine, limits: Limits, dtypes: Mapping[str, DType],
+    graph: Graph | Speculation, machine: Machine, limits: Limits, dtypes: Mapping[str, DType],
     scales: Mapping[str, Scale] | None = None,
 ) -> Program:  # fmt: skip
     """As compiler.build, which it calls when the program is not kept yet."""

@@ -2,30 +2,29 @@
 
 Programs share everything but activations: `decode` (one token), `sampled` (one token, sampled on the
 device), `few` (up to eight tokens of any sequences; on a GPU also `few2` and `few4`, whose steps cost less)
-and `prompt` (many tokens of one sequence). Each is compiled when it is first needed.
+and `prompt` (many tokens of one sequence). Each is compiled when it is first needed. One more verifies and
+makes guesses, together with the layer for that, whose other programs are those of a runner of its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from tilert.backends.cpu import CpuBackend, Pool
 from tilert.backends.cuda.backend import MAX_STOPS, CudaBackend
-from tilert.backends.interpreter import Interpreter, allocate_caches
+from tilert.backends.cuda.runtime import CudaRuntime
+from tilert.backends.interpreter import Interpreter
 from tilert.compiler import Limits
 from tilert.engine.programs import program_for
 from tilert.engine.sampling import Sampler, check_finite
 from tilert.ir.dtype import DType
-from tilert.ir.graph import Graph
+from tilert.ir.graph import Graph, Speculation
 from tilert.ir.machine import Machine
 from tilert.ir.program import PAGE, Program, Scale
 from tilert.ops.draw import MAX_VOCAB
-
-if TYPE_CHECKING:
-    from tilert.backends.cuda.runtime import CudaRuntime
 
 FEW, PROMPT = 8, 256  # most tokens of a step of the two larger programs
 TOKENS = {"decode": 1, "sampled": 1, "few2": 2, "few4": 4, "few": FEW, "prompt": PROMPT}
@@ -78,9 +77,12 @@ class Runner:
     ) -> Runner:
         """A runner of another graph for the same sequences: it has caches of its own under the same page
         table."""
+        place = self.place
+        if isinstance(place, CudaRuntime):
+            place = place.beside(graph, weights)
         other = Runner(
             graph, weights, self.machine, context=self.context, sequences=self.sequences,
-            num_pages=self.num_pages, place=self.place, scales=scales,
+            num_pages=self.num_pages, place=place, scales=scales,
         )  # fmt: skip
         other.page_table = self.page_table
         return other
@@ -131,17 +133,22 @@ class Runner:
     def backend(self, kind: str) -> Backend:
         """The back end that holds the program of that kind."""
         if kind not in self._backends:
-            if self.place is None:
+            if self.place is None or isinstance(self.place, Pool):
                 program = self.program(kind)
-                self._caches = self._caches or allocate_caches(program, self.num_pages)
-                self._backends[kind] = Interpreter(program, self.weights, self._caches)
-            elif isinstance(self.place, Pool):
-                program = self.program(kind)
-                self._caches = self._caches or CpuBackend.allocate_caches(program, self.num_pages)
-                self._backends[kind] = CpuBackend(program, self.weights, self._caches, self.place)
+                if self._caches is None:
+                    owner = Interpreter if self.place is None else CpuBackend
+                    self._caches = owner.allocate_caches(program, self.num_pages)
+                self._backends[kind] = self._bound(program, self.weights, self._caches)
             else:
                 self._backends[kind] = self.place.backend(kind, self.program)
         return self._backends[kind]
+
+    def _bound(
+        self, program: Program, weights: Mapping[str, np.ndarray], caches: Mapping[str, np.ndarray]
+    ) -> Interpreter | CpuBackend:
+        if isinstance(self.place, Pool):
+            return CpuBackend(program, weights, caches, self.place)
+        return Interpreter(program, weights, caches)
 
     def set_pages(self, slot: int, pages: Sequence[int]) -> None:
         """The physical pages of the sequence in `slot`."""
@@ -156,7 +163,7 @@ class Runner:
         tokens must be one sequence's consecutive tokens. Raises UserError when the device found no largest
         logit because they are no numbers.
         """
-        backend = self._prepare(self._kind(len(rows)), rows, outputs)
+        backend = self._fill(self.backend(self._kind(len(rows))), rows, outputs)
         if given is not None:
             backend.state["given"][: len(rows)] = given
         self._stepped = backend, len(outputs)
@@ -184,7 +191,7 @@ class Runner:
         A back end that knows stop ids ends by itself after one of them; with others the caller stops
         asking. Raises UserError at the end when the logits are no numbers.
         """
-        backend = self._prepare("sampled" if sampler else "decode", [row], [0])
+        backend = self._fill(self.backend("sampled" if sampler else "decode"), [row], [0])
         if sampler:
             sampler.fill(backend.state, row.position)
         if isinstance(backend, CudaBackend):
@@ -193,8 +200,58 @@ class Runner:
             yield int(sampled[0])
         check_finite(backend.read("peaks" if sampler else "logits")[0].max())
 
-    def _prepare(self, kind: str, rows: Sequence[Row], outputs: Sequence[int]) -> Backend:
-        backend = self.backend(kind)
+    def guess(
+        self, layer: Runner, tokens: Sequence[int], position: int, slot: int, steps: int,
+        stop_ids: Iterable[int] = (),
+    ) -> Generator[list[int], None, None]:  # fmt: skip
+        """The tokens that each of up to `steps` steps gives a sequence, greedy ones: one, and one more for
+        each right guess.
+
+        tokens: the sequence's last one, at `position`, and guesses for those that follow it; `layer` makes
+        the next ones within the same step. A step moves on by up to len(tokens) positions and touches up to
+        2 * len(tokens) - 2 from its first one on. stop_ids, and errors: as of `loop`.
+        """
+        backend = self._guessing(layer, len(tokens) - 1)
+        rows = [Row(token, position + i, slot) for i, token in enumerate(tokens)]
+        backend = self._fill(backend, rows, range(len(rows)))
+        backend.state["one"][:] = 1  # rows of the layer's further passes, and of their logits
+        if isinstance(backend, CudaBackend):
+            backend.stop_ids = tuple(stop_ids)[:MAX_STOPS]
+        for sampled in backend.steps(steps):
+            yield [int(token) for token in sampled if token >= 0]
+        check_finite(backend.read("logits")[: len(rows)].max())
+
+    def guesses(self, layer: Runner, drafts: int) -> list[int]:
+        """Those that the last step of `guess` has made for what comes next, when it made all its steps."""
+        return self._guessing(layer, drafts).state["tokens"][0, 1 : drafts + 1].tolist()
+
+    def _guessing(self, layer: Runner, drafts: int) -> Backend:
+        kind = f"guess{drafts}"
+        if kind not in self._backends:
+            program = self.guessing(layer, drafts, self.machine)
+            if isinstance(self.place, CudaRuntime) and isinstance(layer.place, CudaRuntime):
+                self._backends[kind] = self.place.bound(program, layer.place)
+                return self._backends[kind]
+            assert self._caches and layer._caches, "the first guesses come from steps of both"
+            self._backends[kind] = self._bound(
+                program, {**self.weights, **layer.weights}, {**self._caches, **layer._caches}
+            )
+        return self._backends[kind]
+
+    def guessing(self, layer: Runner, drafts: int, machine: Machine) -> Program:
+        """The program whose steps verify `drafts` guesses and make as many, for any machine."""
+        rows = drafts + 1
+        if machine.slots:  # kernels take 2, 4 or 8 rows
+            rows = next(count for count in (2, 4, 8) if count >= rows)
+        limits = Limits(rows, rows, self.sequences, self.context)
+        weights, scales = {**self.weights, **layer.weights}, {**(self.scales or {})}
+        dtypes = {name: DType.of(array) for name, array in weights.items()}
+        return program_for(
+            Speculation(self.graph, layer.graph, drafts), machine, limits, dtypes,
+            scales | {**(layer.scales or {})},
+        )  # fmt: skip
+
+    def _fill(self, backend: Backend, rows: Sequence[Row], outputs: Sequence[int]) -> Backend:
         state, n = backend.state, len(rows)
         state["tokens"][0, :n] = [row.token for row in rows]
         state["positions"][0, :n] = [row.position for row in rows]

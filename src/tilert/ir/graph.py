@@ -255,3 +255,22 @@ class Graph:
 
     def __str__(self) -> str:
         return f"graph {self.name}\n" + "".join(f"  {node}\n" for node in self.nodes)
+
+
+@dataclass(frozen=True, slots=True)
+class Speculation:
+    """A model and the layer that guesses its next tokens (models/mtp.py), to be one program: a step takes
+    the last token and `drafts` guesses for those that follow, says how many were right, and guesses anew.
+
+    model: with its hidden states as its output; layer: takes such as `given`, and has as its output those
+    for the next guess.
+    """
+
+    model: Graph
+    layer: Graph
+    drafts: int
+
+    @property
+    def outputs(self) -> list[Value]:
+        """None: the host needs nothing of a step but its tokens."""
+        return []

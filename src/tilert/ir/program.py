@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import struct
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
@@ -231,6 +232,11 @@ class Counter:
     device: int = 0
 
 
+def several_passes(ops: Sequence[Op]) -> bool:
+    """True when the ops of a step count positions from several buffers, which only the run knows."""
+    return len({getattr(op, "positions", NONE) for op in ops} - {NONE}) > 1
+
+
 @dataclass(frozen=True)
 class Program:
     """Everything a back end needs besides the bytes of weights and caches.
@@ -263,6 +269,12 @@ class Program:
     def weight_bytes(self) -> int:
         """Bytes of all weights that the program is bound to, each counted once."""
         return sum(b.bytes for b in self.buffers if b.kind is Kind.WEIGHT)
+
+    @property
+    def held(self) -> bool:
+        """True when a step has several passes: past cache rows are not streamed before all waits of the run
+        that reads them hold."""
+        return several_passes(self.ops)
 
     def weight_itemsize(self, op: Op) -> int:
         """Bytes per element of the op's weights; the widest when they differ, 4 when it has none."""

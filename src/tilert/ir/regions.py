@@ -9,11 +9,44 @@ cells, so overlap questions become set questions on small integers. Used to deri
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from tilert.ir.program import Region
+from tilert.ir.program import NONE, Buf, Buffer, Kind, Op, Program, Region
+
+
+def cache_frames(buffers: Sequence[Buffer], ops: Sequence[Op]) -> list[dict[int, int]]:
+    """For each op, of every cache that it names: by which positions it counts the rows, as a number.
+
+    Rows count from the first token of the buffer `positions` that an op names. Another such buffer, or the
+    same one after an op has written it, is another frame: what is row 0 there, only the run knows.
+    """
+    named = [getattr(op, "positions", NONE) for op in ops]
+    written: dict[Buf, int] = dict.fromkeys(named, 0)  # how often so far
+    numbers: dict[tuple[Buf, int], int] = {}
+    frames: list[dict[int, int]] = []
+    for op, positions in zip(ops, named, strict=True):
+        operands = [b for b in Program.operand_ids(op) if b != NONE]
+        number = numbers.setdefault((positions, written[positions]), len(numbers))
+        frames.append({b: number for b in operands if buffers[b].kind is Kind.CACHE})
+        if any(b in written for b in operands):
+            for buf in {r.buffer for r in op.writes(0, op.tiles)} & written.keys():
+                written[Buf(buf)] += 1
+    return frames
+
+
+def cache_moves(buffers: Sequence[Buffer], ops: Sequence[Op]) -> list[list[int]]:
+    """For each op the caches whose rows it counts by other positions than the op before it did.
+
+    Between the two, all rows of a column count as one.
+    """
+    last: dict[int, int] = {}
+    moves: list[list[int]] = []
+    for frames in cache_frames(buffers, ops):
+        moves.append([b for b, frame in frames.items() if last.get(b, frame) != frame])
+        last |= frames
+    return moves
 
 
 class Cells:

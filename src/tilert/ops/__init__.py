@@ -18,7 +18,7 @@ from tilert.ops.linear import Linear
 from tilert.ops.mla import LatentAttention, LatentRope
 from tilert.ops.norm import Norm
 from tilert.ops.rope import Rope
-from tilert.ops.sample import Argmax, NextToken
+from tilert.ops.sample import Accept, Argmax, Guess, NextToken
 
 OPS: tuple[type[Op], ...] = (
     Linear,
@@ -44,10 +44,13 @@ OPS: tuple[type[Op], ...] = (
     IndexScore,
     Select,
     Append,
+    Accept,
+    Guess,
 )
 
 __all__ = [
     "OPS",
+    "Accept",
     "Adjust",
     "Append",
     "Argmax",
@@ -59,6 +62,7 @@ __all__ = [
     "Embed",
     "ExpertDown",
     "ExpertGate",
+    "Guess",
     "IndexRope",
     "IndexScore",
     "LatentAttention",

@@ -61,6 +61,9 @@ class Norm(Op):
         begin, end = self.span(lo, hi)
         return [Region(self.y, begin, end, 0, self.width)]
 
+    def tag_checking(self) -> tuple[Buf, ...]:
+        return (self.x,)
+
     def cost(self, lo: int, hi: int, dtype_bytes: int, context: int) -> Cost:
         begin, end = self.span(lo, hi)
         return Cost(0, 0, 4 * (end - begin) * self.width)

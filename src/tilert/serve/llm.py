@@ -68,8 +68,9 @@ class LLM:
     sequence. backend: 'cpu' (threads: its workers), 'cuda' (one GPU) or 'interpreter', the numpy
     definition. num_speculative_tokens: most tokens that are guessed and checked in one step, while a single
     sequence runs; 0 to 7, 0 is off. speculative_method: who guesses, 'mtp' (the checkpoint's layer for
-    that; not on a GPU yet), 'lookup' (how the text so far went on before) or 'auto', the first where it can
-    be; the attribute of that name is what it came to. Outputs are the same either way.
+    that), 'lookup' (how the text so far went on before) or 'auto', the first where it can be, but on a GPU
+    the second, for with 'mtp' the host samples there; the attribute of that name is what it came to. Outputs
+    are the same either way.
     progress and notify are told of loading and of compiling.
     Raises UserError for everything that is wrong with the input.
     """
@@ -91,7 +92,7 @@ class LLM:
             raise UserError(
                 f"backend '{backend}' is not known; accepted are cpu, cuda and interpreter"
             )
-        _check_speculation(num_speculative_tokens, speculative_method, backend)
+        _check_speculation(num_speculative_tokens, speculative_method)
         device = open_device(notify) if backend == "cuda" else None
         opened = time.perf_counter()
         self.seed = seed
@@ -123,7 +124,9 @@ class LLM:
             size = sum(array.nbytes for array in weights.values())
             target = with_units(graph, device.machine, dtypes, stored_scales)
             target = tune.tuned(target, device.name, size, self.tuning_path)
-            num_pages = self._num_pages(context, max_num_seqs, _left_on(device, weights), 2)
+            own = self._layer_tensors()  # of a layer that guesses, which is loaded later
+            left = _left_on(device, {**own, **weights})
+            num_pages = self._num_pages(context, max_num_seqs, left, 2)
             place = CudaRuntime(device, graph, weights, num_pages, progress)
         described = time.perf_counter()
         self.runner = Runner(
@@ -148,7 +151,7 @@ class LLM:
 
     def _drafter(self, asked: SpeculativeMethod, backend: str) -> Literal["mtp", "lookup"]:
         """Who guesses tokens. Raises UserError when 'mtp' is asked for and the checkpoint has no layer."""
-        if asked == "lookup" or backend == "cuda":
+        if asked == "lookup" or (asked == "auto" and backend == "cuda"):
             return "lookup"
         if mtp.layer_tensors(self.config, self.checkpoint.tensors):
             return "mtp"
@@ -159,11 +162,16 @@ class LLM:
             )
         return "lookup"
 
+    def _layer_tensors(self) -> dict[str, np.ndarray]:
+        """What the layer that guesses tokens has in the checkpoint; nothing when that is not used."""
+        if self.speculative_method != "mtp":
+            return {}
+        return mtp.layer_tensors(self.config, self.checkpoint.tensors)
+
     def _layer(self, context: int) -> Runner | None:
         """What runs the checkpoint's layer that guesses tokens; None when that is not used."""
-        if self.speculative_method != "mtp":
+        if not (tensors := self._layer_tensors()):
             return None
-        tensors = mtp.layer_tensors(self.config, self.checkpoint.tensors)
         graph = mtp.build(self.config, context, tensors.keys())
         weights = bind(graph, self.config, context, tensors)
         return self.runner.beside(graph, weights, scales(graph, self.config, tensors))
@@ -333,7 +341,7 @@ class LLM:
             self._events = None
 
 
-def _check_speculation(tokens: int, method: str, backend: str) -> None:
+def _check_speculation(tokens: int, method: str) -> None:
     if not 0 <= tokens <= MAX_DRAFT:
         raise UserError(f"num_speculative_tokens is {tokens}; accepted are 0 to {MAX_DRAFT}")
     if method not in METHODS:
@@ -344,11 +352,6 @@ def _check_speculation(tokens: int, method: str, backend: str) -> None:
         raise UserError(
             f"speculative_method is '{method}', but num_speculative_tokens is 0; accepted are 1 to"
             f" {MAX_DRAFT} then"
-        )
-    if method == "mtp" and backend == "cuda":
-        raise UserError(
-            "speculative_method is 'mtp', which the back end 'cuda' does not run yet; accepted there are auto"
-            " and lookup"
         )
 
 

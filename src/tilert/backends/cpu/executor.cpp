@@ -22,6 +22,15 @@ std::string seconds(int64_t ns) {
   return text;
 }
 
+// Whether the tokens of a step are known after the op.
+bool chooses(Opcode code) { return code == Opcode::kNextToken || code == Opcode::kAccept; }
+
+// The buffer of the tokens, and how many it has.
+template <class Fields>
+std::pair<int, int> chosen(const Fields& f) {
+  return {f.sampled, f.rows};
+}
+
 }  // namespace
 
 Executor::Executor(std::shared_ptr<Pool> pool, const Kernels& kernels, Program program,
@@ -38,12 +47,14 @@ Executor::Executor(std::shared_ptr<Pool> pool, const Kernels& kernels, Program p
   }
   for (int op = 0; op < h.num_ops; ++op) {
     tasks_.push_back(make_task(program_, op, memory, kernels));
-    if (program_.opcode(op) != Opcode::kNextToken) continue;
+    if (!chooses(program_.opcode(op))) continue;
     if (sampled_) throw std::runtime_error("more than one op samples the next token");
-    const NextTokenFields f = program_.fields<NextTokenFields>(op);
-    if (f.rows > h.outputs) throw std::runtime_error("more rows are sampled than the program has");
-    sampled_ = reinterpret_cast<const int32_t*>(memory[f.sampled].front().data);
-    sampled_rows_ = f.rows;
+    const auto [sampled, rows] = program_.opcode(op) == Opcode::kAccept
+                                     ? chosen(program_.fields<AcceptFields>(op))
+                                     : chosen(program_.fields<NextTokenFields>(op));
+    if (rows > h.outputs) throw std::runtime_error("more rows are sampled than the program has");
+    sampled_ = reinterpret_cast<const int32_t*>(memory[sampled].front().data);
+    sampled_rows_ = rows;
   }
   bind_runs();
   make_scratch();
@@ -73,8 +84,7 @@ void Executor::bind_runs() {
       if (run.ring >= 0) throw std::runtime_error("run " + number(r) + " streams through a ring");
       workers_[i].queue.push_back({task, run.signal < 0 ? nullptr : &counters_[run.signal],
                                    waits_.data() + run.wait_begin, waits_.data() + run.wait_end,
-                                   run.op, run.lo, run.hi,
-                                   program_.opcode(run.op) == Opcode::kNextToken});
+                                   run.op, run.lo, run.hi, chooses(program_.opcode(run.op))});
     }
   }
 }

@@ -1,7 +1,7 @@
 // Runs a program on the threads of a pool: queues, counters, steps, cancelling, the trace.
 //
-// The meaning of waits and signals is that of ir/program.py. Owns no buffer; knows no op but
-// NextToken, after which the step's tokens are copied out for the host.
+// The meaning of waits and signals is that of ir/program.py. Owns no buffer; knows no ops but
+// NextToken and Accept, after which the step's tokens are copied out for the host.
 #pragma once
 #include <atomic>
 #include <condition_variable>
@@ -47,7 +47,7 @@ class Executor {
   // Blocks until the launch has ended. Throws std::runtime_error when it was aborted.
   Progress finish();
 
-  // Row s holds what NextToken sampled in step s < completed; header.outputs columns.
+  // Row s holds what was sampled in step s < completed; header.outputs columns.
   const std::vector<int32_t>& history() const { return history_; }
   int outputs() const { return program_.header.outputs; }
 
@@ -70,7 +70,7 @@ class Executor {
     Counter* signal;  // null for none
     const Wait *wait_begin, *wait_end;
     int op, lo, hi;
-    bool samples;  // it is NextToken
+    bool samples;  // it is NextToken or Accept
   };
   struct alignas(64) Worker {
     std::vector<Run> queue;

@@ -365,9 +365,18 @@ class ArgmaxTask final : public Task {
   Floats logits_, part_;
 };
 
+// Chunks are in id order: the first of equal values has the lowest id.
+int32_t best_of(const float* part, int chunks) {
+  int best = 0;
+  for (int chunk = 1; chunk < chunks; ++chunk) {
+    if (part[2 * chunk] > part[2 * best]) best = chunk;
+  }
+  return static_cast<int32_t>(part[2 * best + 1]);
+}
+
 class NextTokenTask final : public Task {
  public:
-  NextTokenTask(const Operands& in, const NextTokenFields& f)
+  NextTokenTask(const Operands& in, const NextTokenFields& f, const Kernels&)
       : f_(f), count_(in, f.counts, 1, f.rows) {
     part_ = in.floats(f.part, f.rows, 2 * int64_t{f.chunks});
     sampled_ = in.ints(f.sampled, 1, f.rows);
@@ -380,12 +389,7 @@ class NextTokenTask final : public Task {
   void run(int lo, int hi, float*) const override {
     const int rows = lo < hi ? count_() : 0;
     for (int row = 0; row < rows; ++row) {
-      const float* part = part_.row(row);
-      int best = 0;  // chunks are in id order: the first of equal values has the lowest id
-      for (int chunk = 1; chunk < f_.chunks; ++chunk) {
-        if (part[2 * chunk] > part[2 * best]) best = chunk;
-      }
-      sampled_[row] = static_cast<int32_t>(part[2 * best + 1]);
+      sampled_[row] = best_of(part_.row(row), f_.chunks);
       if (!f_.feed) continue;
       tokens_[row] = sampled_[row];
       positions_[row] += 1;
@@ -395,6 +399,71 @@ class NextTokenTask final : public Task {
  private:
   NextTokenFields f_;
   Count count_;
+  Floats part_;
+  int32_t *sampled_, *tokens_, *positions_;
+};
+
+class AcceptTask final : public Task {
+ public:
+  AcceptTask(const Operands& in, const AcceptFields& f, const Kernels&)
+      : f_(f), count_(in, f.counts, 1, f.rows) {
+    part_ = in.floats(f.part, f.rows, 2 * int64_t{f.chunks});
+    sampled_ = in.ints(f.sampled, 1, f.rows);
+    tokens_ = in.ints(f.tokens, 1, f.rows);
+    positions_ = in.ints(f.positions, 1, f.rows);
+    following_ = in.ints(f.following, 1, f.rows);
+    places_ = in.ints(f.places, 1, f.rows);
+    kept_ = in.ints(f.kept, 1, 2);
+    last_ = in.ints(f.last, 1, 1);
+    place_ = in.ints(f.place, 1, 1);
+  }
+
+  int tiles() const override { return 1; }
+
+  void run(int lo, int hi, float*) const override {
+    const int rows = lo < hi ? count_() : 0;
+    if (rows == 0) return;
+    for (int row = 0; row < rows; ++row) {
+      following_[row] = best_of(part_.row(row), f_.chunks);
+      places_[row] = positions_[row];
+    }
+    int right = 0;
+    while (right + 1 < rows && tokens_[right + 1] == following_[right]) ++right;
+    for (int row = 0; row < f_.rows; ++row) sampled_[row] = row <= right ? following_[row] : -1;
+    for (int row = 0; row < rows; ++row) positions_[row] += right + 1;
+    tokens_[0] = following_[right];
+    kept_[0] = right + 1;
+    kept_[1] = 1;
+    *last_ = right;
+    *place_ = places_[right];
+  }
+
+ private:
+  AcceptFields f_;
+  Count count_;
+  Floats part_;
+  int32_t *sampled_, *tokens_, *positions_, *following_, *places_, *kept_, *last_, *place_;
+};
+
+class GuessTask final : public Task {
+ public:
+  GuessTask(const Operands& in, const GuessFields& f, const Kernels&) : f_(f) {
+    part_ = in.floats(f.part, 1, 2 * int64_t{f.chunks});
+    sampled_ = in.ints(f.sampled, 1, 1);
+    tokens_ = in.ints(f.tokens, 1, int64_t{f.column} + 1);
+    positions_ = in.ints(f.positions, 1, 1);
+  }
+
+  int tiles() const override { return 1; }
+
+  void run(int lo, int hi, float*) const override {
+    if (lo == hi) return;
+    *sampled_ = tokens_[f_.column] = best_of(part_.row(0), f_.chunks);
+    *positions_ += 1;
+  }
+
+ private:
+  GuessFields f_;
   Floats part_;
   int32_t *sampled_, *tokens_, *positions_;
 };
@@ -424,8 +493,11 @@ std::unique_ptr<Task> make_task(const Program& p, int op, const Memory& memory, 
     case Opcode::kArgmax:
       return make<ArgmaxTask, ArgmaxFields>(p, op, memory, k);
     case Opcode::kNextToken:
-      return std::make_unique<NextTokenTask>(Operands(p, op, memory),
-                                             p.fields<NextTokenFields>(op));
+      return make<NextTokenTask, NextTokenFields>(p, op, memory, k);
+    case Opcode::kAccept:
+      return make<AcceptTask, AcceptFields>(p, op, memory, k);
+    case Opcode::kGuess:
+      return make<GuessTask, GuessFields>(p, op, memory, k);
     case Opcode::kRoute:
       return make_route(Operands(p, op, memory), p.fields<RouteFields>(op), k);
     case Opcode::kExpertGate:
@@ -464,6 +536,10 @@ const char* op_name(Opcode code) {
       return "argmax";
     case Opcode::kNextToken:
       return "next token";
+    case Opcode::kAccept:
+      return "accept";
+    case Opcode::kGuess:
+      return "guess";
     case Opcode::kRoute:
       return "route";
     case Opcode::kExpertGate:

@@ -81,11 +81,10 @@ struct Attend {
     return split > 0 && split >= active_shares(first_visible(hi, kAttnWindow), hi, kSplits);
   }
 
-  // The run has a wait for the appends of the step before (verified as rule `stream`).
   static __device__ __forceinline__ bool stream(Loader& l, const Run& run) {
     Block& b = l.b;
     if (run.first >= kTiles) return true;
-    if (!l.appended(run)) return false;
+    if (!l.past(run)) return false;
     for (u32 tile = run.first; tile < run.first + run.count; ++tile)
       for (Span span; span.next(b.params);) {
         const u32 split = tile % kSplits, first = first_of(b, span), end = end_of(b, span);
@@ -536,7 +535,7 @@ struct Combine {
   static __device__ __forceinline__ float2 blended(const Block& b, const Run& run, u32 tile,
                                                    u32 column) {
     const u32 token = tile / kHeads, head = tile % kHeads;
-    if (token >= b.params.count) return {0, 0};
+    if (token >= b.count()) return {0, 0};
     const int shares = Active::count(b, token, kSplits);
     const float* from = b.at(run.x) + u64(token) * (kHeads * kSplits * kPitch) +
                         head / kGroup * (kSplits * kStride) + head % kGroup * kPitch;

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from tilert.backends.cuda.limits import fitting, shared_bytes
-from tilert.backends.cuda.source import KERNEL, Source, generate
+from tilert.backends.cuda.source import KERNEL, Source, generate, passes
 from tilert.backends.cuda.tables import RANK_SHIFT, queues, tables
 from tilert.backends.hang import Hang, save
 from tilert.ir.program import PAGE, Kind, Program
@@ -26,6 +26,7 @@ MAX_TOKENS = 8  # kMaxTokens
 MAX_STOPS = 16
 COUNTER_PITCH = 32  # words
 UNSET = 0xFFFFFFFF  # a letter that has not come
+NO_TOKEN = 0xFFFFFFFE  # kNoToken
 FAILED = 2  # enum Verdict
 SAMPLING = {"controls": 0, "mask": MASKED, "biases": BIASED, "tally": COUNTED}  # flag that needs it
 FAILURE_BYTES = 20  # struct Failure
@@ -95,8 +96,9 @@ class LaunchError(RuntimeError):
 class _Params(ctypes.Structure):
     _fields_ = [
         (name, ctypes.c_void_p)
-        for name in ("queues", "queue_begin", "run_begin", "counters", "arena", "tokens", "pages",
-                     "stop_ids", "mailbox", "cancel", "verdict", "failures", "stamps", "clocks")
+        for name in ("queues", "queue_begin", "run_begin", "counters", "arena", "tokens", "passes",
+                     "pages", "stop_ids", "mailbox", "cancel", "verdict", "failures", "stamps",
+                     "clocks")
     ] + [(name, ctypes.c_uint32 * MAX_TOKENS) for name in ("positions", "sequences")
     ] + [(name, ctypes.c_uint32) for name in ("count", "page_cols", "steps")]  # fmt: skip
 
@@ -161,9 +163,13 @@ class CudaBackend:
             name: device.allocate(a.nbytes) for name, a in self.state.items() if name in SAMPLING
         }
         self.stop_ids: tuple[int, ...] = ()
-        assert program.arena_bytes < 4 << RANK_SHIFT, "offsets in the arena are words of 24 bits"
         homes = {name: memory.address for name, memory in self.sampling.items()}
-        self.arena = device.allocate(program.arena_bytes)
+        # What the host gives for every token lies behind the activations.
+        first, given = -(-program.arena_bytes // 64) * 64, self.state.get("given")
+        self.arena = device.allocate(first + (0 if given is None else given.nbytes))
+        if given is not None:
+            homes["given"], self.given = first // 4, self.arena.part(first, given.nbytes)
+        assert first < 4 << RANK_SHIFT, "offsets in the arena are words of 24 bits"
         self.counters = device.allocate(4 * COUNTER_PITCH * len(program.counters))
         self.outcome = device.allocate(4 + FAILURE_BYTES * len(program.queues))  # verdict, failures
         self.runs, self.waits = queues(  # see `tables`
@@ -173,8 +179,10 @@ class CudaBackend:
             name: self._upload(table)
             for name, table in tables(program, self.layout, self.runs, self.waits).items()
         }
-        # Stop ids, token ids, page tables.
-        self.inputs = device.allocate(4 * (MAX_STOPS + MAX_TOKENS + self.state["pages"].size))
+        self.passes = passes(program)[-1]
+        own = 2 * self.passes + 2 * program.tokens  # struct Passes
+        # Stop ids, token ids, passes, page tables.
+        self.inputs = device.allocate(4 * (MAX_STOPS + MAX_TOKENS + own + self.state["pages"].size))
         self.mailbox = device.pinned(MAX_STEPS * program.tokens + 1)  # at the end the cancel flag
 
     def _load(self, source: Source) -> Kernel:
@@ -224,9 +232,10 @@ class CudaBackend:
         return self.arena.read(b.offset, b.rows * b.cols, np.float32).reshape(b.rows, b.cols)
 
     def steps(self, count: int) -> Generator[np.ndarray, None, None]:
-        """Run up to `count` steps; after each, the sampled token ids. Closing it cancels the rest.
+        """Run up to `count` steps; after each, the sampled token ids, in a program that makes guesses -1
+        behind the last. Closing it cancels the rest.
 
-        Ends early after an id of `stop_ids`, if the program makes one token per step. Raises LaunchError
+        Ends early after an id of `stop_ids`, if the tokens of a step are of one sequence. Raises LaunchError
         when a wait of the kernel never held.
         """
         assert 1 <= count <= MAX_STEPS, f"{count} steps in one launch"
@@ -237,13 +246,19 @@ class CudaBackend:
                 tokens = [self._receive(index * width + row) for row in range(rows)]
                 if None in tokens:
                     return
-                self.state["tokens"][0, :rows] = tokens
-                self.state["positions"][0, :rows] += 1
+                if self.passes > 1:
+                    tokens = [-1 if token == NO_TOKEN else token for token in tokens]
+                    self.state["positions"][0, :rows] += rows - tokens.count(-1)
+                else:
+                    self.state["tokens"][0, :rows] = tokens
+                    self.state["positions"][0, :rows] += 1
                 yield np.asarray(tokens, np.int32)
         finally:
             self.mailbox[-1] = 1
             self.kernel.wait()
         self._check()
+        if self.passes > 1:  # what the last step has guessed
+            self.state["tokens"][0, :rows] = self.inputs.read(4 * MAX_STOPS, rows, np.int32)
 
     def _launch(self, steps: int) -> None:
         self.kernel.launch(len(self.program.queues), self.prepare(steps))
@@ -258,8 +273,14 @@ class CudaBackend:
         stops, tokens = np.full(MAX_STOPS, -1, np.int32), np.zeros(MAX_TOKENS, np.int32)
         stops[: len(self.stop_ids)] = self.stop_ids
         tokens[:rows] = state["tokens"][0, :rows]
-        self.inputs.write(np.concatenate([stops, tokens, state["pages"].ravel()]).astype(np.int32))
+        own = np.zeros(2 * self.passes + 2 * self.program.tokens, np.int32)
+        own[: 2 * self.passes] = [0, 1] * self.passes
+        own[:2] = state["positions"][0, 0], rows
+        given = np.concatenate([stops, tokens, own, state["pages"].ravel()])
+        self.inputs.write(given.astype(np.int32))
         self.arena.clear()  # no word has a tag from an earlier launch
+        if "given" in state:
+            self.given.write(state["given"])
         for name, memory in self.sampling.items():
             if name == "controls" or state["controls"][0, 0] & SAMPLING[name]:
                 memory.write(state[name])
@@ -280,7 +301,8 @@ class CudaBackend:
         params = _Params(
             **{name: memory.address for name, memory in self.tables.items()},
             counters=self.counters.address, arena=self.arena.address, stop_ids=inputs,
-            tokens=inputs + 4 * MAX_STOPS, pages=inputs + 4 * (MAX_STOPS + MAX_TOKENS), mailbox=box,
+            tokens=inputs + 4 * MAX_STOPS, passes=inputs + 4 * (MAX_STOPS + MAX_TOKENS),
+            pages=inputs + 4 * (MAX_STOPS + MAX_TOKENS + own.size), mailbox=box,
             cancel=box + 4 * (self.mailbox.size - 1), verdict=self.outcome.address,
             stamps=self._traced[0].address if self._traced else None,
             clocks=self._traced[1].address if self._traced else None,

@@ -200,12 +200,13 @@ struct IndexScore {
 
   static __device__ __forceinline__ bool stream(Loader& l, const Run& run) {
     Block& b = l.b;
-    bool ready = false;
+    bool ready = kPasses > 1;
+    if (ready && !l.past(run)) return false;
     for (u32 tile = run.first; tile < run.first + run.count; ++tile)
       for (Span span; span.next(b);) {
         const u32 seen = span.seen(b);
         for (u32 page = tile; page * kPage < seen; page += kSplits) {
-          if (!ready && !l.appended(run)) return false;
+          if (!ready && !l.past(run)) return false;
           ready = true;
           if (!l.acquire()) return false;
           const u64 at = physical_page(b, span.begin, page * kPage);

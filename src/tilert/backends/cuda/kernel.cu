@@ -3,7 +3,15 @@
 // variants.
 #include "experts.cuh"
 #include "index.cuh"
+#include "norm.cuh"
 #include "variants.h"
+
+__device__ __forceinline__ u32 pass_of(const Run& run) {
+  return kPasses > 1 ? run.variant >> kPassShift : 0;
+}
+__device__ __forceinline__ u32 variant_of(const Run& run) {
+  return kPasses > 1 ? run.variant & ((1u << kPassShift) - 1) : run.variant;
+}
 
 __device__ __forceinline__ void load_weights(Block& b) {
   Loader loader{b};
@@ -11,8 +19,9 @@ __device__ __forceinline__ void load_weights(Block& b) {
     for (b.number = 0; b.number < b.length; ++b.number) {
       if (!loader.next_run()) return loader.drain();
       const Run& run = b.run();
+      b.pass = pass_of(run);
       bool going = false;
-      switch (run.variant) {
+      switch (variant_of(run)) {
 #define TILERT_CASE(i)                 \
   case i:                              \
     going = V##i::stream(loader, run); \
@@ -73,8 +82,9 @@ __device__ __forceinline__ void compute(Block& b) {
       if (!wait_for_run(b)) return;
       const Run& run = b.run();
       const u64 begin = kTrace ? cycles() : 0;
+      b.pass = pass_of(run);
       bool going = false;
-      switch (run.variant) {
+      switch (variant_of(run)) {
 #define TILERT_CASE(i)             \
   case i:                          \
     going = V##i::consume(b, run); \

@@ -23,6 +23,7 @@ from tilert.ir.graph import Graph
 from tilert.ir.program import Scale
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
     from tilert.backends.cuda.prompt import PromptRunner
@@ -106,7 +107,13 @@ class LateRunner:
         self._made.get()
 
     def run(
-        self, tokens: Sequence[int], begin: int, pages: Sequence[int], outputs: Sequence[int]
-    ) -> torch.Tensor:
+        self, tokens: Sequence[int], begin: int, pages: Sequence[int], outputs: Sequence[int],
+        given: np.ndarray | None = None,
+    ) -> torch.Tensor:  # fmt: skip
         """See PromptRunner.run."""
-        return self._made.get().run(tokens, begin, pages, outputs)
+        return self._made.get().run(tokens, begin, pages, outputs, given)
+
+    @property
+    def hidden(self) -> torch.Tensor:
+        """See PromptRunner."""
+        return self._made.get().hidden

@@ -199,7 +199,7 @@ struct Linear {
       const u32 end = min(begin + kChunkRows, last);
       Rest rest;
       if (mine) rest = fetch_rest(b, run, choice, at);
-      const u32 tokens = Source::kOfToken ? b.params.count : 1;
+      const u32 tokens = Source::kOfToken ? b.count() : 1;
 #pragma unroll 1
       for (u32 token = 0; token < tokens; ++token)
         multiply_chunk(b, run, choice, x, begin, end, token);

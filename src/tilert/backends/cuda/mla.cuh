@@ -32,9 +32,7 @@ __device__ __forceinline__ u32 physical_page(const Block& b, u32 token, u32 posi
   return __ldg(table + position / kPage);
 }
 
-__device__ __forceinline__ u32 given_tokens(const Block& b) {
-  return kTokens == 1 ? 1 : b.params.count;
-}
+__device__ __forceinline__ u32 given_tokens(const Block& b) { return kTokens == 1 ? 1 : b.count(); }
 __device__ __forceinline__ bool given(const Block& b, u32 token) { return token < given_tokens(b); }
 
 // The first of the step's tokens that are of the same sequence as this one.
@@ -243,7 +241,7 @@ struct LatentAttention {
   static __device__ __forceinline__ bool stream(Loader& l, const Run& run) {
     Block& b = l.b;
     const Scratch& scratch = *reinterpret_cast<const Scratch*>(b.scratch);
-    if (kTopk == 0 && b.step && !l.appended(run)) return false;
+    if ((kTopk == 0 || kPasses > 1) && !l.past(run)) return false;
     for (u32 tile = run.first; tile < run.first + run.count; ++tile) {
       const Place at(tile);
       if (!given(b, at.token)) continue;

@@ -27,7 +27,7 @@ constexpr u16 kLagged = 0x8000;
 
 // One run of the queue, with everything that its op needs resolved to addresses. 96 bytes.
 struct Run {
-  u16 variant;                 // which specialisation of which op
+  u16 variant;  // which specialisation of which op; from kPassShift on the pass that it belongs to
   u16 wait_begin, wait_count;  // begin: from the run itself, in sizes of a wait
   u16 signal;                  // counter, or kNoSignal
   u32 first, count;            // linear: output rows; other ops: tiles
@@ -51,6 +51,7 @@ struct Run {
 };
 constexpr u16 kNoSignal = 0xffff;
 static_assert(kEntryBytes >= sizeof(Run) && kEntryBytes % 16 == 0, "an entry begins with its run");
+constexpr int kPassShift = 12;
 
 // What a block was waiting for when it gave up; the host finds the cause among all of them.
 struct Failure {
@@ -74,6 +75,7 @@ struct Params {
   u32* counters;           // [counters * kCounterPitch]
   float* arena;
   u32* tokens;          // [kTokens] the step's token ids
+  u32* passes;          // with several passes: see Passes
   const u32* pages;     // [sequences, page_cols] page tables
   const u32* stop_ids;  // kMaxStops, 0xffffffff where unused
   u32* mailbox;         // host memory, [steps, kTokens]
@@ -96,6 +98,18 @@ constexpr u32 kByRun = 0xfffffffdu;   // in a Failure: it was the run itself, fr
 constexpr int kMaxStops = 16;
 constexpr int kMaxChosen = 32;  // experts of a token: one for each lane
 
+// Where a pass stands and what it has, in steps of several: a model, whose tokens but the first are
+// guesses, and a layer that guesses, once for the tokens that count and once for each guess but the
+// last. All tokens are of one sequence, each behind the one before it.
+struct Pass {
+  u32 first, count;  // position of its first token, tokens
+};
+struct Passes {
+  Pass at[kPasses];
+  u32 following[kTokens];  // tokens of the layer's first pass
+  u32 guess[kTokens];      // token of its further passes, and zeros
+};
+
 struct Shared {
   u64 full[kSlots], empty[kSlots];
   u64 fetched[kEntries ? kEntries : 1];  // of entries of the queue
@@ -107,6 +121,7 @@ struct Shared {
   // 1 + runs in this launch before that in which the loader lost a unit, or in which a warp stopped
   // to wait for one; 0: none.
   u32 lost, stopped;
+  Pass passes[2][kPasses];           // of this step and the next or the one before
   u32 chosen[kTokens * kMaxChosen];  // what the loader knows: experts of the run that it streams
   float squares[kWarps][kTokens];
   float partial[2][kTokens][2 * kChunkRows * kPartialPitch];
@@ -134,6 +149,7 @@ struct Block {
   u8* queue;
   u32 length;                // runs in the queue
   u32 step = 0, number = 0;  // number: of the run in the queue
+  u32 pass = 0;              // of the run
   u32 turn = 0;              // added to the ranks of tags, in this step
   Cursor cursor;
   u32 chunk = 0;    // chunks of rows so far: picks the buffer of partial sums
@@ -156,7 +172,17 @@ struct Block {
     return barrier_test(&shared.fetched[index() % kCount], index() / kCount % 2);
   }
   __device__ __forceinline__ u32 position(int token) const {
+    if constexpr (kPasses > 1) return load_shared(&here().first) + token;
     return params.positions[token] + step;
+  }
+  // Tokens of the pass; behind an ordered wait, as positions.
+  __device__ __forceinline__ u32 count() const {
+    if constexpr (kPasses > 1) return load_shared(&here().count);
+    return params.count;
+  }
+  __device__ __forceinline__ Pass& here() const { return shared.passes[step % 2][pass]; }
+  __device__ __forceinline__ Passes& passes() const {
+    return *reinterpret_cast<Passes*>(params.passes);
   }
   __device__ __forceinline__ float* at(u32 operand) const {
     return params.arena + (operand & ((1u << kRankShift) - 1));
@@ -254,9 +280,17 @@ __device__ __forceinline__ bool wait_for_inputs(Block& b, const Run& run) {
         }
       }
     }
-    if constexpr (kEntries > 0) {
-      __syncwarp();  // whoever goes by it may rely on what any lane has seen
-      if (lane() == 0) store_shared(&b.shared.progress, b.index() + 1);
+    constexpr bool kNotes = kPasses > 1 && !kTagged, kTells = kPasses > 1 || kEntries > 0;
+    if constexpr (kTells) {
+      __syncwarp();  // the other threads of the block may rely on what any lane has acquired
+      if (lane() == 0) {
+        if constexpr (kNotes) {
+          const Pass& pass = b.passes().at[b.pass];
+          store_shared(&b.here().first, load_relaxed(&pass.first));
+          store_shared(&b.here().count, load_relaxed(&pass.count));
+        }
+        store_shared(&b.shared.progress, b.index() + 1);
+      }
     }
   }
   sync_consumers();
@@ -389,13 +423,28 @@ struct Loader {
       if (!idle()) return false;
     return true;
   }
-  // Until all rows that the step before has appended can be streamed.
-  __device__ __forceinline__ bool appended(const Run& run) {
+  // Tokens of a pass that has begun, as who made a choice in it must have seen.
+  __device__ __forceinline__ u32 count() const {
+    if constexpr (kPasses > 1) return load_relaxed(&b.passes().at[b.pass].count);
+    return b.params.count;
+  }
+  // Until rows of the past can be streamed: the run has waits for all that the step before has
+  // appended (verified as rule `stream`). With several passes, once all of its waits hold: they say
+  // where its tokens are, too.
+  __device__ __forceinline__ bool past(const Run& run) {
+    if constexpr (kPasses > 1) return started();
     if (b.step == 0) return true;
     for (u32 at = 0; at < run.wait_count; ++at) {
       const Wait& w = run.waits()[at];
       if ((w.threshold & kLagged) && !holds(w)) return false;
     }
+    fence_proxy();
+    return true;
+  }
+  // Until the waits of the run hold.
+  __device__ __forceinline__ bool started() {
+    while (load_shared(&b.shared.progress) < b.index() + 1)
+      if (!idle()) return false;
     fence_proxy();
     return true;
   }

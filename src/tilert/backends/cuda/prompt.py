@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -42,6 +43,7 @@ class _Step:
     tokens: torch.Tensor  # [T]
     outputs: torch.Tensor  # rows whose logits are wanted
     caches: StepCaches
+    given: torch.Tensor | None = None  # [T, cols], where the graph has such an input
     values: dict[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
     chosen: dict[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])  # experts
     shared: dict[Any, torch.Tensor] = field(default_factory=dict[Any, torch.Tensor])
@@ -72,8 +74,11 @@ class PromptRunner:
 
     weights: as stored, by name, [rows, cols]; a bank's matrices one after another, under their joined names,
     and their scales likewise. caches: 'layers.N.k_cache' and so on, each [pages, kv_heads, 64, head_dim] as
-    paged.py says.
+    paged.py says. After a run, `hidden` is the graph's output besides the logits, f32 with a row for each
+    token, or for each of `outputs`; where it has none, there are no rows.
     """
+
+    hidden = torch.zeros(0, 0)
 
     def __init__(
         self, graph: Graph, weights: Mapping[str, torch.Tensor], caches: Mapping[str, torch.Tensor],
@@ -82,11 +87,12 @@ class PromptRunner:
         self.graph, self.weights, self.caches, self.scales = graph, weights, caches, scales
         self.device = next(iter(weights.values())).device
         self.ops: dict[str, Callable[[_Step, Node], torch.Tensor]] = {
-            "embed": self._embed, "rms_norm": self._rms_norm, "linear": self._linear, "add": self._add,
-            "silu_mul": self._silu_mul, "rope": self._rope, "attention": self._attention,
-            "latent_rope": self._latent_rope, "latent_attention": self._latent_attention,
-            "index_rope": self._index_rope, "index_score": self._index_score, "select": self._select,
-            "route": self._route, "experts": self._experts,
+            "embed": self._embed, "given": self._given, "rms_norm": self._rms_norm,
+            "linear": self._linear, "add": self._add, "silu_mul": self._silu_mul,
+            "rope": self._rope, "attention": self._attention, "latent_rope": self._latent_rope,
+            "latent_attention": self._latent_attention, "index_rope": self._index_rope,
+            "index_score": self._index_score, "select": self._select, "route": self._route,
+            "experts": self._experts,
         }  # fmt: skip
         unknown = {node.op for node in graph.nodes} - self.ops.keys()
         assert not unknown, f"prompts cannot compute {', '.join(sorted(unknown))}"
@@ -100,7 +106,8 @@ class PromptRunner:
         self.head = [node.output.rows == "outputs" for node in graph.nodes].index(True)
         last: dict[str, int] = {}
         for i, node in enumerate(graph.nodes):
-            last.update((v.name, i) for v in node.inputs.values() if v is not None and not v.weight)
+            values = (v for v in node.inputs.values() if v is not None and not v.weight)
+            last.update((v.name, i) for v in values if v not in graph.outputs)
         self.dead: list[list[str]] = [[] for _ in graph.nodes]  # values last used by each node
         for name, i in last.items():
             self.dead[i].append(name)
@@ -138,16 +145,18 @@ class PromptRunner:
         return torch.bfloat16 if w.name in self.scales else self.weights[w.name].dtype
 
     def run(
-        self, tokens: Sequence[int], begin: int, pages: Sequence[int], outputs: Sequence[int]
-    ) -> torch.Tensor:
+        self, tokens: Sequence[int], begin: int, pages: Sequence[int], outputs: Sequence[int],
+        given: np.ndarray | None = None,
+    ) -> torch.Tensor:  # fmt: skip
         """f32 logits [len(outputs), vocab_size] of rows of `tokens`, which start at position `begin`.
 
-        Earlier positions must be in the cache; these are added to it. pages: of the whole sequence.
+        Earlier positions must be in the cache; these are added to it. pages: of the whole sequence. given:
+        f32, a row for each token, where the graph has such an input.
         Queued on the default stream, after what was launched there before; what comes later waits.
         """
         stream = torch.cuda.default_stream(self.device) if self.device.type == "cuda" else None
         with torch.inference_mode(), torch.cuda.stream(stream), sdpa_kernel(ATTENTION):
-            return self._chunks(tokens, begin, pages, outputs)
+            return self._chunks(tokens, begin, pages, outputs, given)
 
     def warm_up(self) -> None:
         """Load what the first prompts would load: two pieces of one that leaves nothing in the caches."""
@@ -161,21 +170,33 @@ class PromptRunner:
         caches = {n: c.new_zeros(len(pages), *c.shape[1:]) for n, c in self.caches.items()}
         scratch = PromptRunner(self.graph, self.weights, caches, self.scales)
         for begin, outputs in ((0, []), (count, [count - 1])):
-            scratch.run([0] * count, begin, pages, outputs).cpu()
+            scratch.run([0] * count, begin, pages, outputs, self._blank(count)).cpu()
+
+    def _blank(self, count: int) -> np.ndarray | None:
+        """What a warm-up is given for so many tokens, if anything."""
+        widths = [n.output.cols for n in self.graph.nodes if n.op == "given"]
+        return np.zeros((count, widths[0]), np.float32) if widths else None
 
     def _chunks(
-        self, tokens: Sequence[int], begin: int, pages: Sequence[int], outputs: Sequence[int]
-    ) -> torch.Tensor:
+        self, tokens: Sequence[int], begin: int, pages: Sequence[int], outputs: Sequence[int],
+        given: np.ndarray | None,
+    ) -> torch.Tensor:  # fmt: skip
         found: dict[int, torch.Tensor] = {}
+        hidden: list[torch.Tensor] = []
         table, first = self._integers(pages), 0
         while first < len(tokens):
             at, end = begin + first, min(first + self._most(begin + first), len(tokens))
             wanted = [row for row in outputs if first <= row < end]
             rows = self._integers([row - first for row in wanted])
             caches = StepCaches(self.caches, table, at, begin + end)
-            logits = self._chunk(_Step(at, self._integers(tokens[first:end]), rows, caches))
+            step = _Step(at, self._integers(tokens[first:end]), rows, caches)
+            if given is not None:
+                step.given = torch.from_numpy(given[first:end]).to(self.device)
+            logits = self._chunk(step)
             found |= zip(wanted, logits, strict=True)
+            hidden += [step.values[v.name] for v in self.graph.outputs if v.name in step.values]
             first = end
+        self.hidden = torch.cat(hidden) if hidden else torch.zeros(0, 0)
         vocab = self.graph.nodes[-1].output.cols
         if not outputs:
             return torch.zeros(0, vocab, device=self.device)
@@ -209,6 +230,10 @@ class PromptRunner:
 
     def _embed(self, step: _Step, node: Node) -> torch.Tensor:
         return self._input(step, node, "table")[step.tokens].float()
+
+    def _given(self, step: _Step, node: Node) -> torch.Tensor:
+        assert step.given is not None, f"{node} was given nothing"
+        return step.given
 
     def _vector(self, node: Node, name: str) -> torch.Tensor | None:
         """A weight of one row in f32; None where the node has none."""

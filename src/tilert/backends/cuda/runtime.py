@@ -22,6 +22,7 @@ from tilert.ir.dtype import DType
 from tilert.ir.graph import Graph
 from tilert.ir.machine import Machine
 from tilert.ir.program import NONE, Buffer, Kind, Program, Scale
+from tilert.ops import Norm
 
 Progress = Callable[[str, int, int], None]  # (label, done bytes, total bytes)
 # Prompts of up to so many launches of the program for a few tokens do not go to the prompt runner. That
@@ -63,13 +64,15 @@ class CudaRuntime:
 
     def __init__(
         self, device: GpuDevice, graph: Graph, weights: Mapping[str, np.ndarray], num_pages: int,
-        progress: Progress | None = None,
+        progress: Progress | None = None, beside: CudaRuntime | None = None,
     ) -> None:  # fmt: skip
+        """beside: whose weights are shared where they have the same name; its first program is made."""
         self.device, self.graph, self.arrays, self.num_pages = device, graph, weights, num_pages
         self.progress = progress
         self.seconds: dict[str, float] = {}  # what loading took: program, weights, kernel
         self.first_use: dict[str, float] = {}  # what the first requests waited for: few, ...
-        self.weights: dict[str, Memory] = {}
+        self.weights: dict[str, Memory] = dict(beside.weights) if beside else {}
+        self.tensors: dict[str, Memory] = dict(beside.tensors) if beside else {}  # parts of those
         self.caches: dict[str, Memory] = {}
         self._decode: CudaBackend | None = None
         self._few: dict[str, CudaBackend] = {}
@@ -132,7 +135,7 @@ class CudaRuntime:
             marks = [time.perf_counter()]
             made = program("decode")
             marks.append(time.perf_counter())
-            tensors = self._load(made)
+            self._load(made)
             marks.append(time.perf_counter())
             shapes = cache_shapes(made, self.num_pages)
             types = {b.name: b.dtype for b in made.buffers if b.kind is Kind.CACHE}
@@ -142,7 +145,7 @@ class CudaRuntime:
             for memory in self.caches.values():
                 memory.clear()  # values that no token has written yet are multiplied by 0
             self._prompts = self.device.prompt_runner(
-                self.graph, self._stored(made, tensors),
+                self.graph, self._stored(made),
                 {n: (m, shapes[n], types[n]) for n, m in self.caches.items()}, _scales(made),
             )  # fmt: skip
             self._decode = self.bound(made)
@@ -151,16 +154,21 @@ class CudaRuntime:
             self.seconds = dict(zip(("program", "weights", "kernel"), spans, strict=True))
         return self._decode
 
-    def bound(self, program: Program) -> CudaBackend:
-        """A program over the weights and caches of all."""
+    def beside(self, graph: Graph, weights: Mapping[str, np.ndarray]) -> CudaRuntime:
+        """Another graph on the same device, with caches of its own in as many pages."""
+        return CudaRuntime(self.device, graph, weights, self.num_pages, self.progress, self)
+
+    def bound(self, program: Program, other: CudaRuntime | None = None) -> CudaBackend:
+        """A program over the weights and caches of all, and over those of another graph's programs."""
+        weights, caches = self.weights, self.caches
+        if other:
+            weights, caches = weights | other.weights, caches | other.caches
         return CudaBackend(
-            program, {n: m.address for n, m in self.weights.items()},
-            {n: m.address for n, m in self.caches.items()}, self.device,
+            program, {n: m.address for n, m in weights.items()},
+            {n: m.address for n, m in caches.items()}, self.device,
         )  # fmt: skip
 
-    def _stored(
-        self, program: Program, tensors: Mapping[str, Memory]
-    ) -> dict[str, tuple[Memory, tuple[int, ...], DType]]:
+    def _stored(self, program: Program) -> dict[str, tuple[Memory, tuple[int, ...], DType]]:
         """Where prompts find the weights, with shapes and types: tensors, and banks as a whole."""
         found: dict[str, tuple[Memory, tuple[int, ...], DType]] = {}
         buffers = program.buffers
@@ -169,21 +177,23 @@ class CudaRuntime:
         for b in banks:
             found[b.name] = self.weights[b.name], (b.rows, b.cols), b.dtype
         inside = {part for b in banks for part in b.parts}
-        for name in tensors.keys() - inside:
+        for name in self.arrays.keys() - inside:
             array = self.arrays[name]
-            found[name] = tensors[name], array.shape, DType.of(array)
+            found[name] = self.tensors[name], array.shape, DType.of(array)
         return found
 
-    def _load(self, program: Program) -> dict[str, Memory]:
-        """Put the weights of the program into memory; the part of each tensor in it."""
+    def _load(self, program: Program) -> None:
+        """Put the weights of the program into memory that are not there."""
         tensors: dict[str, Memory] = {}
-        for buffer in (b for b in program.buffers if b.kind is Kind.WEIGHT):
+        weights = (b for b in program.buffers if b.kind is Kind.WEIGHT)
+        for buffer in (b for b in weights if b.name not in self.weights):
             memory = self.weights[buffer.name] = self.device.allocate(buffer.bytes)
             begin = 0
             for name in buffer.parts:
                 tensors[name] = memory.part(begin, self.arrays[name].nbytes)
                 begin += self.arrays[name].nbytes
-        total, done = sum(array.nbytes for array in self.arrays.values()), 0
+        self.tensors |= tensors
+        total, done = sum(self.arrays[name].nbytes for name in tensors), 0
 
         def told(size: int) -> None:
             nonlocal done
@@ -192,7 +202,6 @@ class CudaRuntime:
                 self.progress("loading", done, total)
 
         self.device.upload([(memory, self.arrays[n]) for n, memory in tensors.items()], told)
-        return tensors
 
 
 def _scales(program: Program) -> dict[str, Scale]:
@@ -217,13 +226,16 @@ class _Rows:
     def __init__(self, made: CudaBackend, rows: int) -> None:
         self.made = made
         names = ("tokens", "positions", "sequences", "output_rows")
-        self.state = {name: np.zeros((1, rows), np.int32) for name in names}
+        self.state: dict[str, np.ndarray] = {n: np.zeros((1, rows), np.int32) for n in names}
         self.state["counts"] = np.zeros((1, 2), np.int32)
         self.state["pages"] = np.zeros_like(made.state["pages"])
+        if "given" in made.state:
+            self.state["given"] = np.zeros((rows, made.state["given"].shape[1]), np.float32)
 
 
 class Pieces(_Rows):
-    """A step in launches of as many rows as the program takes; logits are fetched when asked for."""
+    """A step in launches of as many rows as the program takes; logits are fetched when asked for, and hidden
+    states where the program has them as an output."""
 
     def __init__(self, made: CudaBackend, rows: int) -> None:
         super().__init__(made, rows)
@@ -231,6 +243,16 @@ class Pieces(_Rows):
             int, np.ndarray
         ] = {}  # logits by row, of all launches of a step but the last
         self.begin = 0  # first row of the last launch
+        program, self.hidden = (
+            made.program,
+            list[np.ndarray](),
+        )  # of all launches of a step but the last
+        self.has_hidden = "hidden" in program.buffer_ids
+        # They may be of the rows that have logits alone, and then stand in their order.
+        self.of_outputs = any(
+            isinstance(op, Norm) and op.gather != NONE and program.buffers[op.y].name == "hidden"
+            for op in program.ops
+        )
 
     def steps(self, count: int) -> Generator[np.ndarray, None, None]:
         """Run one step; gives the greedy ids of its outputs."""
@@ -238,12 +260,14 @@ class Pieces(_Rows):
         tokens, outputs = self.state["counts"][0].tolist()
         wanted, width = self.state["output_rows"][0, :outputs], self.made.program.tokens
         found = np.zeros(tokens, np.int32)
-        self.kept = {}
+        self.kept, self.hidden = {}, []
         for begin in range(0, tokens, width):
             if begin:
                 rows = [row for row in wanted.tolist() if self.begin <= row < begin]
                 logits = self.made.read("logits") if rows else None
                 self.kept |= {row: logits[row - self.begin] for row in rows if logits is not None}
+                if self.has_hidden:
+                    self.hidden.append(self.made.read("hidden"))
             end = min(begin + width, tokens)
             found[begin:end] = self._launch(begin, end)
             self.begin = begin
@@ -256,15 +280,22 @@ class Pieces(_Rows):
         own["output_rows"][0, : end - begin] = range(end - begin)
         own["counts"][0] = end - begin
         own["pages"][:] = state["pages"]
+        if "given" in state:
+            own["given"][: end - begin] = state["given"][begin:end]
         (sampled,) = self.made.steps(1)
         return sampled
 
     def read(self, name: str) -> np.ndarray:
-        """The logits of the last step, [outputs, vocab_size]."""
-        assert name == "logits", f"{name} is not kept"
-        last = self.made.read("logits")
+        """The logits of the last step, [outputs, vocab_size], or its hidden states."""
+        assert name in ("logits", "hidden"), f"{name} is not kept"
+        last = self.made.read(name)
+        if name == "hidden":
+            rows = np.concatenate([*self.hidden, last])
+            outputs = self.state["output_rows"][0, : self.state["counts"][0, 1]]
+            return rows[outputs] if self.of_outputs else rows
         wanted = self.state["output_rows"][0, : self.state["counts"][0, 1]].tolist()
-        return np.asarray([self.kept.get(row, last[row - self.begin]) for row in wanted])
+        kept = self.kept
+        return np.asarray([kept[r] if r in kept else last[r - self.begin] for r in wanted])
 
 
 class Prompts(_Rows):
@@ -276,7 +307,7 @@ class Prompts(_Rows):
     ) -> None:  # fmt: skip
         super().__init__(made, rows)
         self._make_pieces, self.short, self.runner = pieces, short, runner
-        self.logits = np.zeros((0, 0), np.float32)
+        self.logits = self.hidden = np.zeros((0, 0), np.float32)
 
     @cached_property
     def pieces(self) -> Pieces:
@@ -286,9 +317,9 @@ class Prompts(_Rows):
         return made
 
     def read(self, name: str) -> np.ndarray:
-        """The logits of the last step."""
-        assert name == "logits", f"{name} is not kept"
-        return self.logits
+        """The logits of the last step, or its hidden states."""
+        assert name in ("logits", "hidden"), f"{name} is not kept"
+        return self.logits if name == "logits" else self.hidden
 
     def steps(self, count: int) -> Generator[np.ndarray, None, None]:
         """Run one step; gives the greedy ids of its outputs."""
@@ -297,15 +328,19 @@ class Prompts(_Rows):
         if tokens <= self.short:
             (sampled,) = self.pieces.steps(1)
             self.logits = self.pieces.read("logits")
+            if self.pieces.has_hidden:
+                self.hidden = self.pieces.read("hidden")
         else:
             self.logits = self._long(tokens, outputs)
             sampled = self.logits.argmax(axis=1).astype(np.int32)
         yield sampled
 
     def _long(self, tokens: int, outputs: int) -> np.ndarray:
-        state = self.state
-        logits = self.runner().run(
+        state, runner = self.state, self.runner()
+        logits = runner.run(
             state["tokens"][0, :tokens].tolist(), int(state["positions"][0, 0]),
             state["pages"][state["sequences"][0, 0]].tolist(), state["output_rows"][0, :outputs].tolist(),
+            state["given"][:tokens] if "given" in state else None,
         )  # fmt: skip
+        self.hidden = runner.hidden.float().cpu().numpy()
         return logits.float().cpu().numpy()

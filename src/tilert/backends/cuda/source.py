@@ -26,6 +26,7 @@ from tilert.ir.dtype import DType
 from tilert.ir.program import NONE, PAGE, Buf, Op, Program
 from tilert.ir.tags import TAGS, Tags, derive
 from tilert.ops import (
+    Accept,
     Adjust,
     Append,
     Argmax,
@@ -36,12 +37,14 @@ from tilert.ops import (
     Embed,
     ExpertDown,
     ExpertGate,
+    Guess,
     IndexRope,
     IndexScore,
     LatentAttention,
     LatentRope,
     Linear,
     NextToken,
+    Norm,
     Route,
     Select,
     Sift,
@@ -51,7 +54,7 @@ from tilert.ops import (
 FOLDER = Path(__file__).parent
 HEADERS = (
     "ptx.cuh", "program.cuh", "tile.cuh", "inputs.cuh", "products.cuh", "linear.cuh", "heads.cuh",
-    "attend.cuh", "sample.cuh", "draw.cuh", "experts.cuh", "mla.cuh", "index.cuh",
+    "attend.cuh", "sample.cuh", "draw.cuh", "experts.cuh", "mla.cuh", "index.cuh", "norm.cuh",
 )  # fmt: skip
 KERNEL = "tilert_program"
 
@@ -85,7 +88,7 @@ def generate(program: Program, layout: Layout, *, trace: bool = False) -> Source
         "kTurn": tags.stride % TAGS, "kTokens": program.tokens,
         "kSharedBytes": shared_struct_bytes(program.tokens),
         "kHeldWords": HELD_WORDS, "kVariants": len(known),
-        "kTakenUnits": layout.units,
+        "kPasses": passes(program)[-1], "kTakenUnits": layout.units,
     }  # fmt: skip
     headers = {name: (FOLDER / name).read_text(encoding="utf-8") for name in HEADERS}
     headers["constants.h"] = "#pragma once\n" + "".join(
@@ -96,12 +99,23 @@ def generate(program: Program, layout: Layout, *, trace: bool = False) -> Source
     return Source((FOLDER / "kernel.cu").read_text(encoding="utf-8"), headers, variants)
 
 
+def passes(program: Program) -> list[int]:
+    """The pass that each op belongs to, and behind them how many there are: the model's is the first, and
+    the layer's that guesses follow."""
+    number, found = 0, list[int]()
+    for op in program.ops:
+        found.append(number)
+        number += isinstance(op, Accept | Guess)
+    return [*found, max(number, 1)]
+
+
 def _type(program: Program, op: Op, tags: Tags) -> str:
     """The instantiation of an op: its shape without addresses."""
     if isinstance(op, Linear):
         return _linear(program, op, tags)
     if isinstance(op, Attend):
         _check_heads(program, op)
+        assert passes(program)[-1] == 1, "its waits need not say where the tokens of a pass are"
         norms = ", ".join(_weight(program, b) for b in (op.q_norm, op.k_norm))
         return (
             f"Attend<{op.heads}, {op.kv_heads}, {op.head_dim}, {op.window}, {op.splits},"
@@ -140,8 +154,14 @@ def _type(program: Program, op: Op, tags: Tags) -> str:
         return _gate(program, op, tags)
     if isinstance(op, ExpertDown):
         return _down(program, op, tags)
-    assert isinstance(op, NextToken), f"{type(op).__name__} has no CUDA form"
-    return f"NextToken<{op.chunks}>"
+    if isinstance(op, Norm):
+        last = op.gather != NONE and passes(program)[-1] > 1
+        return (
+            f"Norm<{op.width}, {_flag(last)}, {_flag(op.x in tags.writers)},"
+            f" {_weight(program, op.weight)}, {_bits(op.eps)}>"
+        )
+    assert isinstance(op, NextToken | Accept | Guess), f"{type(op).__name__} has no CUDA form"
+    return f"{type(op).__name__}<{op.chunks}>"
 
 
 def attend_of(program: Program, op: Append) -> Attend:
@@ -229,7 +249,8 @@ def _linear(program: Program, op: Linear, tags: Tags) -> str:
         rows = f"Blocks<{op.n // op.groups}, {stride}>"
     epilogue = ("kStore", "kAdd", "kGate")[op.epilogue]
     made = _product(program, op, tags, epilogue, x, rows)
-    if op.beyond == 0:
+    # With several passes a loader knows too late where its tokens are.
+    if op.beyond == 0 or passes(program)[-1] > 1:
         return made
     assert op.y not in tags.writers, "a word that is not written has an old tag"
     return f"Beyond<{op.beyond}, {made}>"

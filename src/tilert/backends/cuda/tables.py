@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 
 from tilert.backends.cuda.limits import RUN_BYTES, WAIT_BYTES, Layout, entry_bytes
-from tilert.backends.cuda.source import attend_of
+from tilert.backends.cuda.source import attend_of, passes
 from tilert.ir.program import NONE, Buf, Kind, Op, Program, Run
 from tilert.ir.tags import TAGS, Tags, derive
 from tilert.ops import (
+    Accept,
     Adjust,
     Append,
     Argmax,
@@ -24,12 +25,14 @@ from tilert.ops import (
     Embed,
     ExpertDown,
     ExpertGate,
+    Guess,
     IndexRope,
     IndexScore,
     LatentAttention,
     LatentRope,
     Linear,
     NextToken,
+    Norm,
     Route,
     Select,
     Sift,
@@ -39,6 +42,7 @@ from tilert.ops.linear import ADD
 
 NO_SIGNAL = 0xFFFF
 RANK_SHIFT = 24  # kRankShift
+PASS_SHIFT = 12  # kPassShift
 RUN = np.dtype(  # struct Run
     [(name, "<u2") for name in ("variant", "wait_begin", "wait_count", "signal")]
     + [(name, "<u4") for name in ("first", "count")]
@@ -90,7 +94,8 @@ def queues(
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:  # fmt: skip
     """Each worker's runs, with all operands resolved to addresses, and their waits; see `tables`.
 
-    states: where the state buffers are that ops find through their run; others come with Params.
+    states: where the state buffers are that ops find through their run, an address or a place in the arena;
+    others come with Params.
     arena: where it begins.
     """
     tags = derive(program)
@@ -99,7 +104,7 @@ def queues(
         homes[b.kind][b.name] if b.kind in homes else states.get(b.name, b.offset // 4)
         for b in program.buffers
     ]
-    choices = _choices(program)
+    choices, number = _choices(program), passes(program)
     totals = [counter.total for counter in program.counters]
     runs, waits = list[np.ndarray](), list[np.ndarray]()
     for queue in program.queues:
@@ -107,7 +112,7 @@ def queues(
         own: list[tuple[int, int, int]] = []
         known = -1  # the choice that the loader has
         for record, run in zip(runs[-1], queue, strict=True):
-            record["variant"] = variants[run.op]
+            record["variant"] = variants[run.op] | number[run.op] << PASS_SHIFT
             record["wait_count"] = len(run.waits)
             record["signal"] = NO_SIGNAL if run.signal < 0 else run.signal
             _resolve(record, program, run, at)
@@ -167,6 +172,8 @@ def _add_ranks(record: Any, program: Program, index: int, tags: Tags) -> None:
         operands = (("x", op.logits),)
     elif isinstance(op, LatentRope):
         operands = (("x2", op.kv),)
+    elif isinstance(op, Norm):
+        operands = (("x", op.x),)
     elif isinstance(op, LatentAttention):
         operands = (("x", op.q),)
     elif isinstance(op, IndexRope):
@@ -240,8 +247,10 @@ def _resolve(record: Any, program: Program, run: Run, at: list[int]) -> None:
     elif isinstance(op, Route):
         record["norm"], record["x"] = home(op.bias), at[op.logits]
         record["y"], record["x2"] = at[op.chosen], at[op.weights]
-    elif isinstance(op, NextToken):
+    elif isinstance(op, NextToken | Accept | Guess):
         record["x"] = at[op.part]
+    elif isinstance(op, Norm):
+        record["norm"], record["x"], record["y"] = at[op.weight], at[op.x], at[op.y]
     elif isinstance(op, Totals):
         record["x"], record["y"] = at[op.bins], at[op.totals]
     elif isinstance(op, Combine):

@@ -138,8 +138,9 @@ struct Tile {
   static __device__ __forceinline__ bool stream(Loader& l, const Run& run) {
     if (!Source::ready(l, run)) return false;
     if constexpr (!Source::kOfToken) return stream_rows(l, run, 0, run.count, 0);
+    const u32 tokens = l.count();
     for (u32 begin = 0; begin < run.count; begin += kChunkRows)
-      for (u32 token = 0; token < l.b.params.count; ++token)
+      for (u32 token = 0; token < tokens; ++token)
         if (!stream_rows(l, run, begin, min(begin + kChunkRows, run.count), token)) return false;
     return true;
   }
