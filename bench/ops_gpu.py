@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import gpu_ceiling
-import numpy as np
 from decode_gpu import FIRST, FP8, MODELS, RandomModel, capacity, comma_list, environment
 
 from tilert.backends.cuda import open_device
@@ -71,20 +70,6 @@ def timed(program: Program, steps: Sequence[Timeline], ceiling: float) -> list[d
         }
         for kind, row in found.items()
     ]  # fmt: skip
-
-
-def in_turn(program: Program, steps: Sequence[Timeline]) -> list[tuple[str, float]]:
-    """Name of each op of a step, and the us that it takes of the step in the median."""
-    ends: list[list[float]] = []
-    for step in steps:
-        own = [0.0] * len(program.ops)
-        for span in step.spans:
-            op = program.queues[span.worker][span.index].op
-            own[op] = max(own[op], span.end)
-        ends.append(own)
-    reached = np.maximum.accumulate(ends, axis=1)
-    takes = np.median(np.diff(reached, axis=1, prepend=0.0), axis=0) * 1e6
-    return [(n, round(us, 3)) for (_, n), us in zip(op_names(program), takes.tolist(), strict=True)]
 
 
 def recorded(

@@ -325,7 +325,7 @@ inline u32 e4m3_of(float low, float high) {
 inline float exp2_fast(float x) { return std::exp2(x); }
 inline float reciprocal(float x) { return 1 / x; }
 inline float inverse_root(float x) { return 1 / std::sqrt(x); }
-inline u64 cycles() {
+inline u64 timestamp() {
   static u64 count = 0;
   return count += 3;
 }

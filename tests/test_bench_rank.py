@@ -91,7 +91,6 @@ def test_the_whole_flow(
     assert result["rank"]["devices"] == 2
     table = result["ops"][0]
     assert {"Select", "LatentAttention", "ExpertGate", "lm_head"} <= {r["op"] for r in table["ops"]}
-    assert sum(us for _, us in table["each"]) > 0
     assert "1 tokens after 70:" in said
     assert "one rank of 2" in out.with_suffix(".html").read_text()
 

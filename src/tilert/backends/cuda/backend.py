@@ -97,8 +97,7 @@ class _Params(ctypes.Structure):
     _fields_ = [
         (name, ctypes.c_void_p)
         for name in ("queues", "queue_begin", "run_begin", "counters", "arena", "tokens", "passes",
-                     "pages", "stop_ids", "mailbox", "cancel", "verdict", "failures", "stamps",
-                     "clocks")
+                     "pages", "stop_ids", "mailbox", "cancel", "verdict", "failures", "stamps")
     ] + [(name, ctypes.c_uint32 * MAX_TOKENS) for name in ("positions", "sequences")
     ] + [(name, ctypes.c_uint32) for name in ("count", "page_cols", "steps")]  # fmt: skip
 
@@ -152,8 +151,8 @@ class CudaBackend:
         self.layout = fitting(program, device.shared_bytes)
         source = generate(program, self.layout)
         self.kernel = self._load(source)
-        # Stamps, clocks and steps of the last launch, when it was traced.
-        self._traced: tuple[Memory, Memory, int] | None = None
+        # Stamps and steps of the last launch, when it was traced.
+        self._traced: tuple[Memory, int] | None = None
         self._tracing = False
         self._asked = _Params()  # of the last launch
         states = (b for b in program.buffers if b.kind is Kind.STATE)
@@ -199,26 +198,22 @@ class CudaBackend:
     def records(self) -> np.ndarray:
         """int64 [runs, 6] of the last launch: worker, run, step, wait begin, start, end; times in ns.
 
-        `run` counts from the start of the worker's queue. Each worker's cycles are laid over the clock
-        that all share by two readings of both. Empty when the launch was not traced or was cut short.
+        `run` counts from the start of the worker's queue. Empty when the launch was not traced or was cut
+        short.
         """
         if self._traced is None:
             return np.zeros((0, 6), np.int64)
-        stamps, clocks, steps = self._traced
-        workers, lengths = len(self.program.queues), [len(q) for q in self.program.queues]
+        stamps, steps = self._traced
+        lengths = [len(q) for q in self.program.queues]
         total = sum(lengths)
-        cycles = stamps.read(0, 3 * total * steps, np.int64).reshape(steps, total, 3)
-        clock = clocks.read(0, 4 * workers, np.int64).reshape(workers, 2, 2)  # [.., which, when]
-        if not (clock[:, :, 1] > 0).all():
+        times = stamps.read(0, 3 * total * steps, np.int64).reshape(-1, 3)
+        if not times.all():
             return np.zeros((0, 6), np.int64)
-        worker = np.repeat(np.arange(workers), lengths)
+        worker = np.repeat(np.arange(len(lengths)), lengths)
         run = np.concatenate([np.arange(length) for length in lengths])
-        rate = np.diff(clock[:, 1])[:, 0] / np.diff(clock[:, 0])[:, 0]  # ns per cycle
-        times = (cycles - clock[worker, 0, 0][:, None]) * rate[worker][:, None]
-        times += (clock[:, 1, 0] - clock[:, 1, 0].min())[worker][:, None]
         step = np.repeat(np.arange(steps), total)
         where = np.stack([np.tile(worker, steps), np.tile(run, steps), step], axis=1)
-        return np.concatenate([where, times.reshape(-1, 3).round().astype(np.int64)], axis=1)
+        return np.concatenate([where, times - times.min()], axis=1)
 
     def _upload(self, array: np.ndarray) -> Memory:
         memory = self.device.allocate(max(array.nbytes, 16))
@@ -290,13 +285,10 @@ class CudaBackend:
         self.mailbox[-1] = 0
         self._traced = None
         if self._tracing:
-            workers, runs = len(self.program.queues), sum(map(len, self.program.queues))
-            stamps, clocks = (
-                self.device.allocate(size) for size in (24 * runs * steps, 32 * workers)
-            )
-            for memory in (stamps, clocks):
-                memory.clear()  # zeros stay where a worker did not come to
-            self._traced = stamps, clocks, steps
+            runs = sum(map(len, self.program.queues))
+            stamps = self.device.allocate(24 * runs * steps)
+            stamps.clear()  # zeros stay where a worker did not come to
+            self._traced = stamps, steps
         inputs, box = self.inputs.address, self.mailbox.ctypes.data
         params = _Params(
             **{name: memory.address for name, memory in self.tables.items()},
@@ -305,7 +297,6 @@ class CudaBackend:
             pages=inputs + 4 * (MAX_STOPS + MAX_TOKENS + own.size), mailbox=box,
             cancel=box + 4 * (self.mailbox.size - 1), verdict=self.outcome.address,
             stamps=self._traced[0].address if self._traced else None,
-            clocks=self._traced[1].address if self._traced else None,
             failures=self.outcome.address + 4, page_cols=state["pages"].shape[1], steps=steps,
             count=rows,
         )  # fmt: skip

@@ -64,24 +64,17 @@ __device__ __forceinline__ void fetch_queue(const Block& b, const u8* from) {
 }
 
 // With kTrace, by thread 0. Another warp may still finish the last rows of a run; that is not seen.
-__device__ __forceinline__ void note_clock(const Block& b, int which) {
-  Clock& clock = b.params.clocks[blockIdx.x];
-  clock.cycles[which] = cycles();
-  clock.nanoseconds[which] = nanoseconds();
-}
-
 __device__ __forceinline__ void note_run(const Block& b, u64 wait) {
   const u64 row = u64(b.step) * b.params.run_begin[gridDim.x] + b.params.run_begin[blockIdx.x];
-  b.params.stamps[row + b.number] = {wait, b.started, cycles()};
+  b.params.stamps[row + b.number] = {wait, b.started, timestamp()};
 }
 
 __device__ __forceinline__ void compute(Block& b) {
-  if (kTrace && thread() == 0) note_clock(b, 0);
   for (b.step = 0; b.step < b.params.steps; ++b.step, b.turn = (b.turn + kTurn) % kTags)
     for (b.number = 0; b.number < b.length; ++b.number) {
       if (!wait_for_run(b)) return;
       const Run& run = b.run();
-      const u64 begin = kTrace ? cycles() : 0;
+      const u64 begin = kTrace ? timestamp() : 0;
       b.pass = pass_of(run);
       bool going = false;
       switch (variant_of(run)) {
@@ -95,7 +88,6 @@ __device__ __forceinline__ void compute(Block& b) {
       if (!going) return;
       if (kTrace && thread() == 0) note_run(b, begin);
     }
-  if (kTrace && thread() == 0) note_clock(b, 1);
 }
 
 // Registers of a thread: what the compiler may give all threads alike is dealt out anew, most of it

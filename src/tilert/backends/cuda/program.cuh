@@ -58,14 +58,9 @@ struct Failure {
   u32 run, step, counter, have, want;
 };
 
-// With kTrace: when a run began to wait, to work, and when it had ended, in cycles of its block.
+// With kTrace: when a run began to wait, to work, and when it had ended, in ns.
 struct Stamps {
   u64 wait, start, end;
-};
-
-// Two readings of both clocks of a block, at its first and its last run.
-struct Clock {
-  u64 cycles[2], nanoseconds[2];
 };
 
 struct Params {
@@ -83,7 +78,6 @@ struct Params {
   u32* verdict;
   Failure* failures;  // [workers]
   Stamps* stamps;     // [steps, runs of all workers], with kTrace
-  Clock* clocks;      // [workers], with kTrace
   // Of the tokens of the first step: position and row of the page table. Tokens of one sequence
   // stand together, in the order of their positions; tokens from `count` on are none.
   u32 positions[kMaxTokens], sequences[kMaxTokens];
@@ -294,7 +288,7 @@ __device__ __forceinline__ bool wait_for_inputs(Block& b, const Run& run) {
     }
   }
   sync_consumers();
-  if constexpr (kTrace) b.started = cycles();
+  if constexpr (kTrace) b.started = timestamp();
   return load_shared(&b.shared.verdict) == 0;
 }
 

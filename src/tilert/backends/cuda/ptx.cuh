@@ -286,15 +286,11 @@ __device__ __forceinline__ u32 pack_bf16(float low, float high) {
   return v;
 }
 
-// Fine, but each multiprocessor has its own; nanoseconds() is common and coarse.
-__device__ __forceinline__ u64 cycles() {
-  u64 t;
-  asm volatile("mov.u64 %0, %%clock64;" : "=l"(t)::"memory");
-  return t;
-}
-
+// A clock that all multiprocessors share; on an H100 it steps by 32 ns. Cycles do not run alike.
 __device__ __forceinline__ u64 nanoseconds() {
   u64 t;
   asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(t));
   return t;
 }
+// The same, for what is recorded: where waits count polls instead (tests/emulator.h), it is another.
+__device__ __forceinline__ u64 timestamp() { return nanoseconds(); }
