@@ -30,7 +30,7 @@ class Memory:
     """Bytes of the host that stand for memory of the device."""
 
     def __init__(self, values: np.ndarray) -> None:
-        self.bytes, self.address = values, values.ctypes.data
+        self.bytes, self.address, self.size = values, values.ctypes.data, values.nbytes
 
     def part(self, begin: int, size: int) -> Memory:
         return Memory(self.bytes[begin : begin + size])

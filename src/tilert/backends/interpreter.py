@@ -13,6 +13,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import TypeGuard
 
 import numpy as np
 
@@ -20,7 +21,7 @@ from tilert.backends.protocol import DeadlockError, Place, Protocol, run_name
 from tilert.errors import UserError
 from tilert.ir.program import NONE, PAGE, PAST, Buf, Buffer, Kind, Op, Program, Region
 from tilert.ir.regions import Cells
-from tilert.ops import Draw, NextToken
+from tilert.ops import Draw, NextToken, Report
 
 _Write = tuple[int, tuple[int | slice, ...], np.ndarray]  # buffer, index, values
 
@@ -117,7 +118,7 @@ class Interpreter:
         for op in self.program.ops:
             for tile in range(op.tiles):
                 self.memory.apply(self.memory.execute(op, tile, epoch), epoch)
-            if isinstance(op, NextToken | Draw):
+            if _ends(op):
                 sampled = self.memory.sampled(op)
         return sampled
 
@@ -186,8 +187,8 @@ class _Memory:
             if epochs is not None:
                 epochs[index] = epoch
 
-    def sampled(self, op: NextToken | Draw) -> np.ndarray:
-        """A copy of the ids that the op has just chosen."""
+    def sampled(self, op: NextToken | Draw | Report) -> np.ndarray:
+        """A copy of the ids that the step has chosen; op: the one that ends it."""
         return self.arrays[op.sampled][0, : self.arrays[op.counts][0, 1]].copy()
 
     def buffer(self, buf: Buf) -> Buffer:
@@ -280,6 +281,11 @@ class _Memory:
         return _region_name(self.program, r)
 
 
+def _ends(op: Op) -> TypeGuard[NextToken | Draw | Report]:
+    """True for the op behind which a step's tokens are told."""
+    return isinstance(op, NextToken | Report) or (isinstance(op, Draw) and op.feed > 0)
+
+
 def _by_buffer(regions: list[Region]) -> dict[int, list[Region]]:
     found: dict[int, list[Region]] = {}
     for region in regions:
@@ -367,7 +373,7 @@ class _Launch:
         self.signals = [_Signals() for _ in program.counters]
         self.sampled: list[np.ndarray] = []
         self.finished = 0  # steps that all workers have completed
-        self.samples = any(isinstance(op, NextToken | Draw) for op in program.ops)
+        self.samples = any(map(_ends, program.ops))
         if races is not None:
             races.begin()
 
@@ -417,7 +423,7 @@ class _Launch:
         w.clock[w.at.worker] = w.at.step * len(w.at.queue) + w.at.position + 1
         if run.signal >= 0:
             self.signals[run.signal].add(w.clock)
-        if isinstance(op, NextToken | Draw):
+        if _ends(op):
             self.sampled.append(self.memory.sampled(op))
         w.tile = w.since = -1
         self.protocol.finish(w.at)

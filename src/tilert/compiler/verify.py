@@ -24,10 +24,10 @@ ALIGN = 64  # bytes; every activation starts at a cache line
 _WEIGHTS = ("w", "w_up", "bias", "bias_up", "norm", "weight", "table", "q_norm", "k_norm",
             "shift")  # fmt: skip
 _STATES = ("counts", "positions", "sequences", "pages", "tokens", "sampled", "gather", "controls",
-           "mask", "tally")  # fmt: skip
+           "mask", "tally", "report")  # fmt: skip
 _WORKS = ("y", "q", "k", "v", "part", "logits", "scores", "peaks", "weights", "kv", "q_rope",
           "head_weights")  # fmt: skip
-_WORDS = ("bins", "totals", "candidates", "selected", "chosen")
+_WORDS = ("bins", "totals", "candidates", "survey", "selected", "chosen")
 _CACHES = ("k_cache", "v_cache", "latent_cache", "index_cache", "index_scale")
 _KINDS: dict[str, tuple[Kind, ...]] = {
     **dict.fromkeys(_WEIGHTS, (Kind.WEIGHT,)),

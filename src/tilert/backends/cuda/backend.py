@@ -35,13 +35,16 @@ from tilert.ops import (
     LatentRope,
     Linear,
     NextToken,
+    Report,
     Route,
     Select,
     Sift,
+    Survey,
     Totals,
 )
-from tilert.ops.draw import BIASED, COUNTED, MASKED
+from tilert.ops.draw import BIASED, CONTROLS, COUNTED, MASKED
 from tilert.ops.linear import ADD
+from tilert.ops.logprobs import REPORT_HEAD, REPORT_WORDS
 
 MAX_STEPS = 16384  # of one launch
 MAX_TOKENS = 8  # kMaxTokens
@@ -69,6 +72,7 @@ class Memory(Protocol):
     """Memory of a device."""
 
     address: int
+    size: int  # bytes
 
     def part(self, begin: int, size: int) -> Memory:
         """Bytes [begin, begin + size) of it."""
@@ -130,7 +134,8 @@ class _Params(ctypes.Structure):
     _fields_ = [
         (name, ctypes.c_void_p)
         for name in ("runs", "run_begin", "waits", "wait_begin", "totals", "counters", "arena", "tokens",
-                     "pages", "stop_ids", "mailbox", "cancel", "verdict", "failures", "stamps", "clocks")
+                     "pages", "stop_ids", "mailbox", "reports", "cancel", "verdict", "failures", "stamps",
+                     "clocks")
     ] + [(name, ctypes.c_uint32 * MAX_TOKENS) for name in ("positions", "sequences")
     ] + [(name, ctypes.c_uint32) for name in ("count", "page_cols", "steps")]  # fmt: skip
 
@@ -209,6 +214,9 @@ class CudaBackend:
         # Stop ids, token ids, page tables.
         self.inputs = device.allocate(4 * (MAX_STOPS + MAX_TOKENS + self.state["pages"].size))
         self.mailbox = device.pinned(MAX_STEPS * program.tokens + 1)  # at the end the cancel flag
+        self.reports = np.zeros((0, REPORT_WORDS), np.uint32)
+        if isinstance(program.ops[-1], Report):
+            self.reports = device.pinned(MAX_STEPS * REPORT_WORDS).reshape(-1, REPORT_WORDS)
 
     def _load(self, source: Source) -> Kernel:
         return self.device.load(source, KERNEL, shared_bytes(self.program, self.slots))
@@ -257,7 +265,8 @@ class CudaBackend:
         return self.arena.read(b.offset, b.rows * b.cols, np.float32).reshape(b.rows, b.cols)
 
     def steps(self, count: int) -> Generator[np.ndarray, None, None]:
-        """Run up to `count` steps; after each, the sampled token ids. Closing it cancels the rest.
+        """Run up to `count` steps; after each, the sampled token ids (and the state `report`, where the
+        program has it). Closing it cancels the rest.
 
         Ends early after an id of `stop_ids`, if the program makes one token per step. Raises LaunchError
         when a wait of the kernel never held.
@@ -267,8 +276,8 @@ class CudaBackend:
         self._launch(count)
         try:
             for index in range(count):
-                tokens = [self._receive(index * width + row) for row in range(rows)]
-                if None in tokens:
+                tokens = [self._receive(self.mailbox, index * width + row) for row in range(rows)]
+                if None in tokens or not self._told(index):
                     return
                 self.state["tokens"][0, :rows] = tokens
                 self.state["positions"][0, :rows] += 1
@@ -299,6 +308,7 @@ class CudaBackend:
         self.counters.clear()
         self.outcome.clear()
         self.mailbox[: steps * self.program.tokens] = UNSET
+        self.reports[:steps] = UNSET
         self.mailbox[-1] = 0
         self._traced = None
         if self._tracing:
@@ -314,6 +324,7 @@ class CudaBackend:
             **{name: memory.address for name, memory in self.tables.items()},
             counters=self.counters.address, arena=self.arena.address, stop_ids=inputs,
             tokens=inputs + 4 * MAX_STOPS, pages=inputs + 4 * (MAX_STOPS + MAX_TOKENS), mailbox=box,
+            reports=self.reports.ctypes.data,
             cancel=box + 4 * (self.mailbox.size - 1), verdict=self.outcome.address,
             stamps=self._traced[0].address if self._traced else None,
             clocks=self._traced[1].address if self._traced else None,
@@ -325,16 +336,30 @@ class CudaBackend:
         self._asked = params
         return params
 
-    def _receive(self, index: int) -> int | None:
-        """A letter of the mailbox; None when the launch ended before it."""
+    def _receive(self, box: np.ndarray, index: int) -> int | None:
+        """A letter of the mailbox or of a report; None when the launch ended before it."""
         spins = 0
-        while (token := int(self.mailbox[index])) == UNSET:
+        while (word := int(box[index])) == UNSET:
             spins += 1
             if spins % 1024 == 0 and self.kernel.done():
                 self._check()
-                last = int(self.mailbox[index])  # it may have come just before the end
+                last = int(box[index])  # it may have come just before the end
                 return None if last == UNSET else last
-        return token
+        return word
+
+    def _told(self, step: int) -> bool:
+        """Take the report of a step into the state, word by word as they come; False when there is none
+        because the step ended the launch without one."""
+        if not len(self.reports):
+            return True
+        asked = int(self.state["controls"].view(CONTROLS)[0, 0]["logprobs"])
+        size = REPORT_HEAD + 2 * asked
+        words = [self._receive(self.reports[step], index) for index in range(size)]
+        if None in words:
+            return False
+        report = self.state["report"][0]
+        report[:], report[:size] = 0, np.asarray(words, np.uint32).view(np.int32)
+        return True
 
     def _check(self) -> None:
         self.kernel.wait()
@@ -530,6 +555,9 @@ def _resolve(record: Any, program: Program, run: Run, at: list[int]) -> None:
         record["x"], record["y"] = at[op.bins], at[op.totals]
     elif isinstance(op, Combine):
         record["x"], record["y"] = at[op.part], at[op.y]
+    elif isinstance(op, Survey | Report):
+        record["w"], record["x"], record["x2"] = at[op.controls], at[op.logits], at[op.part]
+        record["y" if isinstance(op, Survey) else "x3"] = at[op.survey]
     elif isinstance(op, Adjust | Bins | Sift | Draw):
         _resolve_sampling(record, op, at)
 

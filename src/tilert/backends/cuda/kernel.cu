@@ -3,6 +3,7 @@
 // variants.
 #include "experts.cuh"
 #include "index.cuh"
+#include "logprobs.cuh"
 #include "variants.h"
 
 __device__ __forceinline__ void load_weights(Block& b) {
