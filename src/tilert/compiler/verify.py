@@ -328,6 +328,12 @@ def meaning(facts: Facts) -> Iterator[str]:
         yield facts.conflict[1]
 
 
+def handoff(facts: Facts) -> Iterator[str]:
+    """What a run uses of another worker's words has tags, or was made visible by an ordered signal."""
+    if facts.unseen is not None:
+        yield facts.unseen
+
+
 def coverage(facts: Facts) -> Iterator[str]:
     """Activations and new cache rows that an op reads were written by earlier ops of the same step."""
     made = np.zeros(facts.cells.count, bool)
@@ -383,7 +389,7 @@ def stream(facts: Facts) -> Iterator[str]:
         after = facts.numbers[place.worker][later]
         for writer in (w for buffer in sorted(past) for w in writers[buffer]):
             at = facts.places[writer]
-            known = facts.clock[wrap, after, at.worker]
+            known = facts.seen[wrap, after, at.worker]
             if at.worker != place.worker and known < facts.moment(0, at):
                 yield (f"{facts.name(place)} streams what {facts.name(at)} appends, but the run that its"
                        " loader waits for can start before that")  # fmt: skip
@@ -455,5 +461,5 @@ def devices(facts: Facts) -> Iterator[str]:
 
 RULES: tuple[Callable[[Facts], Iterator[str]], ...] = (
     structure, partition, counters, memory, devices, ring, deadlock, overtaking, ordering, meaning,
-    coverage, stream, choice,
+    handoff, coverage, stream, choice,
 )  # fmt: skip
