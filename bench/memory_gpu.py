@@ -5,12 +5,15 @@
 The steps are those of a process that loads a model, makes tokens and works on prompts: the context, weights
 (zeros: the memory is the same) and cache, copies to them, each program's kernel, tables and first launch,
 the trace, PyTorch from its import to its first product and attention, prompts of 1,024 tokens as the engine
-gives them (256 at a time) and at once. `step_mb`: what the driver says that the step has taken, of which
-`known_mb` was asked for by name. `beyond_mb`: all in use so far but weights and cache, which is what
-start_gpu.py reports of a whole process. Behind PyTorch's import each line has what its allocator holds.
+gives them and at once; at last what can be given back. `step_mb`: what the driver says that the step has
+taken, of which `known_mb` was asked for by name. `beyond_mb`: all in use so far but weights and cache, which
+is what start_gpu.py reports of a whole process. Behind PyTorch's import each line has what its allocator
+holds.
 
-What PyTorch reads from the environment (PYTORCH_CUDA_ALLOC_CONF, CUBLAS_WORKSPACE_CONFIG) can be set for
-one run; the last line says what was.
+What PyTorch reads from the environment (PYTORCH_CUDA_ALLOC_CONF, CUBLAS_WORKSPACE_CONFIG,
+TORCH_CUDNN_SDPA_PREFERRED) can be set for one run; the last line says what was. A kernel's stack
+(`local_size_bytes`) is reserved for all threads that the GPU could hold, 270,000 of them on an H100; setting
+the context's limit anew makes the driver reserve again what is needed then.
 """
 
 from __future__ import annotations
@@ -32,8 +35,10 @@ from start_gpu import used_by_others
 
 from tilert.backends.cuda import open_device
 from tilert.backends.cuda.backend import CudaBackend, Memory, cache_shapes
+from tilert.backends.cuda.late import give_back
 from tilert.backends.cuda.limits import step_rows
 from tilert.backends.cuda.source import Source
+from tilert.engine.runner import PROMPT as CHUNK
 from tilert.engine.runner import TOKENS
 from tilert.errors import UserError
 from tilert.ir.dtype import DType
@@ -41,9 +46,10 @@ from tilert.ir.program import PAGE, Kind, Program
 from tilert.models import load_config
 from tilert.models.decoder import build as build_graph
 
-PROMPT, CHUNK, STEPS = 1024, 256, 64
+PROMPT, STEPS = 1024, 64
 SETTINGS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "CUBLAS_WORKSPACE_CONFIG",
-            "CUBLASLT_WORKSPACE_SIZE", "CUDA_MODULE_LOADING")  # fmt: skip
+            "CUBLASLT_WORKSPACE_SIZE", "CUDA_MODULE_LOADING", "CUDA_DEVICE_MAX_CONNECTIONS",
+            "TORCH_CUDNN_SDPA_PREFERRED")  # fmt: skip
 Note = Callable[..., None]
 
 
@@ -91,17 +97,22 @@ def used(device: Any) -> int:
     return total - free
 
 
+LIMITS = ("STACK_SIZE", "PRINTF_FIFO_SIZE", "MALLOC_HEAP_SIZE")
+
+
 def limits(device: Any) -> dict[str, int]:
     """What the context reserves for each thread's stack, for printf and for malloc of kernels, in bytes."""
     from cuda.bindings import driver  # type: ignore[attr-defined]
 
-    names = ("STACK_SIZE", "PRINTF_FIFO_SIZE", "MALLOC_HEAP_SIZE")
-    return {
-        name.lower(): int(
-            device.context(driver.cuCtxGetLimit, getattr(driver.CUlimit, f"CU_LIMIT_{name}"))
-        )
-        for name in names
-    }
+    which = {name.lower(): getattr(driver.CUlimit, f"CU_LIMIT_{name}") for name in LIMITS}
+    return {name: int(device.context(driver.cuCtxGetLimit, w)) for name, w in which.items()}
+
+
+def set_stack(device: Any, size: int) -> None:
+    """The limit of a thread's stack, which the driver then reserves anew."""
+    from cuda.bindings import driver  # type: ignore[attr-defined]
+
+    device.context(driver.cuCtxSetLimit, driver.CUlimit.CU_LIMIT_STACK_SIZE, size)
 
 
 class Watched(CudaBackend):
@@ -210,7 +221,7 @@ def with_torch(parts: Parts, note: Note) -> Any:
     note("PyTorch's first tensor")
     functional.linear(x, x).float().cpu()
     note("PyTorch's first product")
-    heads = x.view(1, 8, 32, 256)
+    heads = x.view(1, 8, 128, 64)
     functional.scaled_dot_product_attention(heads, heads, heads, is_causal=True).cpu()
     note("PyTorch's first attention")
     del x, heads
@@ -222,26 +233,29 @@ def with_torch(parts: Parts, note: Note) -> Any:
 
 
 def prompts(parts: Parts, runner: Any, note: Note) -> None:
-    """Prompts in pieces and whole, twice each, and what an emptied cache gives back."""
+    """Prompts in pieces and whole, twice each, what is given back behind them, and what could be."""
     import torch
 
     pages = list(range(parts.context // PAGE))
-    for size, label in ((CHUNK, f"{CHUNK} at a time"), (PROMPT, "at once")):
+    for size in dict.fromkeys((min(CHUNK, PROMPT), PROMPT)):
+        label = f"prompt of {PROMPT}, {size} at a time"
         for turn in ("first", "again"):
             for begin in range(0, PROMPT, size):
                 last = begin + size == PROMPT
                 runner.run([7] * size, begin, pages, [size - 1] if last else []).cpu()
-            note(f"prompt of {PROMPT}, {label}, {turn}")
-        torch.cuda.empty_cache()
-        note(f"blocks given back, {label}")
+            note(f"{label}, {turn}")
+        give_back()
+        note(f"{label}: behind it")
+    torch.cuda.empty_cache()
+    note("all of PyTorch's idle blocks given back")
     if clear := getattr(torch._C, "_cuda_clearCublasWorkspaces", None):
         clear()
     torch.cuda.empty_cache()
     note("workspaces of cuBLAS given back")
 
 
-def measure(name: str, context: int, device: Any, meter: Meter) -> None:
-    """All steps in turn, behind the context."""
+def measure(name: str, context: int, device: Any, meter: Meter) -> list[Watched]:
+    """All steps in turn, behind the context; the programs."""
     parts = Parts(name, context, device, meter)
     decode = parts.made("decode")
     rows = step_rows(decode.program, device.shared_bytes)
@@ -258,6 +272,7 @@ def measure(name: str, context: int, device: Any, meter: Meter) -> None:
     for backend in (decode, *kept):
         parts.launch(backend)
     meter.note("launches again")
+    return [decode, *kept]
 
 
 def settings() -> Mapping[str, str | None]:
@@ -290,7 +305,9 @@ def main() -> int:
         device.torch.get()  # a thread loads PyTorch's libraries, whose kernels then are known
     meter = Meter(partial(used, device), before or 0)
     meter.note("context", limits=limits(device))
-    measure(args.model, args.context, device, meter)
+    kept = measure(args.model, args.context, device, meter)
+    set_stack(device, limits(device)["stack_size"])
+    meter.note("stacks reserved anew", programs=len(kept))
     about = {
         **environment(device, "memory_gpu.py", args.commit), "settings": settings(),
         "before_mb": None if before is None else mb(before), "context": args.context,

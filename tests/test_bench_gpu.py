@@ -75,8 +75,6 @@ def test_memory_is_taken_apart(
     script = importlib.import_module("memory_gpu")
     for name, value in (("PROMPT", 128), ("CHUNK", 64), ("STEPS", 2)):
         monkeypatch.setattr(script, name, value)
-    size = property(lambda memory: memory.bytes.size)
-    monkeypatch.setattr(emulator.Memory, "size", size, raising=False)
     asked: list[str] = []
     attribute = lambda kernel, name: asked.append(name) or 8  # noqa: E731
     monkeypatch.setattr(emulator.Kernel, "attribute", attribute, raising=False)
@@ -93,7 +91,7 @@ def test_memory_is_taken_apart(
     last = meter.lines[-1]
     assert last["beyond_mb"] == pytest.approx(len(steps) - held, abs=0.11)
     assert last["step"] == "launches again"
-    assert "prompt of 128, at once, again" in steps
+    assert "prompt of 128, 128 at a time, again" in steps
 
 
 def test_shapes_are_read_as_they_are_meant(bench: Any) -> None:
