@@ -44,15 +44,13 @@ def bench() -> Iterator[Any]:
 
 
 @pytest.fixture
-def tiny(
-    bench: Any, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
-) -> EmulatedDevice:
+def tiny(bench: Any, kernels: Path, monkeypatch: pytest.MonkeyPatch) -> EmulatedDevice:
     """A device for the model 'Tiny', which three tokens of output are enough for."""
     monkeypatch.setitem(bench.MODELS, "Tiny", TINY)
     monkeypatch.setattr(bench, "STEPS", 3)
     tensor = property(lambda memory: torch.from_numpy(memory.bytes))
     monkeypatch.setattr(emulator.Memory, "tensor", tensor, raising=False)
-    return EmulatedDevice(tmp_path_factory.getbasetemp() / "kernels")
+    return EmulatedDevice(kernels)
 
 
 @emulated

@@ -44,10 +44,8 @@ def glassllm(glassllm_wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.fixture
-def device(
-    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
-) -> EmulatedDevice:
-    made = EmulatedDevice(tmp_path_factory.getbasetemp() / "kernels")
+def device(kernels: Path, monkeypatch: pytest.MonkeyPatch) -> EmulatedDevice:
+    made = EmulatedDevice(kernels)
     monkeypatch.setattr(serving, "open_device", lambda notify: made)
     return made
 

@@ -78,7 +78,8 @@ MODELS: dict[str, tuple[dict[str, Any], DType, int, dict[str, int]]] = {
     "deep-ring": ({"num_hidden_layers": 1, "intermediate_size": 32, "vocab_size": 33}, DType.BF16, 4,
                   {"slots": 24, "window": 8}),
     "fp8-blocks": ({"hidden_size": 64, "intermediate_size": 96}, DType.F8E4M3, 3, {}),
-    "fp8-wide-blocks": ({"hidden_size": 512, "intermediate_size": 1088}, DType.F8E4M3, 3, {}),
+    "fp8-wide-blocks": ({"hidden_size": 512, "intermediate_size": 1088, "num_hidden_layers": 1},
+                        DType.F8E4M3, 3, {}),
     "fp8-long-rows": ({"hidden_size": 64, "intermediate_size": 3072, "num_hidden_layers": 1},
                       DType.F8E4M3, 3, {}),
     "fp8-rows": ({"hidden_size": 64, "intermediate_size": 128}, DType.F8E4M3, 3, {}),
@@ -222,8 +223,14 @@ def begin_rows(
     state["counts"][0] = len(rows), len(rows)
 
 
-@pytest.mark.parametrize("step", STEPS)
-@pytest.mark.parametrize("name", SEVERAL)
+# Large products take an emulator long, and see of a step how many tokens its program has.
+LARGE = ("wide-rows", "units-of-6-kb", "fp8-wide-blocks")
+BY_TOKENS = ("over-a-page-border", "drafts-in-a-batch", "one-of-two")
+
+
+@pytest.mark.parametrize(
+    ("name", "step"), [(n, s) for n in SEVERAL for s in STEPS if n not in LARGE or s in BY_TOKENS]
+)
 def test_steps_of_several_tokens(name: str, step: str, devices: Devices) -> None:
     """Logits as the interpreter's; and the same bits as tokens one by one, so that it does not show in
     what a request gets whether its tokens were verified together, or beside others."""
@@ -314,12 +321,12 @@ def test_one_worker_hands_over_by_the_barrier_between_its_runs(
 
     if not barrier:
         monkeypatch.setattr(cuda, "generate", without)
-    changes, dtype, _, machine = MODELS["deep-ring"]
+    changes, dtype, _, machine = MODELS["llama"]
     monkeypatch.setitem(MODELS, "alone", (changes, dtype, 1, machine))
     program, weights = compiled("alone")
     assert not program.counters
-    right = 0
-    for seed in range(6):
+
+    def right(seed: int) -> bool:
         made, interpreter = loaded(program, weights, EmulatedDevice(kernels, seed=seed))
         for each in (made, interpreter):
             begin(each, 5, 62)
@@ -327,8 +334,10 @@ def test_one_worker_hands_over_by_the_barrier_between_its_runs(
         with suppress(LaunchError):  # where nobody waits, words may never come
             assert len([*made.steps(1)]) == 1
             logits, wanted = made.read("logits")[0], interpreter.read("logits")[0]
-            right += bool(np.abs(logits - wanted).max() < 0.01 * np.abs(wanted).max())
-    assert (right == 6) is barrier
+            return bool(np.abs(logits - wanted).max() < 0.01 * np.abs(wanted).max())
+        return False
+
+    assert all(right(seed) for seed in range(16)) is barrier
 
 
 @pytest.mark.parametrize("name", ["llama", "deep-ring", "latent"])
