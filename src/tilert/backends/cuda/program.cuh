@@ -74,6 +74,7 @@ struct Params {
   const u32* pages;     // [sequences, page_cols] page tables
   const u32* stop_ids;  // kMaxStops, 0xffffffff where unused
   u32* mailbox;         // host memory, [steps, kTokens]
+  u32* reports;         // host memory, [steps, kReportWords], where a program has log-probabilities
   const u32* cancel;    // host memory
   u32* verdict;
   Failure* failures;  // [workers]
