@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from tilert.backends.cuda.backend import NO_SIGNAL, RUN, CudaBackend
+from tilert.backends.cuda.backend import CudaBackend
+from tilert.backends.cuda.tables import NO_SIGNAL, WAIT, tables
 
 FIRST = 17  # the token that the others follow
 
@@ -25,33 +26,31 @@ class Chain:
     def __init__(self, backend: CudaBackend) -> None:
         self.backend, queues = backend, backend.program.queues
         self.workers = len(queues)
-        runs = backend.tables["runs"].read(0, sum(map(len, queues)) * RUN.itemsize, np.uint8)
-        runs = runs.view(RUN)
-        runs["wait_begin"], runs["wait_count"], runs["signal"] = 0, 0, NO_SIGNAL
+        runs = np.concatenate(backend.runs)
+        runs["signal"], runs["wait_count"] = NO_SIGNAL, 0
         worker = np.repeat(np.arange(self.workers), [len(queue) for queue in queues])
-        place = np.array([run.op for queue in queues for run in queue]) * self.workers + worker
-        order = np.argsort(place, kind="stable")  # by op, then worker, then queue
-        self.ops = np.unique(place // self.workers)
-        bounds = self.ops[:, None] * self.workers + np.arange(self.workers + 1)
-        self.runs = self._upload(runs[order].view(np.uint8))
-        self.begins = self._upload(np.searchsorted(place[order], bounds).astype(np.uint32))
-        self.no_waits = self._upload(np.zeros(self.workers + 1, np.uint32))
+        op = np.array([run.op for queue in queues for run in queue])
+        self.launched: list[dict[str, Any]] = []  # the tables of each op's launch
+        for each in np.unique(op):
+            own = [runs[(op == each) & (worker == w)] for w in range(self.workers)]
+            made = tables(backend.program, backend.layout, own, [np.zeros(0, WAIT)] * self.workers)
+            self.launched.append({name: self._upload(table) for name, table in made.items()})
 
     def _upload(self, values: np.ndarray) -> Any:
-        memory = self.backend.device.allocate(values.nbytes)
+        memory = self.backend.device.allocate(max(values.nbytes, 16))
         memory.write(values)
         return memory
 
     def launches(self, token: int, position: int) -> list[ctypes.Structure]:
         """Parameters of the kernel for each op in turn, for what follows `token` at `position`."""
-        made, row = self.backend, 4 * (self.workers + 1)
+        made = self.backend
         made.state["tokens"][0, 0], made.state["positions"][0, 0] = token, position
         prepared = made.prepare(1)
         launches: list[ctypes.Structure] = []
-        for index in range(len(self.ops)):
+        for own in self.launched:
             params: Any = type(prepared).from_buffer_copy(prepared)
-            params.runs, params.run_begin = self.runs.address, self.begins.address + row * index
-            params.waits = params.wait_begin = self.no_waits.address
+            for name, memory in own.items():
+                setattr(params, name, memory.address)
             launches.append(params)
         return launches
 

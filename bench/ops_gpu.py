@@ -26,12 +26,13 @@ from pathlib import Path
 from typing import Any
 
 import gpu_ceiling
+import numpy as np
 from decode_gpu import FIRST, FP8, MODELS, RandomModel, capacity, comma_list, environment
 
 from tilert.backends.cuda import open_device
 from tilert.backends.cuda.backend import CudaBackend
 from tilert.errors import UserError
-from tilert.ir.program import Program
+from tilert.ir.program import Program, Run
 from tilert.serve.trace import Timeline, moved, op_names, timelines
 
 STEPS, SKIPPED = 24, 4  # of a launch; the first ones are not counted
@@ -58,9 +59,8 @@ def timed(program: Program, steps: Sequence[Timeline], ceiling: float) -> list[d
             row["begin"].append(statistics.median(span.start for span in own) - before)
             row["work"].append(statistics.median(span.end - span.start for span in own))
             row["longest"].append(max(span.end - span.start for span in own))
-            runs = (program.queues[span.worker][span.index] for span in own)
-            row["bytes"].append(sum(moved(program, run, step.context) for run in runs))
-            before = end
+            row["bytes"].append(moved(program, Run(op, 0, program.ops[op].tiles), step.context))
+            before = max(before, end)
     return [
         {
             "op": kind, "times": len(row["takes"]) // len(steps),
@@ -73,27 +73,41 @@ def timed(program: Program, steps: Sequence[Timeline], ceiling: float) -> list[d
     ]  # fmt: skip
 
 
-def recorded(backend: CudaBackend, rows: int, position: int) -> list[Timeline]:
-    """Steps of one launch with the trace on, over `rows` consecutive tokens from `position` on."""
+def in_turn(program: Program, steps: Sequence[Timeline]) -> list[tuple[str, float]]:
+    """Name of each op of a step, and the us that it takes of the step in the median."""
+    ends: list[list[float]] = []
+    for step in steps:
+        own = [0.0] * len(program.ops)
+        for span in step.spans:
+            op = program.queues[span.worker][span.index].op
+            own[op] = max(own[op], span.end)
+        ends.append(own)
+    reached = np.maximum.accumulate(ends, axis=1)
+    takes = np.median(np.diff(reached, axis=1, prepend=0.0), axis=0) * 1e6
+    return [(n, round(us, 3)) for (_, n), us in zip(op_names(program), takes.tolist(), strict=True)]
+
+
+def recorded(
+    backend: CudaBackend, rows: int, position: int, count: int = STEPS, skipped: int = SKIPPED
+) -> list[Timeline]:
+    """Steps of one launch of `count` with the trace on, over `rows` consecutive tokens from `position` on;
+    the first ones are left out."""
     state = backend.state
     state["counts"][0] = rows, rows
     state["tokens"][0, :rows] = FIRST
-    state["positions"][0, :rows] = range(position, position + rows)
     backend.trace(True)
     for _ in range(2):  # the first is the warm-up
-        made = sum(1 for _ in backend.steps(STEPS))
-    assert made == STEPS, f"{made} steps instead of {STEPS}"
-    steps = timelines(backend.records(), position)[SKIPPED:]
+        state["positions"][0, :rows] = range(position, position + rows)
+        made = sum(1 for _ in backend.steps(count))
+    assert made == count, f"{made} steps instead of {count}"
+    steps = timelines(backend.records(), position)[skipped:]
     backend.trace(False)
     return steps
 
 
-def table(rows: Sequence[dict[str, Any]], steps: Sequence[Timeline]) -> str:
+def table(rows: Sequence[dict[str, Any]], ms: float) -> str:
     """The rows as text, and the step's time over them."""
-    step = statistics.median(each.seconds for each in steps)
-    lines = [
-        f"step {step * 1e3:.4f} ms, {sum(r['bytes_us'] * r['times'] for r in rows):.1f} us of bytes"
-    ]
+    lines = [f"step {ms:.4f} ms, {sum(r['bytes_us'] * r['times'] for r in rows):.1f} us of bytes"]
     lines += [
         f"{'op':<16}{'times':>6}"
         + "".join(f"{c:>9}" for c in COLUMNS)
@@ -139,10 +153,9 @@ def main() -> int:
         backend.state["pages"][0] = range(model.num_pages)
         steps = recorded(backend, count, args.input)
         rows = timed(backend.program, steps, ceiling)
-        print(f"{args.model}, {count} tokens after {args.input}: {table(rows, steps)}", flush=True)
-        result["rows"][count] = {
-            "ms": statistics.median(each.seconds for each in steps) * 1e3, "ops": rows
-        }  # fmt: skip
+        ms = statistics.median(each.seconds for each in steps) * 1e3
+        print(f"{args.model}, {count} tokens after {args.input}: {table(rows, ms)}", flush=True)
+        result["rows"][count] = {"ms": ms, "ops": rows}
     if args.out:
         args.out.write_text(json.dumps(result, indent=1) + "\n")
     return 0

@@ -12,7 +12,7 @@ from programs import GOOD, HIDDEN, VOCAB, Draft, linear, phased
 from tilert.ir.dtype import DType
 from tilert.ir.machine import cpu
 from tilert.ir.program import NONE, Buf, Buffer, Counter, Kind, Program, Run, Wait
-from tilert.ops import Attend, Attention, Embed, Rope
+from tilert.ops import Attention, Embed, Rope
 
 BROKEN: dict[str, tuple[str, Callable[[], Program]]] = {}
 
@@ -745,6 +745,17 @@ def keys_of_an_indexer_in_another_type() -> Program:
     return with_buffer(GOOD["latent"], "keys", dtype=DType.F8E4M3)
 
 
+@breaks("sparing")
+def queries_of_attention_that_are_left_out() -> Program:
+    program = GOOD["latent"]
+    return with_op(program, 6, beyond=8, when=buffer_id(program, "positions"))
+
+
+@breaks("structure")
+def left_out_without_positions() -> Program:
+    return with_op(GOOD["latent"], 6, beyond=8)
+
+
 def latent_with_ops_exchanged(first: int, second: int) -> Program:
     d = programs.latent_draft(cpu(2), 2, 2)
     d.ops[first], d.ops[second] = d.ops[second], d.ops[first]
@@ -776,7 +787,8 @@ def attention_that_does_not_wait_for_the_selection() -> Program:
 def loader_of_selected_rows_that_trusts_its_queue() -> Program:
     program = GOOD["streamed_latent"]
     position = next(i for i, run in enumerate(program.queues[1]) if run.op == 8)
-    return without_wait(program, 1, position, -1)
+    waits = program.queues[1][position].waits
+    return without_wait(program, 1, position, max(i for i, w in enumerate(waits) if not w.lag))
 
 
 @breaks("structure")
@@ -872,11 +884,8 @@ def ring_with_slots_of_no_bytes() -> Program:
 
 @breaks("stream")
 def past_rows_streamed_before_they_are_appended() -> Program:
-    """A product that needs nothing of attention stands behind it, so its start proves no append."""
-    machine = replace(programs.RING, workers_per_device=8, slot_bytes=256, read_bandwidth=4e9,
-                      worker_bandwidth=2e9, worker_flops=1e9)  # fmt: skip
-    program = programs.tiny_model(machine, 1, hidden_size=64, kv_heads=1, joined=False)
-    queue = list(program.queues[1])
-    attend = next(i for i, run in enumerate(queue) if isinstance(program.ops[run.op], Attend))
-    queue[attend - 1], queue[attend] = queue[attend], queue[attend - 1]
-    return programs.with_tickets(with_queue(program, 1, queue))
+    """The worker itself is in order with the append, but its loader is not."""
+    program = GOOD["streamed_latent"]
+    position = next(i for i, run in enumerate(program.queues[1]) if run.op == 8)
+    late = next(i for i, wait in enumerate(program.queues[1][position].waits) if wait.lag)
+    return without_wait(program, 1, position, late)

@@ -10,6 +10,9 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
+from tilert.ir.graph import Graph
+from tilert.ir.program import JOIN, Scale
+
 SIZES = {
     "vocab_size": 199,
     "hidden_size": 48,
@@ -120,3 +123,19 @@ def logits(model: Any, tokens: list[int]) -> np.ndarray:
     """[len(tokens), vocab_size] logits of the whole sequence at once."""
     with torch.no_grad():
         return model(torch.tensor([tokens])).logits[0].float().numpy()
+
+
+def stacked(
+    graph: Graph, weights: dict[str, torch.Tensor], scales: dict[str, Scale]
+) -> tuple[dict[str, torch.Tensor], dict[str, Scale]]:
+    """Weights and where scales are, with the matrices of each bank as one, as prompts on a GPU find them."""
+    weights, scales = dict(weights), dict(scales)
+    banks = [v for n in graph.nodes for v in n.inputs.values() if v and v.parts]
+    for parts in ([part.name for part in bank.parts] for bank in banks):
+        joined = JOIN.join(parts)
+        weights[joined] = torch.cat([weights[name] for name in parts])
+        if parts[0] in scales:
+            names = [scales[name].name for name in parts]
+            scales[joined] = Scale(JOIN.join(names), scales[parts[0]].block)
+            weights[scales[joined].name] = torch.cat([weights[name] for name in names])
+    return weights, scales

@@ -447,6 +447,7 @@ def streamed_latent() -> Program:
     that were selected waits itself for the choice."""
     d = latent_draft(replace(RING, index_dtype=DType.F8E4M3), 1, 2)
     phased(d)
+    wait_for_appends(d)
     wait_for_choices(d)
     return d.program()
 
@@ -531,6 +532,20 @@ def wait_for_choices(d: Draft) -> None:
             if all(w.counter != counter for w in run.waits):
                 waits = (*run.waits, Wait(counter, d.totals[counter]))
                 queue[i] = replace(run, waits=waits)
+
+
+def wait_for_appends(d: Draft) -> None:
+    """Whoever streams past rows of a cache gets a wait for those who append to it, in the step before."""
+    for queue in d.queues:
+        for i, run in enumerate(queue):
+            past = {r.buffer for r in d.ops[run.op].reads(run.lo, run.hi) if r.row_lo < 0}
+            makers = [
+                op for op, made in enumerate(d.ops)
+                if past & {r.buffer for r in made.writes(0, made.tiles)}
+            ]  # fmt: skip
+            signals = [next(r.signal for q in d.queues for r in q if r.op == op) for op in makers]
+            waits = (Wait(counter, d.totals[counter], 1) for counter in signals)
+            queue[i] = replace(run, waits=(*run.waits, *waits))
 
 
 def loose() -> Program:

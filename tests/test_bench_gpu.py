@@ -83,7 +83,7 @@ def test_ops_of_a_step_add_up_to_it(bench: Any, monkeypatch: pytest.MonkeyPatch)
     )
     moved = sum(row["bytes"] * row["times"] for row in rows)
     assert moved == pytest.approx(bench.step_bytes("Tiny", program, 16), rel=0.1)
-    assert ops.table(rows, steps).count("\n") == 1 + len(rows)
+    assert ops.table(rows, 1.0).count("\n") == 1 + len(rows)
 
 
 def test_shapes_are_read_as_they_are_meant(bench: Any) -> None:
@@ -107,7 +107,7 @@ def test_shapes_are_read_as_they_are_meant(bench: Any) -> None:
     [("Llama-3.2-1B", 2.471), ("Qwen3-0.6B", 1.192), ("Qwen3-0.6B-FP8", 0.752)],
 )
 def test_bytes_of_a_step(bench: Any, name: str, gigabytes: float) -> None:
-    small: Any = SimpleNamespace(machine=machine.H200)
+    small: Any = SimpleNamespace(name="NVIDIA H200", machine=machine.H200)
     program = bench.compiled(name, 128, small)
     weights = bench.step_bytes(name, program, 0)
     assert weights / 1e9 == pytest.approx(gigabytes, rel=2e-3)
@@ -126,7 +126,8 @@ def test_of_experts_those_of_a_token_count(
     found: list[float] = []
     for chosen in (1, 4):
         monkeypatch.setitem(bench.MODELS, "Mix", {**sizes, "num_experts_per_tok": chosen})
-        program = bench.compiled(f"Mix{kind}", 128, SimpleNamespace(machine=machine.H200))
+        device = SimpleNamespace(name="NVIDIA H200", machine=machine.H200)
+        program = bench.compiled(f"Mix{kind}", 128, device)
         found.append(bench.step_bytes(f"Mix{kind}", program, 0))
     assert found[1] - found[0] == 3 * each
 
@@ -267,7 +268,7 @@ def test_the_chain_makes_the_same_bits(bench: Any, tiny: EmulatedDevice) -> None
         found.append(int(model.decode.mailbox[0]))
     assert found == expected
     assert np.array_equal(model.decode.read("logits"), logits)
-    assert len(chain.ops) == len(model.decode.program.ops)
+    assert len(chain.launched) == len(model.decode.program.ops)
 
 
 def test_the_ceiling_is_read_without_spills(bench: Any) -> None:

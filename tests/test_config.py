@@ -419,6 +419,14 @@ def test_eos_ids_of_both_files() -> None:
         load_config(config, {"eos_token_id": [-1]})
 
 
+def test_a_family_that_many_ask_for_is_told_what_it_would_need() -> None:
+    needs = (
+        "'gpt_oss', which needs attention sinks, experts with biases and MXFP4 weights that tilert"
+    )
+    with pytest.raises(UserError, match=f"model_type {needs} does not have; accepted are llama"):
+        load_config({"model_type": "gpt_oss"})
+
+
 @pytest.mark.parametrize("model_type", ["gpt2", 3, ["llama"], "LLAMA"])
 def test_unknown_model_type(model_type: Any) -> None:
     with pytest.raises(UserError, match="accepted are llama, qwen2, qwen3, mistral"):

@@ -25,15 +25,18 @@ from test_models import tokens_for
 from transformers import AutoModelForCausalLM
 
 from tilert import LLM, SamplingParams
+from tilert.engine.runner import Row, Runner
 from tilert.errors import UserError
+from tilert.ir import machine
 from tilert.models import load_config
 from tilert.models.decoder import build
 from tilert.models.derived import ROPE_TABLE, tensor_parts
-from tilert.models.shards import cut_axes
+from tilert.models.load import bind, scales
+from tilert.models.shards import cut_axes, part_of
 from tilert.serve import cli
 from tilert.serve.convert import run
 from tilert.weights import convert
-from tilert.weights.safetensors import locate_folder
+from tilert.weights.safetensors import locate_folder, read_folder
 
 EVEN = {"vocab_size": 208, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4,
         "head_dim": 16}  # fmt: skip
@@ -130,6 +133,52 @@ def test_experts_latents_and_the_guessing_layer(tmp_path: Path) -> None:
         make(tmp_path / "model", tmp_path / "four", 4)
     with pytest.raises(UserError, match="the model has 8 heads, which 3 devices do not divide"):
         make(tmp_path / "model", tmp_path / "three", 3)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "deepseek_v32"])
+def test_a_device_computes_its_part_of_the_model(name: str, tmp_path: Path) -> None:
+    """The graph of one device takes what the conversion gives it. Where the other adds nothing to any sum,
+    its logits are those of the whole model, of its rows of the head."""
+    source = tmp_path / "model"
+    if name == "deepseek_v32":
+        tiny_deepseek.make(source, tiny_deepseek.CONFIG | {"vocab_size": 512}, files=1)
+        (source / "tokenizer.json").unlink()  # whose vocabulary is larger
+    else:
+        families.make(name, source, torch.bfloat16, **EVEN)
+        split(source, 1)
+    (file,) = source.glob("*.safetensors")
+    tensors = load_file(file)
+    for tensor in (t for n, t in tensors.items() if n.endswith(COLUMNS)):
+        tensor[:, tensor.shape[1] // 2 :] = 0
+    save_file(tensors, file, {"format": "pt"})
+    make(source, tmp_path / "out", 2)
+    tokens, found = tokens_for(20), list[np.ndarray]()
+    config = load_config(json.loads((source / "config.json").read_text()))
+    for devices, folder in ((1, source), (2, tmp_path / "out" / "rank-0-of-2")):
+        graph, (own, _) = part_of(build(config, 64), devices), read_folder(folder)
+        runner = Runner(
+            graph, bind(graph, config, 64, own), machine.cpu(2), context=64, sequences=1, num_pages=1,
+            place=None, scales=scales(graph, config, own),
+        )  # fmt: skip
+        runner.set_pages(0, [0])
+        runner.step([Row(token, at, 0) for at, token in enumerate(tokens)], [len(tokens) - 1])
+        found.append(runner.logits()[0].copy())
+    whole, part = found
+    assert part.size == whole.size // 2 > 0
+    assert np.abs(part - whole[: part.size]).max() < 1e-4 * np.abs(whole).max()
+
+
+def test_numbers_of_devices_that_do_not_divide_a_graph() -> None:
+    graph = build(load_config(tiny_deepseek.PUBLISHED | {"num_hidden_layers": 4}), 1)
+    with pytest.raises(UserError, match="the model has 128 heads, which 3 devices do not divide"):
+        part_of(graph, 3)
+    with pytest.raises(UserError, match="number of devices is 0; accepted are 1 to 64"):
+        part_of(graph, 0)
+    graph = build(load_config(tiny_deepseek.DENSE | {"vocab_size": 129281}), 1)
+    with pytest.raises(
+        UserError, match=r"'lm_head\.weight' has 129281 rows, which 2 devices do not"
+    ):
+        part_of(graph, 2)
 
 
 def test_eight_devices_share_the_published_model() -> None:

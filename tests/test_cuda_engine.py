@@ -552,4 +552,9 @@ def test_the_prompts_length_alone_says_how_it_is_computed(
     (output,) = gpu.generate({"prompt_token_ids": [7] * 21}, one)
     assert output.outputs[0].token_ids == [0]
     assert asked == ["wait", (21, 0, [20])]
+    asked.clear()
+    monkeypatch.setattr(runtime, "RUNNER_ROWS", 35)
+    again = LLM(glassllm, skip_tokenizer_init=True, max_model_len=128, backend="cuda")
+    again.generate({"prompt_token_ids": [7] * 60}, one)
+    assert asked == ["wait", (35, 0, []), "wait", (25, 35, [24])]
     assert gpu.first_use.keys() == {"prompts"}

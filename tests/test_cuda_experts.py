@@ -37,7 +37,8 @@ SMALL = ExpertsConfig(
 )  # fmt: skip
 GROUPED = replace(SMALL, rules=DEEPSEEK, num_experts=40, num_experts_per_tok=4, n_group=8,
                   topk_group=3, routed_scaling_factor=2.5, shared_intermediate_size=96)  # fmt: skip
-# name: (experts, hidden size, type of the weights, block of scales, changes of the machine)
+# name: (experts, hidden size, type of the weights, block of scales (0: all rows or columns), changes of
+# the machine)
 CASES: dict[str, tuple[ExpertsConfig, int, DType, tuple[int, int], dict[str, int]]] = {
     "bf16": (SMALL, 64, DType.BF16, (0, 0), {}),
     # Experts that end within a tile; x' on plain arithmetic.
@@ -52,6 +53,11 @@ CASES: dict[str, tuple[ExpertsConfig, int, DType, tuple[int, int], dict[str, int
     # Units of two experts and of the third alone; scales that change within a run.
     "fp8": (replace(SMALL, moe_intermediate_size=192), 128, DType.F8E4M3, (32, 64),
             {"slots": 8, "window": 3}),
+    # A scale for each row, or for all.
+    "fp8-rows": (replace(SMALL, moe_intermediate_size=192), 128, DType.F8E4M3, (1, 0),
+                 {"slots": 8, "window": 3}),
+    "fp8-tensor": (replace(SMALL, moe_intermediate_size=192), 128, DType.F8E4M3, (0, 0),
+                   {"slots": 8, "window": 3}),
 }  # fmt: skip
 
 
@@ -80,8 +86,9 @@ def compiled(name: str, tokens: int = 1) -> tuple[Program, dict[str, np.ndarray]
         stored = DType.BF16 if dtype is DType.F8E4M3 else dtype
         if dtype is DType.F8E4M3 and "experts" in weight:
             stored, values = dtype, values * 50
-            scales[weight] = Scale(f"{weight}_scale", blocks)
-            shape = -(-value.rows // blocks[0]), -(-value.cols // blocks[1])
+            rows, cols = blocks[0] or value.rows, blocks[1] or value.cols
+            scales[weight] = Scale(f"{weight}_scale", (rows, cols))
+            shape = -(-value.rows // rows), -(-value.cols // cols)
             weights[f"{weight}_scale"] = rng.uniform(0.01, 0.03, shape).astype(np.float32)
         weights[weight] = values.astype(stored.numpy)
     dtypes = {weight: DType.of(array) for weight, array in weights.items()}
@@ -120,7 +127,7 @@ def test_logits_equal_the_interpreter(name: str, devices: Devices) -> None:
 
 @pytest.mark.parametrize(("name", "rows"), [("odd-f16", 2), ("grouped", 4), ("fp8", 4)])
 def test_each_token_has_experts_of_its_own(name: str, rows: int, devices: Devices) -> None:
-    """In steps that are full or not: logits as the interpreter's, and bit for bit those of each alone."""
+    """In steps full or not: logits as the interpreter's, and bit for bit those of each token alone."""
     program, weights = compiled(name, tokens=rows)
     device, tokens = devices(2), (3, 40, 17)[: max(2, rows - 1)]
     alone = loaded(*compiled(name), device)
@@ -244,3 +251,6 @@ def test_what_the_kernel_cannot_run_is_refused(devices: Devices) -> None:
     refused(lambda o: replace(o, n_group=64), Route, "64 groups of experts")
     refused(lambda o: replace(o, k=20), ExpertGate, "rows of 40 bytes; .* multiples of 16")
     refused(lambda o: replace(o, k=20), ExpertDown, "rows of 40 bytes; .* multiples of 16")
+    program, _ = compiled("fp8-rows")
+    few = "blocks of 1 rows, and tiles 8 rows; .* columns are multiples of 64"
+    refused(lambda o: replace(o, x_type=DType.F32), ExpertDown, few)

@@ -13,6 +13,7 @@ import pytest
 
 from tilert.backends.cuda import jit
 from tilert.backends.cuda.jit import TARGETS, compile_cubin
+from tilert.backends.cuda.limits import fitting
 from tilert.backends.cuda.source import KERNEL, Source, generate
 from tilert.compiler import Limits, build
 from tilert.compiler.units import with_units
@@ -87,7 +88,7 @@ def source_of(name: str, arch: str, tokens: int = 1, **tuned: int) -> Source:
     target = replace(target, **tuned)
     limits = Limits(tokens, tokens, tokens, 8192, name == "sampled")
     program = build(graph, target, limits, dtypes, scales)
-    return generate(program, TARGETS[arch])
+    return generate(program, fitting(program, TARGETS[arch]))
 
 
 @pytest.mark.parametrize("arch", TARGETS)
@@ -134,7 +135,7 @@ def test_what_verifies_and_makes_guesses_does_not_spill(tmp_path: Path) -> None:
     dtypes = {w: DType.BF16 for w in {**graph.weights, **layer.weights} if w != ROPE_TABLE}
     target = with_units(graph, replace(machine.H200, workers_per_device=16), dtypes)
     program = build(Speculation(graph, layer, 3), target, Limits(4, 4, 1, 8192), dtypes)
-    source = generate(program, TARGETS["sm_90a"])
+    source = generate(program, fitting(program, TARGETS["sm_90a"]))
     variants = source.headers["variants.h"]
     kinds = re.findall(r"using V(\d+) = (Norm|Accept|Guess)<", variants)
     assert {kind for _, kind in kinds} == {"Norm", "Accept", "Guess"}
@@ -156,9 +157,8 @@ OF_TOKENS = {
     "SideBySide": 256,
 }
 FOUR_TOKENS = [(name, arch) for name in ("deepseek-v3.2", "qwen3-30b-a3b") for arch in TARGETS]
-FOUR_TOKENS.remove(
-    ("deepseek-v3.2", "sm_120a")
-)  # its blocks have too little memory for a step of four
+# Its blocks have too little memory for a step of four.
+FOUR_TOKENS.remove(("deepseek-v3.2", "sm_120a"))
 
 
 @pytest.mark.parametrize(("name", "arch"), FOUR_TOKENS)

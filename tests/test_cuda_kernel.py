@@ -20,6 +20,7 @@ from tilert.backends.cuda import backend as cuda
 from tilert.backends.cuda import limits, source
 from tilert.backends.cuda.backend import CudaBackend, LaunchError, Memory
 from tilert.backends.cuda.runtime import GpuDevice
+from tilert.backends.cuda.tables import tables
 from tilert.backends.interpreter import Interpreter, allocate_caches
 from tilert.compiler import Limits, build
 from tilert.errors import UserError
@@ -82,6 +83,8 @@ MODELS: dict[str, tuple[dict[str, Any], DType, int, dict[str, int]]] = {
     "fp8-long-rows": ({"hidden_size": 64, "intermediate_size": 3072, "num_hidden_layers": 1},
                       DType.F8E4M3, 3, {}),
     "fp8-rows": ({"hidden_size": 64, "intermediate_size": 128}, DType.F8E4M3, 3, {}),
+    "fp8-parts-of-rows": ({"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 1},
+                          DType.F8E4M3, 3, {}),
     "fp8-one-scale": ({"hidden_size": 512, "intermediate_size": 96}, DType.F8E4M3, 3, {}),
     "qwen2": ({"model_type": "qwen2", "head_dim": None, "hidden_size": 64}, DType.BF16, 3, {}),
     "qwen3": ({"model_type": "qwen3"}, DType.BF16, 4, {}),
@@ -130,7 +133,8 @@ def compiled(
         if dtype is DType.F8E4M3 and (value.rows == 1 or "embed" in weight):
             stored = DType.BF16
         elif dtype is DType.F8E4M3:
-            blocks = {"blocks": (32, 32), "wide-blocks": (32, 64), "rows": (1, value.cols)}
+            blocks = {"blocks": (32, 32), "wide-blocks": (32, 64), "rows": (1, value.cols),
+                      "parts-of-rows": (1, 64)}  # fmt: skip
             block = blocks.get(name[4:], (value.rows, value.cols))
             scales[weight] = Scale(f"{weight}_scale", block)
             shape = -(-value.rows // block[0]), -(-value.cols // block[1])
@@ -176,6 +180,12 @@ def loaded(
 
 def begin(backend: CudaBackend | Interpreter, token: int, position: int) -> None:
     backend.state["tokens"][0, 0], backend.state["positions"][0, 0] = token, position
+
+
+def rewrite(backend: CudaBackend) -> None:
+    """The device's queues as `backend.runs` has them now."""
+    made = tables(backend.program, backend.layout, backend.runs, backend.waits)
+    backend.tables["queues"].write(made["queues"])
 
 
 @pytest.mark.parametrize("position", [0, 62, 200])
@@ -414,19 +424,18 @@ def test_words_that_never_come_end_the_launch(
     made, _ = loaded(program, weights, devices())
     begin(made, 5, 0)
     good = [int(t[0]) for t in made.steps(3)]
-    table = made.tables["runs"].read(0, sum(map(len, program.queues)), cuda.RUN)
-    broken = table.copy()
     place, run = next(
         (i, r) for i, r in enumerate(program.queues[1]) if isinstance(program.ops[r.op], Linear)
     )
-    broken["x"][len(program.queues[0]) + place] ^= 1 << cuda.RANK_SHIFT
-    made.tables["runs"].write(broken)
+    made.runs[1]["x"][place] ^= 1 << cuda.RANK_SHIFT
+    rewrite(made)
     begin(made, 5, 0)
     with pytest.raises(
         LaunchError, match=rf"worker 1, run {place} of step 0 .* words with tag \d+"
     ):
         list(made.steps(3))
-    made.tables["runs"].write(table)
+    made.runs[1]["x"][place] ^= 1 << cuda.RANK_SHIFT
+    rewrite(made)
     begin(made, 5, 0)
     assert [int(t[0]) for t in made.steps(3)] == good
     assert run.signal >= 0

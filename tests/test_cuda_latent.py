@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import families
 import numpy as np
 import pytest
 import test_cuda_kernel as kernel
@@ -78,6 +79,32 @@ def test_the_positions_that_the_indexer_chooses(
             assert np.abs(scores[columns] - wanted[columns]).max() < 1e-3 * scale
 
 
+@pytest.mark.parametrize("ties", [False, True])
+def test_the_choice_among_thousands(
+    ties: bool, devices: Devices, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More positions than all threads load at a time."""
+    changes = {**INDEX, **ONE_LAYER, "index_topk": 300}
+    monkeypatch.setitem(kernel.MODELS, "own", (changes, DType.BF16, 3, {}))
+    context, position = 9216, 8999
+    program, weights = kernel.compiled("own", context=context)
+    made, interpreter = loaded(program, weights, devices(), pages=context // 64)
+    name = next(b.name for b in program.buffers if b.name.endswith("index_scale_cache"))
+    scales = interpreter.memory.arrays[program.buffer_ids[name]].astype(np.float32)
+    if ties:
+        scales[np.random.default_rng(2).random(scales.shape) < 0.98] = 0
+    made.__dict__["homes"][name].write(np.ascontiguousarray(scales))
+    made.state["pages"][0] = np.random.default_rng(1).permutation(context // 64)
+    begin(made, 3, position)
+    list(made.steps(1))
+    at = np.arange(position + 1)  # page n is the n // 3rd of share n % 3
+    columns = at // 64 % 3 * (context // 3) + at // 192 * 64 + at % 64
+    scores = words(made, "l0.index", np.float32)[columns]
+    wanted = np.sort(np.argsort(-scores, kind="stable")[:300])
+    assert np.count_nonzero(scores == scores[wanted].min()) > (1000 if ties else 0)
+    assert words(made, "l0.selected", np.int32)[:300].tolist() == wanted.tolist()
+
+
 def test_all_positions_chosen_is_attention_to_all(
     devices: Devices, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -119,7 +146,9 @@ def test_prompts_leave_what_the_kernel_reads(
         name: torch.zeros(shape, dtype=types[name.split(".")[2].removesuffix("_cache")])
         for name, shape in cuda.cache_shapes(program, kernel.PAGES).items()
     }
-    runner = PromptRunner(build(config, kernel.CONTEXT), tensors, caches, {})
+    graph = build(config, kernel.CONTEXT)
+    tensors, _ = families.stacked(graph, tensors, {})
+    runner = PromptRunner(graph, tensors, caches, {})
     logits = runner.run(tokens, 0, kernel.TABLE, [len(tokens) - 1])[0].numpy()
     assert np.abs(made.read("logits")[0] - logits).max() < 0.02 * np.abs(logits).max()
     rows: dict[str, list[torch.Tensor]] = {}

@@ -10,13 +10,19 @@ import families
 import numpy as np
 import pytest
 import torch
+from emulator import EmulatedDevice, Memory
 from safetensors.torch import load_file, save_file
 from test_models import own_logits, tokens_for
 from transformers import AutoModelForCausalLM
 
 from tilert import LLM
-from tilert.backends.cuda.prompt import PromptRunner
+from tilert.backends.cuda import prompt_experts, runtime
+from tilert.backends.cuda.prompt import PromptRunner, over_memory
+from tilert.compiler import Limits
+from tilert.compiler import build as compile_program
 from tilert.errors import UserError
+from tilert.ir.dtype import DType
+from tilert.ir.program import JOIN
 from tilert.models.decoder import build
 from tilert.models.load import bind, scales
 
@@ -134,8 +140,8 @@ def test_experts_with_different_scales_are_refused(tmp_path: Path) -> None:
         LLM(tmp_path, skip_tokenizer_init=True, backend="interpreter")
 
 
-def test_prompts_on_a_gpu_read_them_too(folders: tuple[Path, np.ndarray]) -> None:
-    folder, expected = folders
+def prompt_logits(folder: Path) -> np.ndarray:
+    """Of the last token, by PyTorch as for prompts on a GPU."""
     llm = LLM(folder, skip_tokenizer_init=True, backend="interpreter", max_model_len=64)
     graph = build(llm.config, 64)
     arrays = bind(graph, llm.config, 64, llm.checkpoint.tensors)
@@ -146,9 +152,61 @@ def test_prompts_on_a_gpu_read_them_too(folders: tuple[Path, np.ndarray]) -> Non
     }  # fmt: skip
     shape = (1, llm.config.num_key_value_heads, 64, llm.config.head_dim)
     caches = {f"layers.{i}.{kv}_cache": torch.zeros(shape) for i in range(3) for kv in "kv"}
-    runner = PromptRunner(graph, weights, caches, scales(graph, llm.config, llm.checkpoint.tensors))
-    logits = runner.run(tokens_for(24), 0, [0], [23]).numpy()
-    assert np.abs(logits[0] - expected[23]).max() < 0.02 * np.abs(expected[23]).max()
+    where = scales(graph, llm.config, llm.checkpoint.tensors)
+    weights, where = families.stacked(graph, weights, where)
+    return PromptRunner(graph, weights, caches, where).run(tokens_for(24), 0, [0], [23])[0].numpy()
+
+
+def test_prompts_on_a_gpu_read_them_too(
+    folders: tuple[Path, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, expected = folders
+    whole = prompt_logits(folder)
+    assert np.abs(whole - expected[23]).max() < 0.02 * np.abs(expected[23]).max()
+    monkeypatch.setattr(prompt_experts, "WIDENED", 2 * 48 * 17)  # bytes of 17 of its rows, or 16
+    np.testing.assert_allclose(prompt_logits(folder), whole, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [("qwen3_moe", "blocks"), ("qwen3_moe", "channel"), ("qwen2_moe", "tensor")],
+)
+def test_prompts_on_a_gpu_read_experts_too(
+    family: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two of them at a time; blocks do not fill the 20 rows of a matrix."""
+    folder, expected = quantized(tmp_path, kind, family)
+    monkeypatch.setattr(prompt_experts, "WIDENED", 2 * 20 * 48 * 2)
+    assert np.abs(prompt_logits(folder) - expected[23]).max() < 0.02 * np.abs(expected[23]).max()
+
+
+def test_prompts_on_a_gpu_find_banks_in_the_programs_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, exact = tmp_path / "fp8", tmp_path / "exact"
+    folder.mkdir()
+    quantize(folder, exact, "channel", "qwen3_moe")
+    llm = LLM(folder, skip_tokenizer_init=True, backend="interpreter", max_model_len=64)
+    graph = build(llm.config, 64)
+    where = scales(graph, llm.config, llm.checkpoint.tensors)
+    arrays = bind(graph, llm.config, 64, llm.checkpoint.tensors)
+    device = EmulatedDevice(tmp_path)
+    dtypes = {name: DType.of(array) for name, array in arrays.items()}
+    program = compile_program(graph, device.machine, Limits(1, 1, 1, 64), dtypes, where)
+    made = runtime.CudaRuntime(device, graph, arrays, 1)
+    made._load(program)
+    stored = made._stored(program)
+    assert not any("experts" in name and JOIN not in name for name in stored)
+    shape = (1, llm.config.num_key_value_heads, 64, llm.config.head_dim)
+    caches = {
+        f"layers.{i}.{kv}_cache": (device.allocate(4 * int(np.prod(shape))), shape, DType.F32)
+        for i in range(3) for kv in "kv"
+    }  # fmt: skip
+    tensor = property(lambda memory: torch.from_numpy(memory.bytes))
+    monkeypatch.setattr(Memory, "tensor", tensor, raising=False)
+    runner = over_memory(graph, stored, caches, runtime._scales(program))
+    logits = runner.run(tokens_for(24), 0, [0], [23])[0].numpy()
+    np.testing.assert_array_equal(logits, prompt_logits(folder))
 
 
 @pytest.mark.parametrize(

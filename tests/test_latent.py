@@ -47,8 +47,20 @@ GLM5: dict[str, Any] = {
     "rope_parameters": {"rope_theta": 1000000, "rope_type": "default"}, "topk_group": 1,
     "v_head_dim": 256, "vocab_size": 154880, "eos_token_id": [154820, 154827, 154829],
 }  # fmt: skip
-for _key in ("rope_scaling", "rope_theta"):
+for _key in ("rope_scaling", "rope_theta", "auto_map", "aux_loss_alpha", "seq_aux", "torch_dtype",
+             "bos_token_id"):  # fmt: skip
     del GLM5[_key]
+GLM5 |= {"dtype": "bfloat16", "pad_token_id": 154820, "quantization_config": FP8}
+_FULL = {0, 1, 2, *range(6, 78, 4)}
+# As zai-org/GLM-5.2-FP8 publishes it: head_dim is not that of any product.
+GLM52: dict[str, Any] = {
+    **GLM5, "head_dim": 192, "index_share_for_mtp_iteration": True, "index_skip_topk_offset": 3,
+    "index_topk_freq": 4, "index_topk_pattern": None,
+    "indexer_types": ["full" if layer in _FULL else "shared" for layer in range(78)],
+    "max_position_embeddings": 1048576, "mlp_layer_types": ["dense"] * 3 + ["sparse"] * 75,
+    "moe_router_dtype": "float32", "rope_parameters": {"rope_theta": 8000000, "rope_type": "default"},
+    "quantization_config": {**FP8, "modules_to_not_convert": ["lm_head", "model.layers.3.mlp.gate"]},
+}  # fmt: skip
 PUBLISHED = {"deepseek_v3": V3, "deepseek_v32": V32, "glm_moe_dsa": GLM5}
 CLASSES = {"deepseek_v3": "DeepseekV3Config", "deepseek_v32": "DeepseekV32Config",
            "glm_moe_dsa": "GlmMoeDsaConfig"}  # fmt: skip
@@ -74,6 +86,19 @@ def test_published_files_are_read(family: str) -> None:
     expected = 192**-0.5 * (1 + 0.1 * 3.6888794541139363) ** 2  # ln 40
     if family != "glm_moe_dsa":
         assert attention_scale(config, latent) == pytest.approx(expected)
+
+
+def test_glm_5_2_shares_choices() -> None:
+    config = load_config(GLM52)
+    assert config.latent
+    assert config.latent.index
+    assert {layer for layer, full in enumerate(config.latent.index.full) if full} == _FULL
+    assert config.rope_theta == 8e6
+    assert config.max_position_embeddings == 1 << 20
+    assert config.head_dim == 64  # of what is rotated
+    # Other names for the same, and the rule that the list of indexers follows.
+    again = {"num_experts": 256, "layer_types": ["deepseek_sparse_attention"] * 78}
+    assert load_config({**GLM52, **again, "indexer_types": None}) == config
 
 
 @pytest.mark.parametrize("family", CLASSES)
@@ -149,6 +174,9 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("glm_moe_dsa", {"indexer_types": ["full"]}, "has 1 indexer_types; accepted is one for each"),
     ("glm_moe_dsa", {"index_topk_pattern": "FX"}, "accepted are lists of full and shared, or"),
     ("glm_moe_dsa", {"index_topk_freq": -1}, "index_topk_freq -1; accepted are whole numbers"),
+    ("glm_moe_dsa", {"moe_router_dtype": "bfloat16"}, "'bfloat16'; accepted are 'float32', null"),
+    ("glm_moe_dsa", {"num_experts": 64}, "n_routed_experts 256"),
+    ("glm_moe_dsa", {"layer_types": ["indexed_attention"]}, "accepted are lists of full_att"),
 ]  # fmt: skip
 
 

@@ -299,7 +299,9 @@ def test_programs_for_rings_compute_the_same(
     prefix = "model.layers.0.self_attn"
     tensors = ("q_a_proj", "kv_a_proj_with_mqa", "indexer.wk", "indexer.weights_proj")
     assert "+".join(f"{prefix}.{name}.weight" for name in tensors) in names
-    assert f"{prefix}.q_b_proj.weight+{prefix}.indexer.wq_b.weight" in names
+    assert {f"{prefix}.q_b_proj.weight", f"{prefix}.indexer.wq_b.weight"} <= names
+    spared = [op for op in ops if isinstance(op, Linear) and op.beyond]
+    assert [op.beyond for op in spared] == [topk] * 2
     attention = next(op for op in ops if isinstance(op, LatentAttention))
     merging = [op for op in ops if isinstance(op, Linear) and op.groups > 1 and op.splits > 1]
     assert [op.splits for op in merging] == [attention.splits] * 2

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 from emulator import SUPPORTED, EmulatedDevice
 from programs import GOOD
-from test_cuda_kernel import begin, compiled, loaded
+from test_cuda_kernel import begin, compiled, loaded, rewrite
 
 from tilert.backends import hang
 from tilert.backends.cuda import backend as cuda
+from tilert.backends.cuda import tables
 from tilert.backends.cuda.backend import CudaBackend, LaunchError
 from tilert.backends.hang import BY_TAG, Hang
 from tilert.backends.protocol import Protocol, Stuck
@@ -115,11 +116,10 @@ def test_a_signal_that_the_device_lost_is_its_own_fault(
 ) -> None:
     program, weights = compiled("llama")
     made, _ = loaded(program, weights, device)
-    table = made.tables["runs"].read(0, sum(map(len, program.queues)), cuda.RUN)
     place = next(i for i, r in enumerate(program.queues[1]) if r.signal >= 0)
     lost = program.queues[1][place].signal
-    table["signal"][len(program.queues[0]) + place] = cuda.NO_SIGNAL
-    made.tables["runs"].write(table)
+    made.runs[1]["signal"][place] = tables.NO_SIGNAL
+    rewrite(made)
     _, path = failed(made)
     said = replayed(path, capsys)
     assert "runs through to the end, so the program is sound" in said
@@ -134,12 +134,11 @@ def test_words_with_other_tags_are_told_as_such(
 ) -> None:
     program, weights = compiled("llama")
     made, _ = loaded(program, weights, device)
-    table = made.tables["runs"].read(0, sum(map(len, program.queues)), cuda.RUN)
     place = next(
         i for i, r in enumerate(program.queues[1]) if isinstance(program.ops[r.op], Linear)
     )
-    table["x"][len(program.queues[0]) + place] ^= 1 << cuda.RANK_SHIFT
-    made.tables["runs"].write(table)
+    made.runs[1]["x"][place] ^= 1 << cuda.RANK_SHIFT
+    rewrite(made)
     text, path = failed(made)
     assert re.search(rf"worker 1, run {place} of step 0 .* words with tag \d+; ", text)
     said = replayed(path, capsys)

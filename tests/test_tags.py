@@ -14,7 +14,7 @@ from tilert.ir.program import Buf, Kind, Program
 from tilert.ir.tags import TAGS, derive
 from tilert.models import load_config
 from tilert.models.decoder import build as build_graph
-from tilert.ops import Argmax, Attend, Embed, Linear
+from tilert.ops import Append, Argmax, Attend, Embed, Linear
 
 
 def deep(layers: int) -> Program:
@@ -35,13 +35,27 @@ def test_what_streams_between_products_is_tagged() -> None:
             assert op.y in tags.writers
         elif isinstance(op, Attend):
             assert {op.q, op.k, op.v} <= tags.writers.keys()
-            assert op.y not in tags.writers  # merged from shares, some of which nobody wrote
+            assert op.y in tags.writers
         elif isinstance(op, Argmax):
             assert op.logits not in tags.writers  # the host reads them too
-        assert tags.silent(index) == (isinstance(op, Linear | Embed) and op.y in tags.writers)
+        elif isinstance(op, Append):
+            assert not tags.silent(index)  # a cache has no tags
+        writes = {r.buffer for r in op.writes(0, op.tiles)}
+        assert tags.silent(index) == bool(writes & tags.writers.keys())
 
 
-# 4 products per layer and the embedding: 64 layers need more ranks than there are tags.
+def test_layers_that_leave_out_other_shares_have_no_tags() -> None:
+    """With a window fewer early shares are empty than without; the words of one could pass for another's."""
+    program = deep(2)
+    first = next(i for i, op in enumerate(program.ops) if isinstance(op, Attend))
+    ops = list(program.ops)
+    ops[first] = replace(ops[first], window=70)
+    mixed = replace(program, ops=tuple(ops))
+    assert ops[first].y in derive(program).writers
+    assert ops[first].y not in derive(mixed).writers
+
+
+# 6 tagged ops per layer and the embedding: 63 layers need more ranks than there are tags.
 @pytest.mark.parametrize("layers", [1, 2, 63, 64, 70])
 def test_writes_in_turn_differ(layers: int) -> None:
     """Replayed: the words of a buffer through three steps, each reader against what it finds."""

@@ -23,8 +23,9 @@ from tilert.ir.tags import derive
 from tilert.ops import OPS
 
 FORMAT = "tilert hang 1"
-# In place of a counter, when it was words (kByTag) or a unit of the stream (kByUnit) that did not come.
-BY_TAG, BY_UNIT = 0xFFFFFFFF, 0xFFFFFFFE
+# In place of a counter, when it was words (kByTag), a unit of the stream (kByUnit) or the run itself (kByRun)
+# that did not come.
+BY_TAG, BY_UNIT, BY_RUN = 0xFFFFFFFF, 0xFFFFFFFE, 0xFFFFFFFD
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,9 @@ class Hang:
         return [Stuck(w, *why) for w, why in enumerate(self.failures) if why[4]]
 
     def root(self) -> Stuck:
-        """The wait that is to blame: a unit or words that never came, or one that nobody's wait explains."""
+        """The wait that is to blame: what never came, or a wait that nobody else's explains."""
         stuck = self.stuck
-        for cause in (BY_UNIT, BY_TAG):
+        for cause in (BY_RUN, BY_UNIT, BY_TAG):
             if found := [s for s in stuck if s.counter == cause]:
                 return found[0]
         return (Standstill(self.program, stuck).roots() or stuck)[0]
@@ -63,6 +64,8 @@ class Hang:
             return f"{who} words with tag {want}"
         if counter == BY_UNIT:
             return f"{who} weights or keys that were being copied"
+        if counter == BY_RUN:
+            return f"{who} its entry of the queue"
         return f"{who} counter {counter}: it has {have}, {want} are needed"
 
 
@@ -118,7 +121,7 @@ def _sound(hang: Hang) -> Hang:
     for queue, why in zip(program.queues, hang.failures, strict=True):
         assert len(why) == 5 and min(why) >= 0, "a failure has five words"
         assert not why[4] or (
-            why[0] < len(queue) and (why[2] < counters or why[2] in (BY_TAG, BY_UNIT))
+            why[0] < len(queue) and (why[2] < counters or why[2] in (BY_TAG, BY_UNIT, BY_RUN))
         )
         for run in queue:
             assert 0 <= run.op < len(program.ops) and -1 <= run.signal < counters

@@ -3,9 +3,10 @@
 The ops are walked in table order through two steps. For each cell of memory the pass knows, per
 worker, the last run that wrote and the last that read it; a run needs the writers of what it reads,
 and the writers and readers of what it writes. Needs that other needs already imply are dropped
-(vector clocks tell), but not the need for what chooses the weights that a run streams: the loader runs
-ahead of its worker, whose earlier waits tell it nothing. Runs of one op that the same set of runs waits
-for share a counter. A need in the step before becomes a wait with lag 1.
+(vector clocks tell), but not the need for what chooses the weights that a run streams, nor for the past
+rows of a cache that it streams: the loader runs ahead of its worker, whose earlier waits tell it nothing.
+Runs of one op that the same set of runs waits for share a counter. A need in the step before becomes a wait
+with lag 1.
 """
 
 from __future__ import annotations
@@ -119,13 +120,21 @@ class _Walk:
                     earlier[need] = self._earlier(*need)
             found = [earlier[need] for need in needs if earlier[need].size]
             numbers = found[0] if len(found) == 1 else _union(found)
-            choosing = set[int]()
-            if op.choice != NONE and place.run.ring >= 0:
-                made = [earlier[r, w] for r, w in needs if r.buffer == op.choice]
-                choosing = set(self._kind(_union(made)).tolist())
-            self._visit(step, place, numbers, choosing, joined)
+            held = set[int]()
+            if place.run.ring >= 0:
+                held = {*self._kind(self._streamed(op, earlier, needs)).tolist()}
+            self._visit(step, place, numbers, held, joined)
         for place in places:
             self._note(step * len(self.places) + place.number, place)
+
+    def _streamed(
+        self, op: Op, earlier: dict[tuple[Region, bool], Ints], needs: list[tuple[Region, bool]]
+    ) -> Ints:
+        """Runs that the loader of a run of `op` must wait for itself: those that made the choice of what it
+        streams, and those of the step before that appended to the cache that it streams."""
+        made = [earlier[r, w] for r, w in needs if r.buffer == op.choice != NONE]
+        past = [earlier[r, w] for r, w in needs if r.row_lo < 0 and not w]
+        return _union([*made, *(runs[runs < len(self.places)] for runs in past)])
 
     def _earlier(self, region: Region, written: bool) -> Ints:
         """Runs that a reader of the region must wait for, or a writer."""
@@ -138,10 +147,9 @@ class _Walk:
         return numbers // len(self.places) * len(self.op) + self.op[numbers]
 
     def _visit(
-        self, step: int, place: _Place, numbers: Ints, choosing: set[int],
-        joined: dict[bytes, Ints],
-    ) -> None:  # fmt: skip
-        """Wait for `numbers`; for those whose kind is in `choosing` whatever the worker knows."""
+        self, step: int, place: _Place, numbers: Ints, held: set[int], joined: dict[bytes, Ints]
+    ) -> None:
+        """Wait for `numbers`; for those whose kind is in `held` whatever the worker knows."""
         me = step * len(self.places) + place.number
         clock = self.clock[me]
         previous = self.newest[place.worker]
@@ -152,7 +160,7 @@ class _Walk:
         cuts = np.flatnonzero(kind[1:] != kind[:-1])
         for group in np.split(numbers, cuts + 1)[::-1]:
             known = (self.at[group] <= clock[self.worker[group]]).all()
-            if known and not (choosing and choosing & {*self._kind(group[:1]).tolist()}):
+            if known and not (held and held & {*self._kind(group[:1]).tolist()}):
                 continue
             name = group.tobytes()
             if name not in joined:

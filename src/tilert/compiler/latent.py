@@ -10,7 +10,7 @@ import math
 
 from tilert.compiler.lowering import PROMPT_BLOCK, Lowering, operand
 from tilert.ir.dtype import DType
-from tilert.ir.graph import Node
+from tilert.ir.graph import Node, Value
 from tilert.ir.program import NONE, PAGE, Buf, Kind
 from tilert.ops import Combine, IndexRope, IndexScore, LatentAttention, LatentRope, Select
 
@@ -21,6 +21,18 @@ MAX_SPLITS = 32  # each share has at least a page then, of 2048 selected positio
 def _paged(low: Lowering) -> tuple[Buf, Buf, Buf, Buf]:
     """Positions, sequences, pages and counts: what an op with a cache reads."""
     return low.state("positions"), low.state("sequences"), low.state("pages"), low.state("counts")
+
+
+def wanted_beyond(low: Lowering, product: Value) -> int:
+    """How many positions a token must see more than for anybody to read a product, because it makes queries
+    of an indexer and no others; 0 where that is not so or the machine computes it all the same."""
+    readers = low.readers.get(product, [])
+    if not low.fused or len(readers) != 1 or readers[0].op != "index_rope":
+        return 0
+    if readers[0].inputs["q"] is not product:
+        return 0
+    (scores,) = low.readers[readers[0].output]
+    return int(scores.attrs["topk"])
 
 
 def _lower_latent_rope(low: Lowering, node: Node) -> None:

@@ -3,9 +3,9 @@
 Folded where the machine gains: a norm into every product that reads it (few tokens: each worker
 repeats the norm, which is cheaper than a hand-off), a residual sum into the product before it, gate
 and up into one op. Machines that stream weights through rings have many workers and wait longest for
-hand-offs: there q, k and v are one product, rotation, append and attention are one op, the product
-after them merges its partial results, and the last norm is folded too. Every activation gets a buffer
-of its own here; memory.py makes them share.
+hand-offs: there q, k and v are one product, rotation and attention are one op, keys and values are
+appended beside the chain of ops, and the last norm is folded too. Every activation gets a buffer of its
+own here; memory.py makes them share.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from tilert.compiler.latent import LOWER_LATENT
+from tilert.compiler.latent import LOWER_LATENT, wanted_beyond
 from tilert.compiler.lowering import (
     FEW_TOKENS,
     MAX_SPLITS,
@@ -28,6 +28,7 @@ from tilert.ir.machine import Machine
 from tilert.ir.program import NONE, Buf, Buffer, Kind, Op, Scale
 from tilert.ops import (
     Adjust,
+    Append,
     Argmax,
     Attend,
     Attention,
@@ -124,7 +125,7 @@ def _takes(consumer: Node, product: Value) -> bool:
 def _siblings(low: Lowering, node: Node) -> list[Node]:
     """The products of one input that are computed as one, where hand-offs are dear: q, k and v, or those
     that latent attention reads."""
-    if not low.fused:
+    if not low.fused or wanted_beyond(low, node.output):
         return [node]
     if _by_column(low, node):
         return _columns(low, node)
@@ -153,6 +154,7 @@ def _columns(low: Lowering, node: Node) -> list[Node]:
     Of those with block scales, one whose rows end inside a block can only be the last.
     """
     alike = [n for n in low.readers[operand(node, "x")] if _by_column(low, n)]
+    alike = [n for n in alike if not wanted_beyond(low, n.output)]
     biased = node.inputs["bias"] is not None
     alike = [n for n in alike if (n.inputs["bias"] is not None) is biased]
     w, scale = operand(node, "w"), low.scales.get(operand(node, "w").name)
@@ -269,6 +271,7 @@ def _emit_linear(
     shares = (attend.splits, attend.group, attend.head_dim) if attend else (1, 1, 1)
     dtype, matrices = low.dtypes.get(w[0].name, DType.F32), 2 if up else 1
     tile = tile_rows(low.machine, rows, k * dtype.bytes, matrices)
+    beyond = wanted_beyond(low, nodes[0].output)
     blocks = int(nodes[0].attrs.get("groups", 1)), int(nodes[0].attrs.get("stride", 0))
     if blocks[0] > 1:  # no tile has rows of two blocks; with a ring, tiles are powers of two
         block = n // blocks[0]
@@ -281,7 +284,7 @@ def _emit_linear(
                gather, low.rows(source) if gather != NONE else 1, *shares,
                # What rounding moves across a border would send a token to another expert.
                DType.F32 if nodes[0].output in low.routing else _x_type(low, w[0], dtype),
-               low.column.get(source, 0), *blocks)
+               low.column.get(source, 0), *blocks, low.state("positions") if beyond else NONE, beyond)
     )  # fmt: skip
 
 
@@ -353,7 +356,7 @@ def _splits(low: Lowering, kv_heads: int) -> int:
     machine = low.machine
     if not low.few:
         return 1
-    if low.fused:  # at least two, for what follows merges shares
+    if low.fused:  # at least two, for Combine merges shares
         return max(2, machine.splits or min(MAX_SPLITS, machine.workers // kv_heads))
     return machine.splits or machine.workers // math.gcd(kv_heads, machine.workers)
 
@@ -365,27 +368,21 @@ def _lower_attend(low: Lowering, node: Node) -> None:
     layer, d, kv_heads = (int(node.attrs[name]) for name in ("layer", "head_dim", "kv_heads"))
     heads, splits = q.cols // d, _splits(low, kv_heads)
     window, width = int(node.attrs["window"]), heads * splits * (d + 2)
-    one = lim.tokens == 1
-    y = low.work(node.output, width if one else None, _stored(low, node.output))
-    part = (
-        y
-        if one
-        else low.buffer(f"{node.output.name}.part", Kind.WORK, DType.F32, lim.tokens, width)
-    )
-    op = Attend(
-        low.home[q], low.home[k], low.home[v], low.weight(rope.inputs["q_norm"]),
-        low.weight(rope.inputs["k_norm"]), low.weight(table), low.cache("k", layer, k.cols),
-        low.cache("v", layer, v.cols), part, low.state("positions"), low.state("sequences"),
-        low.state("pages"), low.state("counts"), lim.tokens, heads, kv_heads, d, window, splits,
-        lim.context, lim.sequences, lim.pages, rope.attrs["eps"], node.attrs["scale"],
-        low.column.get(k, 0), low.column.get(v, 0),
-    )  # fmt: skip
-    low.ops.append(op)
-    if one:  # the product that follows merges the shares; for more tokens it would read too much
-        low.attends[node.output] = op
-    else:
-        merged = Combine(part, y, op.counts, op.rows, heads, kv_heads, d, splits, window)
-        low.ops.append(merged)
+    part = low.buffer(f"{node.output.name}.part", Kind.WORK, DType.F32, lim.tokens, width)
+    y = low.work(node.output, dtype=_stored(low, node.output))
+    norms = low.weight(rope.inputs["q_norm"]), low.weight(rope.inputs["k_norm"])
+    caches = low.cache("k", layer, k.cols), low.cache("v", layer, v.cols)
+    states = low.state("positions"), low.state("sequences"), low.state("pages"), low.state("counts")
+    table, eps = low.weight(table), rope.attrs["eps"]
+    limits = lim.context, lim.sequences, lim.pages
+    columns = low.column.get(k, 0), low.column.get(v, 0)
+    low.ops += [
+        Attend(low.home[q], low.home[k], low.home[v], *norms, table, *caches, part, *states, lim.tokens,
+               heads, kv_heads, d, window, splits, *limits, eps, node.attrs["scale"], *columns),
+        Append(low.home[k], low.home[v], norms[1], table, *caches, *states, lim.tokens, kv_heads, d,
+               *limits, eps, *columns),
+        Combine(part, y, states[3], lim.tokens, heads, kv_heads, d, splits, window),
+    ]  # fmt: skip
 
 
 def _lower_attention(low: Lowering, node: Node) -> None:

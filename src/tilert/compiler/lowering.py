@@ -10,7 +10,7 @@ from tilert.ir.dtype import DType
 from tilert.ir.graph import OUTPUTS, Graph, Node, Value
 from tilert.ir.machine import Machine
 from tilert.ir.program import JOIN, NONE, PAGE, Buf, Buffer, Kind, Op, Scale
-from tilert.ops import Attend, LatentAttention
+from tilert.ops import LatentAttention
 
 FEW_TOKENS = 8  # up to this many tokens a step is bound by reading weights
 MAX_SPLITS = 8  # that the rule takes: a product merges their partial results
@@ -50,9 +50,7 @@ class Lowering:
     uses: Tally[Value] = field(default_factory=Tally[Value])
     maker: dict[Value, Node] = field(default_factory=dict[Value, Node])
     # The values that are shares of attention, which the product that reads them merges.
-    attends: dict[Value, Attend | LatentAttention] = field(
-        default_factory=dict[Value, Attend | LatentAttention]
-    )
+    attends: dict[Value, LatentAttention] = field(default_factory=dict[Value, LatentAttention])
     chosen: dict[Value, Buf] = field(default_factory=dict[Value, Buf])  # by the output of a route
     routing: set[Value | None] = field(
         default_factory=set[Value | None]
@@ -76,7 +74,7 @@ class Lowering:
 
     @property
     def fused(self) -> bool:
-        """True when rotation, attention and the merge of its shares take no hand-offs of their own."""
+        """True when rotation and attention are one op."""
         return self.few and self.machine.slots > 0
 
     @property

@@ -8,7 +8,7 @@ happens before what is worked out in order.py.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from tilert.ir.dtype import DType
 from tilert.ir.encode import field_kinds
 from tilert.ir.program import NONE, PAST, Buffer, Kind, Op, Program, Region, Run, Wait
 from tilert.ir.regions import Cells
+from tilert.ops import IndexRope, IndexScore, Linear
 
 ALIGN = 64  # bytes; every activation starts at a cache line
 
@@ -24,7 +25,7 @@ ALIGN = 64  # bytes; every activation starts at a cache line
 _WEIGHTS = ("w", "w_up", "bias", "bias_up", "norm", "weight", "table", "q_norm", "k_norm",
             "shift")  # fmt: skip
 _STATES = ("counts", "positions", "sequences", "pages", "tokens", "sampled", "gather", "controls",
-           "mask", "tally", "following", "places", "kept", "last", "place")  # fmt: skip
+           "mask", "tally", "when", "following", "places", "kept", "last", "place")  # fmt: skip
 _WORKS = ("y", "q", "k", "v", "part", "logits", "scores", "peaks", "weights", "kv", "q_rope",
           "head_weights")  # fmt: skip
 _WORDS = ("bins", "totals", "candidates", "selected", "chosen")
@@ -39,10 +40,10 @@ _KINDS: dict[str, tuple[Kind, ...]] = {
 }
 _INTEGERS = {*_STATES, *_WORDS}
 _OPTIONAL = {"w_up", "bias", "bias_up", "norm", "gather", "q_norm", "k_norm", "selected",
-             "index_scale"}  # fmt: skip
+             "index_scale", "when"}  # fmt: skip
 _MAY_BE_ZERO = {"x_col", "y_col", "q_col", "k_col", "v_col", "kv_col", "w_col", "x_stride", "window",
                 "feed", "count_index", "epilogue", "x_type", "interleave", "topk", "scoring",
-                "norm_topk_prob", "by_slot"}  # fmt: skip
+                "norm_topk_prob", "by_slot", "beyond"}  # fmt: skip
 
 
 class VerifyError(AssertionError):
@@ -154,6 +155,8 @@ def _sound_fields(has: dict[str, int], program: Program) -> Iterator[str]:
         yield f"head_dim {has['head_dim']} is no power of two, there is no Hadamard matrix for it"
     if "selected" in has and (has["selected"] != NONE) != (has["topk"] > 0):
         yield f"topk is {has['topk']} with selected b{has['selected']}"
+    if "when" in has and (has["when"] != NONE) != (has["beyond"] > 0):
+        yield f"beyond is {has['beyond']} with when b{has['when']}"
     if "w_col" in has and has["splits"] * has["width"] < program.context:
         yield f"{has['splits']} shares of {has['width']} scores for {program.context} positions"
     if "groups" in has:
@@ -346,6 +349,28 @@ def coverage(facts: Facts) -> Iterator[str]:
                 made[facts.cells.of(region)] = True
 
 
+def sparing(facts: Facts) -> Iterator[str]:
+    """What may be left out where no token sees more than `beyond` positions is read by an indexer alone:
+    rotated in place, then scored, and that for more positions only."""
+    ops = facts.program.ops
+    for index, op in enumerate(ops):
+        if not isinstance(op, Linear) or not op.beyond:
+            continue
+        (made,) = op.writes(0, op.tiles)
+        for later in range(index + 1, len(ops)):
+            other = ops[later]
+            if any(made.overlaps(region) for region in other.reads(0, other.tiles)):
+                rotates = isinstance(other, IndexRope) and other.q == made.buffer != other.k
+                scores = isinstance(other, IndexScore) and other.topk >= op.beyond
+                if not (rotates or scores):
+                    yield (
+                        f"o{later} {type(other).__name__.lower()} reads what o{index} makes only for more"
+                        f" than {op.beyond} positions"
+                    )
+            elif any(made.overlaps(region) for region in other.writes(0, other.tiles)):
+                break
+
+
 def ring(facts: Facts) -> Iterator[str]:
     """Tickets count the ring slots that a queue has filled before; each tile starts a new slot."""
     program = facts.program
@@ -364,31 +389,36 @@ def ring(facts: Facts) -> Iterator[str]:
 
 
 def stream(facts: Facts) -> Iterator[str]:
-    """Past cache rows can be streamed as soon as the run `stream_lead` after the one that reads them has
-    started in the step before: that start comes after the appends of that step. Older ones are in order
-    with it. Where rows are streamed only when the waits of the run hold, there is nothing to prove."""
+    """Who streams past rows of a cache has waits of its own for all that append to it in the step before:
+    its loader runs ahead of the queue and holds only those. Older rows are in order with them. Where loaders
+    wait until the run itself may start, there is nothing to prove."""
     program = facts.program
     if not program.machine.slots or program.held:
         return
-    writers: dict[int, list[int]] = defaultdict(list)
+    writers: dict[int, set[int]] = defaultdict(set)
     for number, regions in enumerate(facts.writes):
         for buffer in {r.buffer for r in regions}:
             if program.buffers[buffer].kind is Kind.CACHE:
-                writers[buffer].append(number)
+                writers[buffer].add(number)
+    proven: dict[Wait, set[int]] = {}
     for number, regions in enumerate(facts.reads):
-        place = facts.places[number]
-        past = {r.buffer for r in regions if r.row_lo < 0}
-        wrap, later = divmod(place.position + program.stream_lead, facts.lengths[place.worker])
-        if wrap > 1:
-            yield f"{facts.name(place)} streams a cache, but its worker has too few runs"
-            continue
-        after = facts.numbers[place.worker][later]
-        for writer in (w for buffer in sorted(past) for w in writers[buffer]):
-            at = facts.places[writer]
-            known = facts.clock[wrap, after, at.worker]
-            if at.worker != place.worker and known < facts.moment(0, at):
-                yield (f"{facts.name(place)} streams what {facts.name(at)} appends, but the run that its"
-                       " loader waits for can start before that")  # fmt: skip
+        place, missing = facts.places[number], set[int]()
+        for region in (r for r in regions if r.row_lo < 0):
+            missing |= {
+                w for w in writers[region.buffer]
+                if any(_same_columns(region, own) for own in facts.writes[w])
+            }  # fmt: skip
+        missing -= _awaited(facts, [w for w in place.run.waits if w.lag], proven)
+        if missing:
+            yield (f"{facts.name(place)} streams what {facts.name(facts.places[min(missing)])}"
+                   " appends, but has no wait for it in the step before")  # fmt: skip
+
+
+def _same_columns(one: Region, other: Region) -> bool:
+    """True when two regions share columns of a buffer: rows of a cache move from step to step."""
+    return (
+        one.buffer == other.buffer and one.col_lo < other.col_hi and other.col_lo < one.col_hi
+    )  # fmt: skip
 
 
 def choice(facts: Facts) -> Iterator[str]:
@@ -407,10 +437,7 @@ def choice(facts: Facts) -> Iterator[str]:
             place = facts.places[number]
             read = [r for r in facts.reads[number] if r.buffer == op.choice]
             missing = {m for m in makers if _meet(facts.writes[m], read)}
-            for wait in place.run.waits:
-                if wait not in proven:
-                    proven[wait] = _signallers(facts, wait)
-                missing -= proven[wait]
+            missing -= _awaited(facts, [w for w in place.run.waits if not w.lag], proven)
             if missing:
                 yield (f"{facts.name(place)} streams what {facts.name(facts.places[min(missing)])}"
                        " chooses, but has no wait for it")  # fmt: skip
@@ -420,10 +447,20 @@ def _meet(writes: Sequence[Region], reads: Sequence[Region]) -> bool:
     return any(w.overlaps(r) for w in writes for r in reads)
 
 
+def _awaited(facts: Facts, waits: Iterable[Wait], proven: dict[Wait, set[int]]) -> set[int]:
+    """Runs that must have signalled where all of some waits hold; `proven` keeps those of each."""
+    found: set[int] = set()
+    for wait in waits:
+        if wait not in proven:
+            proven[wait] = _signallers(facts, wait)
+        found |= proven[wait]
+    return found
+
+
 def _signallers(facts: Facts, wait: Wait) -> set[int]:
-    """Runs of the same step that have signalled when the wait holds."""
+    """Runs that have signalled when the wait holds, in the step that it asks for."""
     sure = set[int]()
-    for last in facts.proves(wait) if not wait.lag else ():
+    for last in facts.proves(wait):
         runs = facts.producers[wait.counter][facts.places[last].worker]
         sure.update(runs[: runs.index(last) + 1])
     return sure
@@ -462,6 +499,6 @@ def devices(facts: Facts) -> Iterator[str]:
 
 
 RULES: tuple[Callable[[Facts], Iterator[str]], ...] = (
-    structure, partition, counters, memory, devices, ring, deadlock, overtaking, ordering, meaning,
-    coverage, stream, choice,
+    structure, sparing, partition, counters, memory, devices, ring, deadlock, overtaking, ordering,
+    meaning, coverage, stream, choice,
 )  # fmt: skip

@@ -24,7 +24,7 @@ import numpy as np
 from tilert.engine.cache import PageCache
 from tilert.engine.core import SamplingParams
 from tilert.engine.mtp import LayerDrafter
-from tilert.engine.runner import PROMPT, Row, Runner
+from tilert.engine.runner import Row, Runner
 from tilert.engine.sampling import SampledToken, Sampler
 from tilert.engine.speculate import Drafter
 from tilert.errors import UserError
@@ -181,7 +181,7 @@ class Engine:
 
     def _prompt(self, sequence: Sequence) -> Iterator[Event]:
         begin = sequence.computed
-        end = min(len(sequence.tokens), begin + PROMPT)
+        end = min(len(sequence.tokens), begin + self.runner.prompt)
         self._reserve(sequence, end)
         rows = [Row(sequence.tokens[p], p, sequence.slot) for p in range(begin, end)]
         last = end == len(sequence.tokens)

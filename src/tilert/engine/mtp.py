@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tilert.engine.runner import PROMPT, Row, Runner
+from tilert.engine.runner import Row, Runner
 
 
 class LayerDrafter:
@@ -36,10 +36,10 @@ class LayerDrafter:
         self._slot, self._done, self._noted, self._ready = slot, computed, [], []
 
     def note(self, hidden: np.ndarray) -> None:
-        """Hidden states [n, hidden_size] of the next n positions, n up to PROMPT. The tokens after the
-        positions that were noted before are known."""
+        """Hidden states [n, hidden_size] of the next n positions, n up to what a step takes. The tokens
+        after the positions that were noted before are known."""
         self._ready = []
-        if sum(map(len, self._noted)) + len(hidden) > PROMPT:
+        if sum(map(len, self._noted)) + len(hidden) > self.runner.prompt:
             self._feed()
         self._noted.append(hidden)
 

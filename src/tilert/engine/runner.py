@@ -102,6 +102,13 @@ class Runner:
         return program_for(self.graph, machine, limits, dtypes, self.scales)
 
     @property
+    def prompt(self) -> int:
+        """Most tokens of a step that are one sequence's."""
+        if self.place is None or isinstance(self.place, Pool):
+            return PROMPT
+        return self.place.prompt_rows(self.program)
+
+    @property
     def few(self) -> int:
         """Most rows of a step that one launch takes, and whose logits can all be had."""
         if self.place is None or isinstance(self.place, Pool):

@@ -53,14 +53,16 @@ class Node:
 class Graph:
     """Nodes in order; each method appends one and returns its output.
 
-    `outputs` are the activations that the host reads after a step, besides the logits, which the last node
-    makes.
+    `devices` share the model, and the graph is the part of one of them (models/shards.py: part_of); its
+    products over cut columns are that device's share of a sum. `outputs` are the activations that the host
+    reads after a step, besides the logits, which the last node makes.
     """
 
     name: str
     nodes: list[Node] = field(default_factory=list[Node])
     weights: dict[str, Value] = field(default_factory=dict[str, Value])
     outputs: list[Value] = field(default_factory=list[Value])
+    devices: int = 1
 
     def weight(self, name: str, rows: int, cols: int, shard: int | None = None) -> Value:
         """The weight of that name; asking again must ask for the same shape."""

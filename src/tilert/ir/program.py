@@ -180,6 +180,12 @@ class Op(ABC):
     def writes(self, lo: int, hi: int) -> list[Region]:
         """Regions that tiles [lo, hi) write, all of them completely (for the tokens of the step)."""
 
+    @property
+    def leaves_out(self) -> tuple[int, ...]:
+        """What decides which words of its outputs an op does not write, as nobody reads them; see
+        ir/tags.py. Empty: it writes all."""
+        return ()
+
     def tagging(self) -> tuple[Buf, ...]:
         """Buffers whose words the op can write with a tag; see tags.py."""
         return ()
@@ -257,13 +263,6 @@ class Program:
     def weight_bytes(self) -> int:
         """Bytes of all weights that the program is bound to, each counted once."""
         return sum(b.bytes for b in self.buffers if b.kind is Kind.WEIGHT)
-
-    @property
-    def stream_lead(self) -> int:
-        """How far behind a run that streams past cache rows is the run whose start in the step before
-        says that all rows are there. With several tokens a run of Combine may lie in between, which
-        does not wait for all."""
-        return 1 if self.tokens == 1 else 2
 
     @property
     def held(self) -> bool:

@@ -8,6 +8,10 @@ counters then only say when it is worth while to look.
 A buffer is tagged when everything that touches it can do that (Op.tagging, Op.tag_checking) and every
 write covers it. An op that writes tagged buffers signals without ordering memory. Tag of a write:
 1 + (rank + step * stride) % 255; memory starts as zeros, tag 0.
+
+Words that nobody reads may be left out at run time (Op.leaves_out: shares of attention without positions).
+What is left out only shrinks in a launch; so where all writers of a buffer leave out the same, a word is
+either still zero or was written by each of them since somebody first read it.
 """
 
 from __future__ import annotations
@@ -83,7 +87,10 @@ def taggable(buffers: Sequence[Buffer], ops: Sequence[Op]) -> dict[Buf, list[int
         for buf in {r.buffer for r in op.reads(0, op.tiles)} & found.keys():
             if buf not in op.tag_checking():
                 del found[Buf(buf)]
-    return {buf: ops for buf, ops in found.items() if ops}
+    return {
+        buf: writers for buf, writers in found.items()
+        if writers and len({ops[op].leaves_out for op in writers}) == 1
+    }  # fmt: skip
 
 
 def _whole(b: Buffer, op: Op, buf: Buf) -> bool:

@@ -27,6 +27,8 @@ _MODULES = (
     llama, qwen2, qwen3, mistral, qwen2_moe, qwen3_moe, mixtral, deepseek_v3, deepseek_v32, glm_moe_dsa,
 )  # fmt: skip
 FAMILIES = {module.RULES.model_type: module.RULES for module in _MODULES}
+# Families that many ask for, and what they would need.
+LACKING = {"gpt_oss": "attention sinks, experts with biases and MXFP4 weights"}
 
 
 def load_config(
@@ -43,6 +45,11 @@ def load_config(
     model_type = config.get("model_type")
     if model_type is None:
         raise UserError(f"config.json has no model_type; accepted are {accepted}")
+    if isinstance(model_type, str) and model_type in LACKING:
+        raise UserError(
+            f"config.json has model_type {model_type!r}, which needs {LACKING[model_type]} that tilert does"
+            f" not have; accepted are {accepted}"
+        )
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise UserError(f"config.json has model_type {model_type!r}; accepted are {accepted}")
     return parse(config, FAMILIES[model_type], generation_config)

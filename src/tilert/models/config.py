@@ -195,6 +195,7 @@ IGNORED: Mapping[str, str] = {
     "return_dict": _OUTPUT,
     "use_return_dict": _OUTPUT,
     "tie_last_hidden_states": _OUTPUT,
+    "index_share_for_mtp_iteration": "of guesses, which are verified whatever they are",
     "id2label": _LABEL,
     "label2id": _LABEL,
     "num_labels": _LABEL,
@@ -369,7 +370,9 @@ def _layers(
         "sliding_attention" if layer >= first else "full_attention" for layer in range(layers)
     )
     stated = section.values["layer_types"]
-    if stated is None or (family.latent and stated == [latents.layer_type(family.latent)] * layers):
+    if stated is None:
+        return window, derived
+    if family.latent and stated in [[n] * layers for n in latents.layer_types(family.latent)]:
         return window, derived
     if not isinstance(stated, list) or any(entry not in _LAYER_TYPES for entry in stated):
         raise section.error("layer_types", f"accepted are lists of {', '.join(_LAYER_TYPES)}")

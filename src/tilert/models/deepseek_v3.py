@@ -20,6 +20,7 @@ EXPERTS: Mapping[str, Any] = {
     "first_k_dense_replace": 3,
     "norm_topk_prob": True,
     "mlp_layer_types": None,
+    "num_experts": None,  # another name of n_routed_experts
 }
 # What transformers' modules have fixed, too.
 FIXED: Mapping[str, tuple[Any, ...]] = {
@@ -27,6 +28,7 @@ FIXED: Mapping[str, tuple[Any, ...]] = {
     "moe_layer_freq": (1, None),
     "scoring_func": ("sigmoid", None),
     "topk_method": ("noaux_tc", None),
+    "moe_router_dtype": ("float32", None),
 }
 
 RULES = FamilyRules(

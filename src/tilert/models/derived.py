@@ -111,8 +111,9 @@ def hidden_part(layer: int) -> str:
     return f"tilert.layers.{layer}.h_proj"
 
 
-def tensor_parts(config: DecoderConfig) -> dict[str, HeadPart | ColumnPart]:
-    """The weights of a model, and of the layers that guess further tokens, that are parts of a tensor."""
+def tensor_parts(config: DecoderConfig, devices: int = 1) -> dict[str, HeadPart | ColumnPart]:
+    """The weights of a model, and of the layers that guess further tokens, that are parts of a tensor; of
+    one device of several, which has its part of the heads."""
     if (latent := config.latent) is None:
         return {}
     parts: dict[str, HeadPart | ColumnPart] = {}
@@ -125,7 +126,7 @@ def tensor_parts(config: DecoderConfig) -> dict[str, HeadPart | ColumnPart]:
         source = f"model.layers.{layer}.self_attn.kv_b_proj.weight"
         for name, keys in ((key_part(layer), True), (value_part(layer), False)):
             parts[name] = HeadPart(
-                source, config.num_attention_heads, latent.qk_nope_head_dim, latent.v_head_dim,
+                source, config.num_attention_heads // devices, latent.qk_nope_head_dim, latent.v_head_dim,
                 latent.kv_lora_rank, keys,
             )  # fmt: skip
     return parts

@@ -42,7 +42,9 @@ MIXTRAL = ExpertsRules(
     prefix="block_sparse_moe", matrices=("w1", "w3", "w2"), count=("num_local_experts", "num_experts"),
     width="intermediate_size", norm_topk_prob=True,
 )  # fmt: skip
-DEEPSEEK = ExpertsRules(count=("n_routed_experts",), shared="shared_experts", sigmoid=True)
+DEEPSEEK = ExpertsRules(
+    count=("n_routed_experts", "num_experts"), shared="shared_experts", sigmoid=True
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -115,9 +115,11 @@ def parse(section: Section, rules: LatentRules) -> LatentConfig:
     )
 
 
-def layer_type(rules: LatentRules) -> str:
-    """What `layer_types` calls every layer of such a family."""
-    return "indexed_attention" if rules.indexed else "full_attention"
+def layer_types(rules: LatentRules) -> tuple[str, ...]:
+    """What `layer_types` may call every layer of such a family: new names and old ones of transformers."""
+    if rules.indexed:
+        return "indexed_attention", "deepseek_sparse_attention"
+    return ("full_attention",)
 
 
 def _index(section: Section, rules: LatentRules, rope: int) -> IndexConfig:

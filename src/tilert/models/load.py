@@ -25,7 +25,7 @@ def bind(graph: Graph, config: DecoderConfig, context: int, tensors: Mapping[str
 ]:  # fmt: skip
     """The array of every weight of the graph by name, vectors as one row, and of the scales of those
     in FP8, f32 and one per block. Raises like `check`."""
-    found, parts = check(graph, config, tensors), tensor_parts(config)
+    found, parts = check(graph, config, tensors), tensor_parts(config, graph.devices)
     bound: dict[str, np.ndarray] = {}
     for name, value in graph.weights.items():
         if name == ROPE_TABLE:
@@ -51,7 +51,7 @@ def scales(
     Raises UserError when they are missing, do not fit, or the config does not speak of them.
     """
     found: dict[str, Scale] = {}
-    parts = tensor_parts(config)
+    parts = tensor_parts(config, graph.devices)
     for name, value in graph.weights.items():
         part = parts.get(name)
         source = part.source if part else name
@@ -81,7 +81,7 @@ def dtypes(
     graph: Graph, config: DecoderConfig, tensors: Mapping[str, np.ndarray]
 ) -> dict[str, DType]:
     """Element type of every weight of the graph as `bind` gives it, before anything is read."""
-    parts = tensor_parts(config)
+    parts = tensor_parts(config, graph.devices)
     sources = {name: parts[name].source if name in parts else name for name in graph.weights}
     return {
         name: DType.F32 if name == ROPE_TABLE else DType.of(tensors[source])
@@ -101,7 +101,7 @@ def check(
     products |= {part.name for bank in _banks(graph) for part in bank.parts}
     gathered = {v.name for n in graph.nodes if n.op == "embed" for v in (n.inputs["table"],) if v}
     products -= gathered
-    parts = tensor_parts(config)
+    parts = tensor_parts(config, graph.devices)
     for name, value in graph.weights.items():
         if name == ROPE_TABLE:
             continue
@@ -151,7 +151,7 @@ def guessing_layers(config: DecoderConfig) -> tuple[str, ...]:
 
 
 def _check_names(graph: Graph, config: DecoderConfig, tensors: Mapping[str, np.ndarray]) -> None:
-    parts = tensor_parts(config)
+    parts = tensor_parts(config, graph.devices)
     wanted = (graph.weights.keys() - {ROPE_TABLE} - parts.keys()) | {
         parts[name].source for name in parts.keys() & graph.weights.keys()
     }

@@ -1,4 +1,4 @@
-"""How a checkpoint is cut over devices: which axis of each stored tensor, read off the table of weights.
+"""How a model is cut over devices: the axis of each stored tensor, and the graph of one device.
 
 A weight says its axis (`Value.shard`); its bias and its FP8 scales follow it, and so does the tensor that
 a derived weight is made of. A layer that guesses further tokens is cut as the last layer is. What no weight
@@ -8,12 +8,13 @@ names is held whole by every device.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import numpy as np
 
 from tilert.errors import UserError
 from tilert.ir.dtype import DType
-from tilert.ir.graph import Graph
+from tilert.ir.graph import Graph, Node, Value
 from tilert.ir.program import Scale
 from tilert.models.config import DecoderConfig
 from tilert.models.derived import tensor_parts
@@ -21,6 +22,7 @@ from tilert.models.load import check
 from tilert.models.quantization import scale_name
 
 MAX_DEVICES = 64
+PER_HEAD = ("kv_heads", "heads", "groups")  # attributes of nodes that count heads
 OWN_HEAD, HEAD = "shared_head.head.weight", "lm_head.weight"  # of a guessing layer, of the model
 
 
@@ -32,8 +34,7 @@ def cut_axes(
     Raises UserError like `check`, and for a number of devices that does not divide heads, rows or columns,
     or that would cut a block of scales.
     """
-    if not 1 <= devices <= MAX_DEVICES:
-        raise UserError(f"the number of devices is {devices}; accepted are 1 to {MAX_DEVICES}")
+    _check_devices(devices)
     check(graph, config, tensors)
     axes: dict[str, int | None] = dict.fromkeys(tensors)
     if devices == 1:
@@ -50,6 +51,61 @@ def cut_axes(
         if (scale := _scale(config, name, tensors)) is not None:
             axes[scale.name] = _scale_axis(name, axis, size, scale, devices)
     return axes
+
+
+def part_of(graph: Graph, devices: int) -> Graph:
+    """The graph of one of `devices` devices, from that of the whole model: weights are cut along their
+    axis, and with them the heads and columns that they make.
+
+    A product over cut columns gives the device's own share of a sum over all devices, which the graph
+    takes for the sum: a node that adds the others' is for the ops of several devices to bring. Logits are
+    those of the device's rows of the head. Raises UserError like `cut_axes`.
+    """
+    _check_devices(devices)
+    _check_heads(graph, devices)
+    if devices == 1:
+        return graph
+    made = Graph(graph.name, devices=devices)
+    own: dict[Value, Value] = {}  # by the value of the whole model
+    for name, value in graph.weights.items():
+        made.weights[name] = own[value] = _part(value, value.shard, devices)
+    for node in graph.nodes:
+        _add_part(node, made, own, devices)
+    made.outputs = [own[value] for value in graph.outputs]
+    return made
+
+
+def _add_part(node: Node, made: Graph, own: dict[Value, Value], devices: int) -> None:
+    """A node of the whole model as one device has it. `own` has its inputs, and gets its output."""
+    w, bias = node.inputs.get("w"), node.inputs.get("bias")
+    if w is not None and bias is not None and w.shard == 0 and own[bias].cols == bias.cols:
+        made.weights[bias.name] = own[bias] = _part(bias, 1, devices)
+    for bank in (v for v in node.inputs.values() if v is not None and v.parts):
+        own[bank] = replace(
+            _part(bank, bank.shard, devices), parts=tuple(own[part] for part in bank.parts)
+        )
+    inputs = {key: value and own[value] for key, value in node.inputs.items()}
+    activations = [v for v in node.inputs.values() if v is not None and not v.weight]
+    # What heads and columns are cut into stays so until a product joins them.
+    cut = w.shard == 0 if w is not None else any(own[v].cols < v.cols for v in activations)
+    attrs = {k: v // devices if cut and k in PER_HEAD else v for k, v in node.attrs.items()}
+    output = own[node.output] = _part(node.output, 1 if cut else None, devices)
+    if w is not None and "groups" not in attrs:
+        x, part = inputs["x"], own[w]
+        assert x is not None and x.cols == part.cols, f"{node}: {x} with {part}"
+    made.nodes.append(Node(node.op, inputs, output, attrs))
+
+
+def _part(value: Value, axis: int | None, devices: int) -> Value:
+    """A value of which one device has its part along an axis."""
+    if axis is None:
+        return value
+    size = value.cols if axis else value.rows
+    assert isinstance(size, int), f"{value} is cut along its tokens"
+    if size % devices:
+        what = "columns" if axis else "rows"
+        raise _indivisible(f"'{value.name}' has {size} {what}", size, devices)
+    return replace(value, **{"cols" if axis else "rows": size // devices})
 
 
 def _stored_axes(
@@ -86,10 +142,15 @@ def _scale(config: DecoderConfig, name: str, tensors: Mapping[str, np.ndarray]) 
     return config.quantization.scale(name, (rows, cols), tensors[stored])
 
 
+def _check_devices(devices: int) -> None:
+    if not 1 <= devices <= MAX_DEVICES:
+        raise UserError(f"the number of devices is {devices}; accepted are 1 to {MAX_DEVICES}")
+
+
 def _check_heads(graph: Graph, devices: int) -> None:
     """Rows of a projection are cut between heads, never inside of one."""
     for node in graph.nodes:
-        for key in ("kv_heads", "heads"):
+        for key in PER_HEAD[:2]:
             count = int(node.attrs.get(key, devices))
             if count % devices:
                 what = "key-value heads" if key == "kv_heads" else "heads"

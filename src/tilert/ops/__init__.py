@@ -8,7 +8,7 @@ generated from these classes by `python -m tilert.ops`.
 from __future__ import annotations
 
 from tilert.ir.program import Op
-from tilert.ops.attend import Attend
+from tilert.ops.attend import Append, Attend
 from tilert.ops.attention import Attention, Combine
 from tilert.ops.draw import Adjust, Bins, Draw, Sift, Totals
 from tilert.ops.embed import Embed
@@ -43,6 +43,7 @@ OPS: tuple[type[Op], ...] = (
     IndexRope,
     IndexScore,
     Select,
+    Append,
     Accept,
     Guess,
 )
@@ -51,6 +52,7 @@ __all__ = [
     "OPS",
     "Accept",
     "Adjust",
+    "Append",
     "Argmax",
     "Attend",
     "Attention",

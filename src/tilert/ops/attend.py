@@ -1,7 +1,8 @@
-"""Rotation, append and attention in one tile: what a GPU gains from having two hand-offs less.
+"""Rotation and attention in one tile: what a GPU gains from having a hand-off less.
 
 The same formulas as Rope and Attention. Past positions come from the cache and never depend on this
-step, so a loader may stream them early; the step's own keys and values are rotated where they are used.
+step, so a loader may stream them early; the step's own keys and values are rotated where they are used,
+and once more by Append, beside the chain of ops that a token waits for.
 """
 
 from __future__ import annotations
@@ -34,15 +35,101 @@ def split_of(page: Any, splits: int) -> Any:
     return (page + page // splits) % splits
 
 
+def head_of(
+    mem: Memory, op: Attend | Append, buf: Buf, norm: Buf, t: int, col: int
+) -> np.ndarray:  # fmt: skip
+    """A head of token t, from column `col` of a buffer on: normed if there is a norm, and rotated."""
+    d = op.head_dim
+    position = int(mem.read(op.positions, 0, 1, t, t + 1)[0, 0])
+    assert 0 <= position < op.context, f"position {position} outside [0, {op.context})"
+    x = mem.read(buf, t, t + 1, col, col + d)[0]
+    weight = None if norm == NONE else mem.read(norm, 0, 1, 0, d)[0]
+    angles = mem.read(op.table, position, position + 1, 0, d)[0]
+    return turned(x, weight, op.eps, angles)
+
+
+def fresh_rows(
+    mem: Memory, op: Attend | Append, g: int, tokens: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The step's own keys and values of a kv head, [tokens, head_dim], rounded as the cache is."""
+    d, cache = op.head_dim, mem.buffer(op.k_cache).dtype.numpy
+    k = np.stack([head_of(mem, op, op.k, op.k_norm, t, op.k_col + g * d) for t in range(tokens)])
+    v = mem.read(op.v, 0, tokens, op.v_col + g * d, op.v_col + (g + 1) * d)
+    return k.astype(cache).astype(np.float32), v.astype(cache).astype(np.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class Append(Op):
+    """Tile g: the step's keys and values of kv head g into the caches, as Attend has them.
+
+    Nothing in the step waits for it: attention has its own keys and values, and whoever streams past rows
+    in the next step waits for this one's signal.
+    """
+
+    opcode: ClassVar[int] = 31
+    k: Buf
+    v: Buf
+    k_norm: Buf
+    table: Buf
+    k_cache: Buf
+    v_cache: Buf
+    positions: Buf
+    sequences: Buf
+    pages: Buf
+    counts: Buf
+    rows: int
+    kv_heads: int
+    head_dim: int
+    context: int
+    page_rows: int
+    page_cols: int
+    eps: float
+    k_col: int  # where keys and values begin in their buffers
+    v_col: int
+
+    @property
+    def tiles(self) -> int:
+        return self.kv_heads
+
+    def reads(self, lo: int, hi: int) -> list[Region]:
+        d = self.head_dim
+        out = [Region(self.counts, 0, 1, 0, 2), Region(self.table, 0, self.context, 0, d),
+               Region(self.pages, 0, self.page_rows, 0, self.page_cols)]  # fmt: skip
+        out += [Region(b, 0, 1, 0, self.rows) for b in (self.positions, self.sequences)]
+        out += [Region(self.k_norm, 0, 1, 0, d)] if self.k_norm != NONE else []
+        fresh = ((self.k, self.k_col), (self.v, self.v_col))
+        return out + [Region(b, 0, self.rows, c + lo * d, c + hi * d) for b, c in fresh]
+
+    def writes(self, lo: int, hi: int) -> list[Region]:
+        d, caches = self.head_dim, (self.k_cache, self.v_cache)
+        return [Region(b, 0, self.rows, lo * d, hi * d) for b in caches]
+
+    def tag_checking(self) -> tuple[Buf, ...]:
+        return self.k, self.v
+
+    def cost(self, lo: int, hi: int, dtype_bytes: int, context: int) -> Cost:
+        return Cost(0, 0, 12 * (hi - lo) * self.rows * self.head_dim)
+
+    def reference(self, mem: Memory, lo: int, hi: int) -> None:
+        """The definition, one token at a time."""
+        tokens, d = count(mem, self.counts, 0), self.head_dim
+        for g in range(lo, hi):
+            k, v = fresh_rows(mem, self, g, tokens)
+            for t in range(tokens):
+                mem.write_cache(self.k_cache, t, g * d, k[t])
+                mem.write_cache(self.v_cache, t, g * d, v[t])
+
+
 @dataclass(frozen=True, slots=True)
 class Attend(Op):
     """Tile g * splits + s: kv head g with its group of query heads, share s of the past positions.
 
     q, k, v as the products left them, in buffers of their own or side by side in one: q and k are
     normed (if q_norm, k_norm) and rotated here, then all are rounded to the cache's type. Split 0 also
-    appends them to the caches and attends to each token's own position. y [rows, heads * splits *
-    (head_dim + 2)] gets the partial results in the layout of Attention with splits > 1. A token sees
-    the earlier tokens of its sequence in the same step as part of their pages.
+    attends to each token's own position. y [rows, heads * splits * (head_dim + 2)] gets the partial
+    results in the layout of Attention with splits > 1; back ends may leave out shares without positions,
+    for Combine leaves them out, too. A token sees the earlier tokens of its sequence in the same step as
+    part of their pages.
     """
 
     opcode: ClassVar[int] = 9
@@ -98,12 +185,15 @@ class Attend(Op):
         return out
 
     def writes(self, lo: int, hi: int) -> list[Region]:
-        d, width = self.head_dim, self.group * (self.head_dim + 2)
-        out = [Region(self.y, 0, self.rows, lo * width, hi * width)]
-        for g in (tile // self.splits for tile in range(lo, hi) if tile % self.splits == 0):
-            caches = (self.k_cache, self.v_cache)
-            out += [Region(b, 0, self.rows, g * d, (g + 1) * d) for b in caches]
-        return out
+        width = self.group * (self.head_dim + 2)
+        return [Region(self.y, 0, self.rows, lo * width, hi * width)]
+
+    @property
+    def leaves_out(self) -> tuple[int, ...]:
+        return self.window, self.splits
+
+    def tagging(self) -> tuple[Buf, ...]:
+        return (self.y,)
 
     def tag_checking(self) -> tuple[Buf, ...]:
         return self.q, self.k, self.v
@@ -116,34 +206,12 @@ class Attend(Op):
 
     def reference(self, mem: Memory, lo: int, hi: int) -> None:
         """The definition, one token at a time."""
-        tokens, d = count(mem, self.counts, 0), self.head_dim
+        tokens, width = count(mem, self.counts, 0), self.group * (self.head_dim + 2)
         for tile in range(lo, hi):
             g, split = divmod(tile, self.splits)
-            fresh = self._fresh(mem, g, tokens) if split == 0 or self.rows > 1 else None
+            fresh = fresh_rows(mem, self, g, tokens) if split == 0 or self.rows > 1 else None
             for t in range(tokens):
-                if split == 0 and fresh is not None:
-                    mem.write_cache(self.k_cache, t, g * d, fresh[0][t])
-                    mem.write_cache(self.v_cache, t, g * d, fresh[1][t])
-                width = self.group * (d + 2)
                 mem.write(self.y, t, tile * width, self._token(mem, t, g, split, fresh))
-
-    def _fresh(self, mem: Memory, g: int, tokens: int) -> tuple[np.ndarray, np.ndarray]:
-        """The step's own keys and values of a kv head, [tokens, head_dim], rounded as the cache is."""
-        d, cache = self.head_dim, mem.buffer(self.k_cache).dtype.numpy
-        k = np.stack(
-            [self._turned(mem, self.k, self.k_norm, t, self.k_col + g * d) for t in range(tokens)]
-        )
-        v = mem.read(self.v, 0, tokens, self.v_col + g * d, self.v_col + (g + 1) * d)
-        return k.astype(cache).astype(np.float32), v.astype(cache).astype(np.float32)
-
-    def _turned(self, mem: Memory, buf: Buf, norm: Buf, t: int, col: int) -> np.ndarray:
-        d = self.head_dim
-        position = int(mem.read(self.positions, 0, 1, t, t + 1)[0, 0])
-        assert 0 <= position < self.context, f"position {position} outside [0, {self.context})"
-        x = mem.read(buf, t, t + 1, col, col + d)[0]
-        weight = None if norm == NONE else mem.read(norm, 0, 1, 0, d)[0]
-        angles = mem.read(self.table, position, position + 1, 0, d)[0]
-        return turned(x, weight, self.eps, angles)
 
     def _token(
         self, mem: Memory, t: int, g: int, split: int, fresh: tuple[np.ndarray, np.ndarray] | None
@@ -171,6 +239,6 @@ class Attend(Op):
         if not len(k_SD):
             return empty_share(self.group, d)
         heads = range(g * self.group, (g + 1) * self.group)
-        q_JD = np.stack([self._turned(mem, self.q, self.q_norm, t, head * d) for head in heads])
+        q_JD = np.stack([head_of(mem, self, self.q, self.q_norm, t, head * d) for head in heads])
         q_JD = q_JD.astype(mem.buffer(self.k_cache).dtype.numpy).astype(np.float32)
         return np.concatenate(weigh(q_JD, k_SD, v_SD, self.scale), axis=1).reshape(1, -1)

@@ -6,6 +6,7 @@ Combine merges the shares in a fixed order (flash-decoding, Dao et al. 2023).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -177,7 +178,7 @@ class Attention(Op):
 
 @dataclass(frozen=True, slots=True)
 class Combine(Op):
-    """Merge the shares that Attention or Attend left. Tile t * kv_heads + g: token t, kv head g.
+    """Merge the shares that Attention or Attend left. Tile t * heads + h: token t, query head h.
 
     part [rows, heads * splits * (head_dim + 2)] f32, y [rows, heads * head_dim] f32. window: of the
     attention, for back ends that leave out shares without positions.
@@ -196,41 +197,54 @@ class Combine(Op):
 
     @property
     def tiles(self) -> int:
-        return self.rows * self.kv_heads
+        return self.rows * self.heads
 
     @property
     def group(self) -> int:
         """Query heads per kv head."""
         return self.heads // self.kv_heads
 
-    def _regions(self, buf: Buf, lo: int, hi: int, width: int) -> list[Region]:
-        """Columns [g * width, (g + 1) * width) of row t for the tiles [lo, hi), a region per token."""
-        out: list[Region] = []
-        for t in range(lo // self.kv_heads, -(-hi // self.kv_heads)):
-            first, last = max(lo - t * self.kv_heads, 0), min(hi - t * self.kv_heads, self.kv_heads)
-            out.append(Region(buf, t, t + 1, first * width, last * width))
-        return out
+    def share(self, head: int, split: int) -> int:
+        """Where the share of a query head begins in a row of `part`."""
+        g, j = divmod(head, self.group)
+        return ((g * self.splits + split) * self.group + j) * (self.head_dim + 2)
 
     def reads(self, lo: int, hi: int) -> list[Region]:
-        shares = self._regions(self.part, lo, hi, self.splits * self.group * (self.head_dim + 2))
-        return [Region(self.counts, 0, 1, 0, 2), *shares]
+        out = [Region(self.counts, 0, 1, 0, 2)]
+        for t, first, last in self._groups(lo, hi):
+            for split in range(self.splits):
+                begin, width = self.share(first, split), (last - first) * (self.head_dim + 2)
+                out.append(Region(self.part, t, t + 1, begin, begin + width))
+        return out
+
+    def _groups(self, lo: int, hi: int) -> Iterator[tuple[int, int, int]]:
+        """(token, first head, end) of the tiles of each kv head, whose shares lie side by side."""
+        while lo < hi:
+            end = min(hi, (lo // self.group + 1) * self.group)
+            t, first = divmod(lo, self.heads)
+            yield t, first, first + end - lo
+            lo = end
 
     def writes(self, lo: int, hi: int) -> list[Region]:
-        return self._regions(self.y, lo, hi, self.group * self.head_dim)
+        d = self.head_dim
+        return [Region(self.y, t, t + 1, a * d, b * d) for t, a, b in self._groups(lo, hi)]
 
     def tagging(self) -> tuple[Buf, ...]:
         return (self.y,)
 
+    def tag_checking(self) -> tuple[Buf, ...]:
+        return (self.part,)
+
     def cost(self, lo: int, hi: int, dtype_bytes: int, context: int) -> Cost:
-        return Cost(0, 0, 3 * (hi - lo) * self.splits * self.group * self.head_dim)
+        return Cost(0, 0, 3 * (hi - lo) * self.splits * self.head_dim)
 
     def reference(self, mem: Memory, lo: int, hi: int) -> None:
         """The definition: rescale every share to the common maximum, add, divide."""
         d, tokens = self.head_dim, count(mem, self.counts, 0)
-        width = self.splits * self.group * (d + 2)
-        for t, g in (divmod(tile, self.kv_heads) for tile in range(lo, hi)):
+        for t, head in (divmod(tile, self.heads) for tile in range(lo, hi)):
             if t < tokens:
-                part = mem.read(self.part, t, t + 1, g * width, (g + 1) * width)
-                mem.write(
-                    self.y, t, g * self.group * d, merge(part, self.group * d, d, self.splits)
+                at = [self.share(head, split) for split in range(self.splits)]
+                part = np.concatenate(
+                    [mem.read(self.part, t, t + 1, a, a + d + 2) for a in at], axis=1
                 )
+                mem.write(self.y, t, head * d, merge(part, d, d, self.splits))

@@ -30,6 +30,8 @@ class Linear(Op):
     splits > 1: x holds the partial results of Attend, `group` query heads of `head_dim` for each kv
     head, and x' is what Combine makes of them; block g of a block-diagonal product then takes head g,
     which is k wide.
+    beyond > 0: y is read only where a token of the step sees more than so many positions, of those that
+    `when` holds, i32 [1, rows]. Where none does, a back end may leave the op out: y then holds anything.
     x_type: what the multiplier takes; x' is rounded to it (see rounded). With a norm, the root of the
     mean square divides the products and not x'.
     """
@@ -60,6 +62,8 @@ class Linear(Op):
     x_col: int = 0
     groups: int = 1
     x_stride: int = 0  # columns from one group's x to the next's
+    when: Buf = NONE  # positions, with `beyond`
+    beyond: int = 0
 
     @property
     def tiles(self) -> int:
@@ -100,6 +104,8 @@ class Linear(Op):
     def reads(self, lo: int, hi: int) -> list[Region]:
         begin, end = self.span(lo, hi)
         out = [Region(self.counts, 0, 1, 0, 2)]
+        if self.when != NONE:
+            out.append(Region(self.when, 0, 1, 0, self.rows))
         if self.gather != NONE:
             out.append(Region(self.gather, 0, 1, 0, self.rows))
         rows = self.rows if self.gather == NONE else self.x_rows
@@ -124,7 +130,12 @@ class Linear(Op):
 
     def cost(self, lo: int, hi: int, dtype_bytes: int, context: int) -> Cost:
         elements = self.weight_rows(lo, hi) * self.k
+        if context + self.rows <= self.beyond:
+            return Cost(0)
         return Cost(elements * dtype_bytes, 0, 2 * elements * self.rows)
+
+    def pass_bytes(self, dtype_bytes: int) -> int:
+        return self.weight_rows(0, 1) * self.k * dtype_bytes
 
     def reference(self, mem: Memory, lo: int, hi: int) -> None:
         """The definition, on whatever the step's real number of rows is."""
@@ -137,6 +148,9 @@ class Linear(Op):
             return
         begin, end = self.span(lo, hi)
         rows = count(mem, self.counts, self.count_index)
+        if self.beyond and mem.read(self.when, 0, 1, 0, rows).max() < self.beyond:
+            nothing = np.full((rows, end - begin), np.nan, np.float32)  # which must not matter
+            return mem.write(self.y, 0, self.y_col + begin, nothing)
         x = self._input(mem, rows)
         x, root = multiplicand(mem, x, self.norm, self.eps, DType(self.x_type))
         y = self._product(mem, self.w, self.bias, x, root, begin, end)

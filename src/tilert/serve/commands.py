@@ -266,15 +266,15 @@ def _compile_kernel(program: Program, arch: str) -> None:
         )
     if arch not in jit.TARGETS:
         raise UserError(f"target '{arch}' is not known; accepted are {', '.join(jit.TARGETS)}")
-    slots = limits.fitting_slots(program, jit.TARGETS[arch])
-    made = source.generate(program, jit.TARGETS[arch])
+    layout = limits.fitting(program, jit.TARGETS[arch])
+    made = source.generate(program, layout)
     cubin = jit.compile_cubin(
         made.text, name=source.KERNEL, arch=arch, headers=made.headers, progress=_say
     )
     used = cubin.resources[source.KERNEL]
     print(
-        f"{arch}: {len(cubin.data)} bytes, {len(set(made.variants))} variants, ring of {slots} slots,"
-        f" {used.registers} registers, {used.spill_stores} bytes spilled; in {jit.default_cache()}",
+        f"{arch}: {len(cubin.data)} bytes, {len(set(made.variants))} variants, ring of {layout.slots}"
+        f" slots, {used.registers} registers, {used.spill_stores} bytes spilled; in {jit.default_cache()}",
         file=sys.stderr,
     )
 

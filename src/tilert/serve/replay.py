@@ -9,7 +9,7 @@ from bisect import bisect_left
 from collections.abc import Iterable
 from itertools import pairwise
 
-from tilert.backends.hang import BY_TAG, BY_UNIT, Hang
+from tilert.backends.hang import BY_RUN, BY_TAG, BY_UNIT, Hang
 from tilert.backends.protocol import DeadlockError, Protocol, Standstill, Stuck, run_name
 from tilert.ir.program import Program
 from tilert.ir.tags import derive
@@ -73,7 +73,7 @@ def _of_device(hang: Hang) -> list[str]:
     lines = ["replay: the protocol runs through to the end, so the program is sound"]
     if not hang.stuck:
         return [*lines, "fault:  the device's; no worker said what it waited for"]
-    if hang.root().counter == BY_UNIT:
+    if hang.root().counter in (BY_UNIT, BY_RUN):
         return [*lines, "fault:  the device's: a copy that never arrived, or tables that changed"]
     if hang.root().counter == BY_TAG:
         return [
@@ -141,6 +141,8 @@ def _wait(program: Program, s: Stuck) -> str:
         return f"{who} words with tag {s.want} and finds other tags (no counter)"
     if s.counter == BY_UNIT:
         return f"{who} a unit of weights or of the cache that it had asked for"
+    if s.counter == BY_RUN:
+        return f"{who} its own entry of the queue"
     return f"{who} c{s.counter}: it has {s.have}, wants {s.want}"
 
 

@@ -189,7 +189,7 @@ def timelines(records: np.ndarray, context: int) -> list[Timeline]:
 
 def _place(llm: LLM, backend: CpuBackend | CudaBackend) -> str:
     if isinstance(backend, CudaBackend):
-        return f"{backend.device.name}, ring of {backend.slots} slots"
+        return f"{backend.device.name}, ring of {backend.layout.slots} slots"
     return f"{processor()}, {llm.pool.isa if llm.pool else 'no'} kernels"
 
 

@@ -125,23 +125,20 @@ inline void attention_partial(const AttentionArgs& args, float* y, int begin, in
   }
 }
 
+// The head's shares lie group * (head_dim + 2) apart.
 inline void combine(float* y, const float* part, int splits, int group, int head_dim) {
-  int width = head_dim + 2;
-  for (int j = 0; j < group; j++) {
-    auto share = [&](int split) {
-      return part + (static_cast<int64_t>(split) * group + j) * width;
-    };
-    float top = -INFINITY, total = 0.0f;
-    for (int s = 0; s < splits; s++) top = share(s)[head_dim] > top ? share(s)[head_dim] : top;
-    float* out = y + static_cast<int64_t>(j) * head_dim;
-    for (int i = 0; i < head_dim; i++) out[i] = 0.0f;
-    for (int s = 0; s < splits; s++) {
-      float weight = exp(splat(share(s)[head_dim] - top))[0];
-      total += weight * share(s)[head_dim + 1];
-      for (int i = 0; i < head_dim; i++) out[i] += weight * share(s)[i];
-    }
-    for (int i = 0; i < head_dim; i++) out[i] /= total;
+  auto share = [&](int split) {
+    return part + static_cast<int64_t>(split) * group * (head_dim + 2);
+  };
+  float top = -INFINITY, total = 0.0f;
+  for (int s = 0; s < splits; s++) top = share(s)[head_dim] > top ? share(s)[head_dim] : top;
+  for (int i = 0; i < head_dim; i++) y[i] = 0.0f;
+  for (int s = 0; s < splits; s++) {
+    float weight = exp(splat(share(s)[head_dim] - top))[0];
+    total += weight * share(s)[head_dim + 1];
+    for (int i = 0; i < head_dim; i++) y[i] += weight * share(s)[i];
   }
+  for (int i = 0; i < head_dim; i++) y[i] /= total;
 }
 
 }  // namespace tilert::TILERT_ISA

@@ -315,15 +315,15 @@ class CombineTask final : public Task {
     y_ = in.floats(f.y, f.rows, int64_t{f.heads} * f.head_dim);
   }
 
-  int tiles() const override { return f_.rows * f_.kv_heads; }
+  int tiles() const override { return f_.rows * f_.heads; }
 
   void run(int lo, int hi, float*) const override {
-    const int group = f_.heads / f_.kv_heads;
-    const int64_t shares = int64_t{group} * f_.splits * (f_.head_dim + 2);
-    hi = std::min(hi, count_() * f_.kv_heads);
+    const int group = f_.heads / f_.kv_heads, width = f_.head_dim + 2;
+    hi = std::min(hi, count_() * f_.heads);
     for (int tile = lo; tile < hi; ++tile) {
-      const int t = tile / f_.kv_heads, g = tile % f_.kv_heads;
-      kernels_.combine(y_.row(t) + int64_t{g} * group * f_.head_dim, part_.row(t) + g * shares,
+      const int t = tile / f_.heads, head = tile % f_.heads;
+      const int64_t first = int64_t{head / group} * f_.splits * group + head % group;
+      kernels_.combine(y_.row(t) + int64_t{head} * f_.head_dim, part_.row(t) + first * width,
                        f_.splits, group, f_.head_dim);
     }
   }

@@ -8,30 +8,27 @@
 // positions, warps 0 to 3 the even pages of the share and warps 4 to 7 the odd ones. Each warp
 // keeps its own maximum and sums (online softmax, in powers of two); they are merged at the end.
 //
-// A token's own position is scored apart, from shared memory. The earlier tokens of its sequence in
-// the same step are put into their pages where those have arrived, for the cache may not have them
-// yet. So a token finds the same bits whether those before it were in its step or in earlier ones.
+// The op Append is made of the same code, for it is small: its tiles follow those of the shares,
+// and put the step's keys and values into the cache. A token's own position is scored apart, from
+// shared memory. The earlier tokens of its sequence in the same step are put into their pages where
+// those have arrived, for the cache may not have them yet. So a token finds the same bits whether
+// those before it were in its step or in earlier ones.
 #pragma once
-#include "linear.cuh"
-
-template <int kHeadDim>
-__device__ __forceinline__ u32 swizzle(u32 row, u32 piece) {
-  constexpr u32 kPieces = kHeadDim / 8;
-  constexpr u32 kMask = kPieces % 8 == 0 ? 7 : kPieces % 4 == 0 ? 3 : kPieces % 2 == 0 ? 1 : 0;
-  return piece ^ (row & kMask);
-}
+#include "heads.cuh"
 
 template <int kHeads, int kKvHeads, int kHeadDim, int kAttnWindow, int kSplits, bool kTagged,
           class QNorm, class KNorm, u32 kEpsBits, u32 kScaleBits, int kQPitch, int kKPitch,
-          int kVPitch>
+          int kVPitch, bool kTagsOut>
 struct Attend {
+  using H = Head<kHeadDim>;
+  using Values = typename H::Values;
   static constexpr int kGroup = kHeads / kKvHeads, kRows = kGroup * kTokens;
   static constexpr int kRowBlocks = (kRows + 15) / 16;
   static_assert(kRowBlocks <= 2 && kHeadDim % 16 == 0 && kHeadDim <= 128, "shape of a kv head");
-  static constexpr u32 kPageBytes = kPage * kHeadDim * 2;
+  static constexpr u32 kPageBytes = H::kPageBytes;
   static_assert(kPageBytes <= kSlotBytes, "a page of one kv head fits a slot");
   static constexpr int kSteps = kHeadDim / 16;
-  static constexpr int kPairs = (kHeadDim / 2 + 31) / 32;  // rotated pairs of a head per lane
+  static constexpr u32 kTiles = kKvHeads * kSplits;
   static constexpr int kPitch = kHeadDim + 2;
   static constexpr int kYPitch = kHeads * kSplits * kPitch;   // of a token's results
   static constexpr int kMergeRows = kRows < 16 ? kRows : 16;  // merged at once
@@ -84,14 +81,11 @@ struct Attend {
     return split > 0 && split >= active_shares(first_visible(hi, kAttnWindow), hi, kSplits);
   }
 
-  static __device__ __forceinline__ u64 page_at(const Block& b, u32 token, u32 page, u32 g) {
-    const u32* table = b.params.pages + b.params.sequences[token] * b.params.page_cols;
-    return (u64(__ldg(table + page)) * kKvHeads + g) * kPageBytes;
-  }
-
+  // The run has a wait for the appends of the step before (verified as rule `stream`).
   static __device__ __forceinline__ bool stream(Loader& l, const Run& run) {
     Block& b = l.b;
-    if (!l.past()) return false;
+    if (run.first >= kTiles) return true;
+    if (!l.appended(run)) return false;
     for (u32 tile = run.first; tile < run.first + run.count; ++tile)
       for (Span span; span.next(b.params);) {
         const u32 split = tile % kSplits, first = first_of(b, span), end = end_of(b, span);
@@ -99,7 +93,7 @@ struct Attend {
         for (u32 round = first / kSplits; round * kSplits < end; ++round) {
           const u32 page = page_of(round, split, kSplits);
           if (page < first || page >= end) continue;
-          u64 at = page_at(b, span.begin, page, tile / kSplits);
+          u64 at = H::template page_at<kKvHeads>(b, span.begin, page, tile / kSplits);
 #pragma unroll
           for (int kv = 0; kv < 2; ++kv) {
             if (!l.acquire()) return false;
@@ -114,64 +108,8 @@ struct Attend {
 
   // What turning heads needs, fetched while the inputs are awaited.
   struct Held {
-    float q_norm[2 * kPairs], k_norm[2 * kPairs];
+    Values q_norm, k_norm;
   };
-
-  template <class Norm>
-  static __device__ __forceinline__ void fetch_norm(const u8* norm, float (&to)[2 * kPairs]) {
-    if constexpr (Norm::kGiven) {
-      auto w = reinterpret_cast<const typename Norm::Bits*>(norm);
-#pragma unroll
-      for (int i = 0; i < kPairs; ++i) {
-        const int e = min(lane() + 32 * i, kHeadDim / 2 - 1);
-        to[2 * i] = Norm::widen(__ldg(w + e)),
-               to[2 * i + 1] = Norm::widen(__ldg(w + kHeadDim / 2 + e));
-      }
-    }
-  }
-
-  // Elements l + 32 i of both halves of a head are lane l's: v[2 i] and v[2 i + 1].
-  static __device__ __forceinline__ void take_head(const float* head, float (&v)[2 * kPairs]) {
-#pragma unroll
-    for (int i = 0; i < kPairs; ++i) {
-      const int e = lane() + 32 * i;
-      v[2 * i] = e < kHeadDim / 2 ? head[e] : 0;
-      v[2 * i + 1] = e < kHeadDim / 2 ? head[kHeadDim / 2 + e] : 0;
-    }
-  }
-
-  template <class Norm>
-  static __device__ __forceinline__ void turn(const float* angles, const float (&norm)[2 * kPairs],
-                                              float (&v)[2 * kPairs]) {
-    float sum = 0, factor = 1;
-#pragma unroll
-    for (int i = 0; i < 2 * kPairs; ++i) sum = fmaf(v[i], v[i], sum);
-    if constexpr (Norm::kGiven)
-      factor = inverse_root(warp_sum(sum) / kHeadDim + __uint_as_float(kEpsBits));
-    float angle[2 * kPairs];
-    take_head(angles, angle);
-#pragma unroll
-    for (int i = 0; i < kPairs; ++i) {
-      float a = v[2 * i], c = v[2 * i + 1];
-      if constexpr (Norm::kGiven) a *= factor * norm[2 * i], c *= factor * norm[2 * i + 1];
-      v[2 * i] = fmaf(a, angle[2 * i], -(c * angle[2 * i + 1]));
-      v[2 * i + 1] = fmaf(c, angle[2 * i], a * angle[2 * i + 1]);
-    }
-  }
-
-  static __device__ __forceinline__ void put(u16* rows, u32 row, u32 e, float v) {
-    rows[row * kHeadDim + swizzle<kHeadDim>(row, e / 8) * 8 + e % 8] = u16(pack_bf16(v, 0));
-  }
-
-  static __device__ __forceinline__ void put_head(u16* rows, u32 row,
-                                                  const float (&v)[2 * kPairs]) {
-#pragma unroll
-    for (int i = 0; i < kPairs; ++i) {
-      u32 e = lane() + 32 * i;
-      if (e >= kHeadDim / 2) continue;
-      put(rows, row, e, v[2 * i]), put(rows, row, kHeadDim / 2 + e, v[2 * i + 1]);
-    }
-  }
 
   // Where the products left a piece of a head, and its tag. Heads of a token: queries, key, value.
   static __device__ __forceinline__ const float* piece_at(const Block& b, const Run& run, u32 g,
@@ -184,10 +122,11 @@ struct Attend {
     return b.at(operand) + token * pitch + column * kHeadDim + piece * 4;
   }
 
-  // The tokens' angles and heads to shared memory, all loads under way at once; keys and values
-  // only where they are needed.
+  // The tokens' angles and heads to shared memory, all loads under way at once; queries, and keys
+  // and values, only where they are needed.
   static __device__ __forceinline__ void gather(const Block& b, const Run& run, u32 g,
-                                                const Span& span, bool fresh, Scratch& scratch) {
+                                                const Span& span, bool queries, bool fresh,
+                                                Scratch& scratch) {
     float4 angle, v[kLoads];
     const u32 of = thread() / kPieces, at = thread() % kPieces * 4;
     if (of < span.tokens()) {
@@ -202,7 +141,7 @@ struct Attend {
 #pragma unroll
       for (int i = 0; i < kLoads; ++i) {
         const u32 index = thread() + i * kThreads, head = index / kPieces;
-        in[i] = head / kHeadsOf < span.tokens() && (fresh || head % kHeadsOf < kGroup);
+        in[i] = head / kHeadsOf < span.tokens() && (head % kHeadsOf < kGroup ? queries : fresh);
         const float* from = piece_at(b, run, g, span.begin + head / kHeadsOf, head % kHeadsOf,
                                      index % kPieces, tag[i]);
         if (in[i]) v[i] = load_float4(from);
@@ -224,8 +163,8 @@ struct Attend {
     }
   }
 
-  // True when a split needs the new keys and values: to append them, or for a page that they are
-  // in.
+  // True when a split needs the new keys and values: for the tokens' own positions, or for a page
+  // that they are in.
   static __device__ __forceinline__ bool takes_new(const Block& b, const Span& span, u32 split) {
     if (split == 0) return true;
     if (span.tokens() == 1) return false;
@@ -233,34 +172,50 @@ struct Attend {
     return split == split_of(first, kSplits) || split == split_of(last, kSplits);
   }
 
-  // Queries to shared memory, new keys and values too where they are needed; split 0 appends those
-  // to the cache.
+  // Queries to shared memory, and new keys and values, where they are needed.
   static __device__ __forceinline__ void prepare(Block& b, const Run& run, const Held& held, u32 g,
-                                                 u32 split, const Span& span, Scratch& scratch) {
-    const bool fresh = takes_new(b, span, split);
-    gather(b, run, g, span, fresh, scratch);
+                                                 const Span& span, bool queries, bool fresh,
+                                                 Scratch& scratch) {
+    gather(b, run, g, span, queries, fresh, scratch);
     sync_consumers();
 #pragma unroll 1
     for (u32 i = warp(); i < span.tokens() * kHeadsOf; i += kWarps) {
       const u32 token = i / kHeadsOf, head = i % kHeadsOf;
-      if (head >= kGroup && !fresh) continue;
-      float v[2 * kPairs];
-      take_head(scratch.raw[i], v);
+      if (!(head < kGroup ? queries : fresh)) continue;
+      Values v, angles;
+      H::take(scratch.raw[i], v);
+      H::take(scratch.angles[token], angles);
       if (head < kGroup) {
-        turn<QNorm>(scratch.angles[token], held.q_norm, v);
-        put_head(scratch.q, token * kGroup + head, v);
-        continue;
+        H::template turn<QNorm, kEpsBits>(angles, held.q_norm, v);
+        H::put(scratch.q, token * kGroup + head, v);
+      } else {
+        if (head == kGroup) H::template turn<KNorm, kEpsBits>(angles, held.k_norm, v);
+        H::put((head == kGroup ? scratch.k : scratch.v)[token], 0, v);
       }
-      const bool key = head == kGroup;
-      if (key) turn<KNorm>(scratch.angles[token], held.k_norm, v);
-      put_head((key ? scratch.k : scratch.v)[token], 0, v);
-      if (split) continue;
-      u8* cache = const_cast<u8*>(key ? run.w : run.w_up);
-      const u32 position = b.position(span.begin + token);
-      const u64 at = page_at(b, span.begin, position / kPage, g);
-      put_head(reinterpret_cast<u16*>(cache + at), position % kPage, v);
-      fence_proxy();  // others will stream what is new
     }
+    sync_consumers();
+  }
+
+  // A row in its place in a page.
+  static __device__ __forceinline__ void put_row(const u16 (&made)[kHeadDim], u16* page, u32 at) {
+    if (lane() < kHeadDim / 8)
+      reinterpret_cast<uint4*>(page + at * kHeadDim)[swizzle<kHeadDim>(at, lane())] =
+          reinterpret_cast<const uint4*>(made)[lane()];
+  }
+
+  // New keys and values of kv head g into the caches.
+  static __device__ __forceinline__ void append(const Block& b, const Run& run, u32 g,
+                                                const Span& span, const Scratch& scratch) {
+#pragma unroll 1
+    for (u32 i = warp(); i < 2 * span.tokens(); i += kWarps) {
+      const u32 token = i / 2, position = b.position(span.begin + token);
+      u8* cache = const_cast<u8*>(i % 2 ? run.w_up : run.w);
+      const u64 at = H::template page_at<kKvHeads>(b, span.begin, position / kPage, g);
+      put_row((i % 2 ? scratch.v : scratch.k)[token], reinterpret_cast<u16*>(cache + at),
+              position % kPage);
+    }
+    fence_proxy();  // others will stream what is new
+    sync_consumers();
   }
 
   // Scores of the tokens' own positions, in powers of two; one key each needs no matrix unit.
@@ -285,10 +240,7 @@ struct Attend {
     for (u32 t = 0; t + 1 < span.tokens(); ++t) {
       const u32 row = first + t - position0;
       if (row >= 16) continue;
-      const u32 at = position0 % kPage + row;
-      if (lane() < kHeadDim / 8)
-        reinterpret_cast<uint4*>(page + at * kHeadDim)[swizzle<kHeadDim>(at, lane())] =
-            reinterpret_cast<const uint4*>(made[t])[lane()];
+      put_row(made[t], page, position0 % kPage + row);
     }
     fence_proxy();  // the copy engine will write to this slot again
     __syncwarp();
@@ -438,7 +390,7 @@ struct Attend {
   // Rows [first, first + 16): warps 4 to 7, if they had pages, give to 0 to 3, and all threads add
   // up those four and the tokens' own positions. y: of the span's first token, this tile's columns.
   static __device__ __forceinline__ void merge(State& state, Scratch& scratch, u32 first, u32 rows,
-                                               bool both, bool own, float* y) {
+                                               bool both, bool own, float* y, u32 tag) {
     if (both) {
       if (warp() >= 4) store_state(state, scratch.merged[warp() - 4]);
       sync_consumers();
@@ -451,8 +403,9 @@ struct Attend {
 #pragma unroll 1
     for (u32 i = thread(); i < min(rows - first, 16u) * kRowPairs; i += kThreads) {
       const u32 part = i / kRowPairs, column = i % kRowPairs * 2, row = first + part;
-      store_float2(y + row / kGroup * kYPitch + row % kGroup * kPitch + column,
-                   merged(scratch, row, part, column, own));
+      float2 v = merged(scratch, row, part, column, own);
+      if constexpr (kTagsOut) v = {tagged(v.x, tag), tagged(v.y, tag)};
+      store_float2(y + row / kGroup * kYPitch + row % kGroup * kPitch + column, v);
     }
   }
 
@@ -483,10 +436,12 @@ struct Attend {
 
   static __device__ __forceinline__ void tile(Block& b, const Run& run, const Held& held, u32 index,
                                               const Span& span, Scratch& scratch) {
-    const u32 g = index / kSplits, split = index % kSplits, rows = span.tokens() * kGroup;
-    if (idle(b, span, split)) return;
-    prepare(b, run, held, g, split, span, scratch);
-    sync_consumers();
+    const bool appends = index >= kTiles;
+    const u32 g = appends ? index - kTiles : index / kSplits, split = index % kSplits;
+    const u32 rows = span.tokens() * kGroup;
+    if (!appends && idle(b, span, split)) return;
+    prepare(b, run, held, g, span, !appends, appends || takes_new(b, span, split), scratch);
+    if (appends) return append(b, run, g, span, scratch);
     if (split == 0 && warp() >= kWarps / 2) score_own(scratch, rows);
     State state[kRowBlocks];
     Visible seen[kRowBlocks];
@@ -509,7 +464,8 @@ struct Attend {
     for (int r = 0; r < kRowBlocks; ++r) {  // in a loop: this is much code, that runs once
       State& last = state[kRowBlocks - 1];
       if (r + 1 == kRowBlocks && kRowBlocks > 1) state[0] = last;
-      if (u32(r * 16) < rows) merge(state[0], scratch, r * 16, rows, both, split == 0, y);
+      if (u32(r * 16) < rows)
+        merge(state[0], scratch, r * 16, rows, both, split == 0, y, b.tag(run.y));
       sync_consumers();
     }
   }
@@ -541,36 +497,36 @@ struct Attend {
 
   static __device__ __forceinline__ bool consume(Block& b, const Run& run) {
     Held held;
-    fetch_norm<QNorm>(run.norm, held.q_norm);
-    fetch_norm<KNorm>(run.norm2, held.k_norm);
+    H::template fetch_norm<QNorm>(run.norm, held.q_norm);
+    H::template fetch_norm<KNorm>(run.norm2, held.k_norm);
     if (!wait_for_inputs<kTagged>(b, run)) return false;
     Scratch& scratch = *reinterpret_cast<Scratch*>(b.scratch);
     for (u32 i = run.first; i < run.first + run.count; ++i)
       for (Span span; span.next(b.params);) tile(b, run, held, i, span, scratch);
-    if (thread() == 0) signal<false>(b, run);
+    if (thread() == 0) run.first < kTiles ? signal<kTagsOut>(b, run) : signal<false>(b, run);
     return true;
   }
 };
 
-// Merges the shares that attention left, as Inputs does where there is one token; tile t * kKvHeads
-// + g: kv head g of token t. Rows without a token get zeros, so that their tags are there.
-template <int kKvHeads, int kGroup, int kHeadDim, int kSplits, class Active, bool kTagged,
-          bool kNarrow>
+// Merges the shares that attention left; tile t * kHeads + h: query head h of token t. Rows without
+// a token get zeros, so that their tags are there.
+template <int kHeads, int kGroup, int kHeadDim, int kSplits, class Active, bool kTagsIn,
+          bool kTagged, bool kNarrow>
 struct Combine {
   static constexpr int kAtOnce = kSplits < 16 ? kSplits : 16;
   static constexpr int kPitch = kHeadDim + 2, kStride = kGroup * kPitch;  // of a head, of a share
-  static constexpr int kWidth = kGroup * kHeadDim;
 
   static __device__ __forceinline__ bool stream(Loader&, const Run&) { return true; }
   static __device__ __forceinline__ bool consume(Block& b, const Run& run) {
-    if (!wait_for_inputs<false>(b, run)) return false;
-    for (u32 tile = run.first; tile < run.first + run.count; ++tile)
-      for (int i = thread(); i < kWidth / 2; i += kThreads) {
-        const float2 v = blended(b, run, tile, i * 2 / kHeadDim, i * 2 % kHeadDim);
-        const u32 at = tile * kWidth + 2 * i;
-        store_output<kTagged, kNarrow>(b.at(run.y), at, v.x, b.tag(run.y));
-        store_output<kTagged, kNarrow>(b.at(run.y), at + 1, v.y, b.tag(run.y));
-      }
+    if (!wait_for_inputs<kTagsIn>(b, run)) return false;
+#pragma unroll 1
+    for (int i = thread(); i < int(run.count) * (kHeadDim / 2); i += kThreads) {
+      const u32 tile = run.first + i / (kHeadDim / 2), column = i % (kHeadDim / 2) * 2;
+      const float2 v = blended(b, run, tile, column);
+      const u32 at = tile * kHeadDim + column;
+      store_output<kTagged, kNarrow>(b.at(run.y), at, v.x, b.tag(run.y));
+      store_output<kTagged, kNarrow>(b.at(run.y), at + 1, v.y, b.tag(run.y));
+    }
     sync_consumers();
     if (thread() == 0) signal<kTagged>(b, run);
     return true;
@@ -578,22 +534,18 @@ struct Combine {
 
  private:
   static __device__ __forceinline__ float2 blended(const Block& b, const Run& run, u32 tile,
-                                                   u32 head, u32 column) {
-    const u32 token = tile / kKvHeads;
+                                                   u32 column) {
+    const u32 token = tile / kHeads, head = tile % kHeads;
     if (token >= b.count()) return {0, 0};
     const int shares = Active::count(b, token, kSplits);
-    const float* from = b.at(run.x) + u64(tile) * kSplits * kStride + head * kPitch;
+    const float* from = b.at(run.x) + u64(token) * (kHeads * kSplits * kPitch) +
+                        head / kGroup * (kSplits * kStride) + head % kGroup * kPitch;
     Blend blend;
     float2 x = {0, 0};
+#pragma unroll 1
     for (int first = 0; first < kSplits; first += kAtOnce) {
       float2 top[kAtOnce], v[kAtOnce];
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        const float* share = from + (first + i) * kStride;
-        const bool in = first + i < shares;
-        top[i] = load_float2_if(in, share + kHeadDim, {-infinity(), 0});
-        v[i] = load_float2_if(in, share + column, {0, 0});
-      }
+      load(b, run, from + first * kStride, shares - first, column, top, v);
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
         float fade, weight;
@@ -603,5 +555,33 @@ struct Combine {
     }
     const float inverse = blend.inverse();
     return {rounded_for_tag(x.x * inverse), rounded_for_tag(x.y * inverse)};  // as Inputs
+  }
+
+  // Some shares, all loads under way at once; again while tags say that some are late.
+  static __device__ __forceinline__ void load(const Block& b, const Run& run, const float* from,
+                                              int shares, u32 column, float2 (&top)[kAtOnce],
+                                              float2 (&v)[kAtOnce]) {
+    const u32 tag = b.tag(run.x);
+    Retry retry;
+    for (u32 other = 1; other;) {
+      other = 0;
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const float* share = from + i * kStride;
+        top[i] = load_float2_if(i < shares, share + kHeadDim, {-infinity(), 0});
+        v[i] = load_float2_if(i < shares, share + column, {0, 0});
+      }
+      if constexpr (!kTagsIn) return;
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const u32 late = other_tag(top[i].x, tag) | other_tag(top[i].y, tag) |
+                         other_tag(v[i].x, tag) | other_tag(v[i].y, tag);
+        if (i >= shares) continue;
+        other |= late;
+        top[i] = {untagged(top[i].x), untagged(top[i].y)};
+        v[i] = {untagged(v[i].x), untagged(v[i].y)};
+      }
+      if (other && retry.in_vain(b, tag)) return;
+    }
   }
 };

@@ -7,44 +7,19 @@ while the next one is being made; a flag there ends the launch within one token.
 from __future__ import annotations
 
 import ctypes
-from collections import defaultdict
 from collections.abc import Generator, Mapping
 from shlex import quote
 from typing import Any, Protocol
 
 import numpy as np
 
-from tilert.backends.cuda.limits import RUN_BYTES, fitting_slots, shared_bytes
+from tilert.backends.cuda.limits import fitting, shared_bytes
 from tilert.backends.cuda.source import KERNEL, Source, generate, passes
+from tilert.backends.cuda.tables import RANK_SHIFT, queues, tables
 from tilert.backends.hang import Hang, save
-from tilert.ir.program import NONE, PAGE, Buf, Kind, Op, Program, Run
-from tilert.ir.tags import TAGS, Tags, derive
-from tilert.ops import (
-    Accept,
-    Adjust,
-    Argmax,
-    Attend,
-    Bins,
-    Combine,
-    Draw,
-    Embed,
-    ExpertDown,
-    ExpertGate,
-    Guess,
-    IndexRope,
-    IndexScore,
-    LatentAttention,
-    LatentRope,
-    Linear,
-    NextToken,
-    Norm,
-    Route,
-    Select,
-    Sift,
-    Totals,
-)
+from tilert.ir.program import PAGE, Kind, Program
+from tilert.ops import Attend, IndexRope, LatentRope
 from tilert.ops.draw import BIASED, COUNTED, MASKED
-from tilert.ops.linear import ADD
 
 MAX_STEPS = 16384  # of one launch
 MAX_TOKENS = 8  # kMaxTokens
@@ -52,22 +27,9 @@ MAX_STOPS = 16
 COUNTER_PITCH = 32  # words
 UNSET = 0xFFFFFFFF  # a letter that has not come
 NO_TOKEN = 0xFFFFFFFE  # kNoToken
-PASS_SHIFT = 12  # kPassShift
-NO_SIGNAL = 0xFFFF
 FAILED = 2  # enum Verdict
-RANK_SHIFT = 24  # kRankShift
 SAMPLING = {"controls": 0, "mask": MASKED, "biases": BIASED, "tally": COUNTED}  # flag that needs it
 FAILURE_BYTES = 20  # struct Failure
-RUN = np.dtype(  # struct Run
-    [(name, "<u2") for name in ("variant", "wait_begin", "wait_count", "signal")]
-    + [(name, "<u4") for name in ("first", "count")]
-    + [
-        (name, "<u8")
-        for name in ("w", "w_up", "norm", "norm2", "bias", "bias_up", "scale", "scale_up")
-    ]
-    + [(name, "<u4") for name in ("x", "y", "x2", "x3")]
-)
-assert RUN.itemsize == RUN_BYTES
 
 
 class Memory(Protocol):
@@ -134,9 +96,8 @@ class LaunchError(RuntimeError):
 class _Params(ctypes.Structure):
     _fields_ = [
         (name, ctypes.c_void_p)
-        for name in ("runs", "run_begin", "waits", "wait_begin", "totals", "counters", "arena", "tokens",
-                     "passes", "pages", "stop_ids", "mailbox", "cancel", "verdict", "failures", "stamps",
-                     "clocks")
+        for name in ("queues", "queue_begin", "run_begin", "counters", "arena", "tokens", "passes", "pages",
+                     "stop_ids", "mailbox", "cancel", "verdict", "failures", "stamps", "clocks")
     ] + [(name, ctypes.c_uint32 * MAX_TOKENS) for name in ("positions", "sequences")
     ] + [(name, ctypes.c_uint32) for name in ("count", "page_cols", "steps")]  # fmt: skip
 
@@ -187,8 +148,8 @@ class CudaBackend:
     ) -> None:
         assert program.tokens == program.outputs <= MAX_TOKENS, "every token has an output"
         self.program, self.device = program, device
-        self.slots = fitting_slots(program, device.shared_bytes)
-        source = generate(program, device.shared_bytes)
+        self.layout = fitting(program, device.shared_bytes)
+        source = generate(program, self.layout)
         self.kernel = self._load(source)
         # Stamps, clocks and steps of the last launch, when it was traced.
         self._traced: tuple[Memory, Memory, int] | None = None
@@ -210,11 +171,12 @@ class CudaBackend:
         assert first < 4 << RANK_SHIFT, "offsets in the arena are words of 24 bits"
         self.counters = device.allocate(4 * COUNTER_PITCH * len(program.counters))
         self.outcome = device.allocate(4 + FAILURE_BYTES * len(program.queues))  # verdict, failures
+        self.runs, self.waits = queues(  # see `tables`
+            program, source.variants, weights, caches, homes, self.arena.address
+        )
         self.tables = {
             name: self._upload(table)
-            for name, table in _tables(
-                program, source.variants, weights, caches, homes, self.arena.address
-            ).items()
+            for name, table in tables(program, self.layout, self.runs, self.waits).items()
         }
         self.passes = passes(program)[-1]
         own = 2 * self.passes + 2 * program.tokens  # struct Passes
@@ -223,7 +185,7 @@ class CudaBackend:
         self.mailbox = device.pinned(MAX_STEPS * program.tokens + 1)  # at the end the cancel flag
 
     def _load(self, source: Source) -> Kernel:
-        return self.device.load(source, KERNEL, shared_bytes(self.program, self.slots))
+        return self.device.load(source, KERNEL, shared_bytes(self.program, self.layout))
 
     def trace(self, enabled: bool) -> None:
         """Record the times of every run from the next launch on, or stop doing so.
@@ -231,8 +193,7 @@ class CudaBackend:
         Another kernel does it: the one that does not trace has nothing of it.
         """
         self._tracing = enabled
-        made = generate(self.program, self.device.shared_bytes, trace=enabled)
-        self.kernel = self._load(made)
+        self.kernel = self._load(generate(self.program, self.layout, trace=enabled))
 
     def records(self) -> np.ndarray:
         """int64 [runs, 6] of the last launch: worker, run, step, wait begin, start, end; times in ns.
@@ -391,207 +352,3 @@ def _check_spans(sequences: list[int], positions: list[int]) -> None:
     assert len(ends) + 1 == len(set(sequences)), "tokens of one sequence stand together"
     steps = [positions[i] - positions[i - 1] for i in range(1, len(positions)) if i not in ends]
     assert all(step == 1 for step in steps), "at consecutive positions"
-
-
-def _tables(
-    program: Program, variants: list[int], weights: Mapping[str, int], caches: Mapping[str, int],
-    states: Mapping[str, int], arena: int,
-) -> dict[str, np.ndarray]:  # fmt: skip
-    """The read-only tables of struct Params, with all operands resolved to addresses.
-
-    states: where the state buffers are that ops find through their run, an address or a place in the arena;
-    others come with Params.
-    arena: where it begins.
-    """
-    tags = derive(program)
-    homes = {Kind.WEIGHT: weights, Kind.CACHE: caches}
-    at = [
-        homes[b.kind][b.name] if b.kind in homes else states.get(b.name, b.offset // 4)
-        for b in program.buffers
-    ]
-    choices, number = _choices(program), passes(program)
-    runs = np.zeros(sum(map(len, program.queues)), RUN)
-    records = iter(runs)
-    waits: list[int] = []
-    wait_begin = [0]
-    for queue in program.queues:
-        known = -1  # the choice that the loader has
-        for run in queue:
-            record = next(records)
-            record["variant"] = variants[run.op] | number[run.op] << PASS_SHIFT
-            record["wait_begin"] = len(waits) - wait_begin[-1]
-            record["wait_count"] = len(run.waits)
-            record["signal"] = NO_SIGNAL if run.signal < 0 else run.signal
-            _resolve(record, program, run, at)
-            ordered, op = run.waits, program.ops[run.op]
-            if isinstance(op, ExpertGate | ExpertDown):
-                maker, signals = choices[run.op]
-                # Those for the choice first: the loader has them, too.
-                ordered = sorted(run.waits, key=lambda w: bool(w.lag) or w.counter not in signals)
-                if maker != known:
-                    record["x3"] = sum(w.counter in signals and not w.lag for w in ordered)
-                known = maker
-                record["bias_up"] = arena + program.buffers[op.chosen].offset
-                if isinstance(op, ExpertDown):
-                    record["bias"] = arena + program.buffers[op.weights].offset
-            _add_ranks(record, program, run.op, tags)
-            waits += [w.counter | (w.threshold | w.lag << 15) << 16 for w in ordered]
-        wait_begin.append(len(waits))
-    starts = np.cumsum([0, *map(len, program.queues)])
-    return {
-        "runs": runs.view(np.uint8),
-        "run_begin": starts.astype(np.uint32),
-        "waits": np.asarray(waits, np.uint32),
-        "wait_begin": np.asarray(wait_begin, np.uint32),
-        "totals": np.asarray([c.total for c in program.counters], np.uint32),
-    }
-
-
-def _choices(program: Program) -> dict[int, tuple[int, set[int]]]:
-    """For each op that streams what is chosen: the op that chooses, and the counters that it signals."""
-    signals: dict[int, set[int]] = defaultdict(set)
-    for run in (run for queue in program.queues for run in queue):
-        signals[run.op].add(run.signal)
-    found: dict[int, tuple[int, set[int]]] = {}
-    last: dict[int, int] = {}  # the op that wrote each choice
-    for index, op in enumerate(program.ops):
-        if isinstance(op, ExpertGate | ExpertDown):
-            found[index] = last[op.chosen], signals[last[op.chosen]]
-        elif isinstance(op, Route):
-            last[op.chosen] = index
-    return found
-
-
-def _add_ranks(record: Any, program: Program, index: int, tags: Tags) -> None:
-    """Ranks of tags into the operands' top bytes: of the op's own write, of those that it reads."""
-    op = program.ops[index]
-
-    def writer(buf: Buf) -> int:
-        return tags.rank[tags.writer(buf, index)] % TAGS << RANK_SHIFT
-
-    if isinstance(op, Linear | ExpertGate | ExpertDown):
-        if op.x in tags.writers:
-            record["x"] += writer(op.x)
-        adds = isinstance(op, ExpertDown) or (isinstance(op, Linear) and op.epilogue == ADD)
-        if adds and op.y in tags.writers:
-            record["x2"] = writer(op.y)
-    operands: tuple[tuple[str, Buf], ...] = ()
-    if isinstance(op, Attend):
-        operands = ("x", op.q), ("x2", op.k), ("x3", op.v)
-    elif isinstance(op, Route):
-        operands = (("x", op.logits),)
-    elif isinstance(op, LatentRope):
-        operands = (("x2", op.kv),)
-    elif isinstance(op, Norm):
-        operands = (("x", op.x),)
-    elif isinstance(op, LatentAttention):
-        operands = (("x", op.q),)
-    elif isinstance(op, IndexRope):
-        operands = (("x2", op.k),)
-    elif isinstance(op, IndexScore):
-        operands = (("x2", op.head_weights),)
-    for name, buf in operands:
-        if buf in tags.writers:
-            record[name] += writer(buf)
-    if tags.silent(index):
-        record["y"] += tags.rank[index] % TAGS << RANK_SHIFT
-
-
-def _resolve(record: Any, program: Program, run: Run, at: list[int]) -> None:
-    """The fields of struct Run that depend on the op. at: address (arena: float) of each buffer."""
-    op: Op = program.ops[run.op]
-
-    def home(buf: int, row: int = 0, cols: int = 0) -> int:
-        return 0 if buf == NONE else at[buf] + row * cols * program.buffers[buf].dtype.bytes
-
-    if isinstance(op, Linear):
-        begin, end = op.span(run.lo, run.hi)
-        record["first"], record["count"] = begin, end - begin
-        record["w"], record["w_up"] = home(op.w, begin, op.k), home(op.w_up, begin, op.k)
-        record["bias"], record["bias_up"] = home(op.bias, begin, 1), home(op.bias_up, begin, 1)
-        scales = (program.buffers[w].scale if w != NONE else NONE for w in (op.w, op.w_up))
-        record["scale"], record["scale_up"] = (home(scale) for scale in scales)
-        record["norm"], record["x"], record["y"] = (
-            home(op.norm),
-            at[op.x] + op.x_col,
-            at[op.y] + op.y_col,
-        )
-        return
-    record["first"], record["count"] = run.lo, run.hi - run.lo
-    if isinstance(op, ExpertGate | ExpertDown):
-        _resolve_experts(record, program, op, run, at)
-    elif isinstance(op, Attend):
-        record["w"], record["w_up"], record["y"] = at[op.k_cache], at[op.v_cache], at[op.y]
-        record["norm"], record["norm2"] = home(op.q_norm), home(op.k_norm)
-        record["bias_up"] = at[op.table]
-        record["x"], record["x2"], record["x3"] = at[op.q], at[op.k] + op.k_col, at[op.v] + op.v_col
-    elif isinstance(op, LatentRope):
-        record["w"], record["norm"], record["bias_up"] = (
-            at[op.latent_cache],
-            at[op.weight],
-            at[op.table],
-        )
-        record["x"], record["x2"] = at[op.q] + op.q_col, at[op.kv] + op.kv_col
-    elif isinstance(op, LatentAttention):
-        record["w"], record["y"] = at[op.latent_cache], at[op.y]
-        record["x"], record["x2"] = at[op.q], at[op.q_rope] + op.q_col
-        record["x3"] = 0 if op.selected == NONE else at[op.selected]
-    elif isinstance(op, IndexRope):
-        record["w"], record["w_up"] = at[op.index_cache], at[op.index_scale]
-        record["norm"], record["norm2"] = at[op.weight], at[op.shift]
-        record["bias_up"] = at[op.table]
-        record["x"], record["x2"] = at[op.q] + op.q_col, at[op.k] + op.k_col
-    elif isinstance(op, IndexScore):
-        record["w"], record["w_up"] = at[op.index_cache], at[op.index_scale]
-        record["x"], record["x2"] = at[op.q] + op.q_col, at[op.head_weights] + op.w_col
-        record["y"] = at[op.y]
-    elif isinstance(op, Select):
-        record["x"], record["y"] = at[op.scores], at[op.chosen]
-    elif isinstance(op, Embed):
-        record["w"], record["y"] = at[op.table], at[op.y]
-    elif isinstance(op, Argmax):
-        record["x"], record["y"] = at[op.logits], at[op.part]
-    elif isinstance(op, Route):
-        record["norm"], record["x"] = home(op.bias), at[op.logits]
-        record["y"], record["x2"] = at[op.chosen], at[op.weights]
-    elif isinstance(op, NextToken | Accept | Guess):
-        record["x"] = at[op.part]
-    elif isinstance(op, Norm):
-        record["norm"], record["x"], record["y"] = at[op.weight], at[op.x], at[op.y]
-    elif isinstance(op, Totals):
-        record["x"], record["y"] = at[op.bins], at[op.totals]
-    elif isinstance(op, Combine):
-        record["x"], record["y"] = at[op.part], at[op.y]
-    elif isinstance(op, Adjust | Bins | Sift | Draw):
-        _resolve_sampling(record, op, at)
-
-
-def _resolve_experts(
-    record: Any, program: Program, op: ExpertGate | ExpertDown, run: Run, at: list[int]
-) -> None:
-    """Rows of whole tiles: where they begin in a bank is known when the choice is."""
-    begin, end = run.lo * op.tile_rows, run.hi * op.tile_rows
-    if isinstance(op, ExpertDown):
-        begin, end = op.span(run.lo, run.hi)
-    record["first"], record["count"] = begin, end - begin
-    record["x"], record["y"] = at[op.x], at[op.y]
-    banks = {"": op.w, "_up": op.w_up} if isinstance(op, ExpertGate) else {"": op.w}
-    for name, bank in banks.items():
-        scale = program.buffers[bank].scale
-        record[f"w{name}"], record[f"scale{name}"] = at[bank], 0 if scale == NONE else at[scale]
-    if isinstance(op, ExpertGate) and op.norm != NONE:
-        record["norm"] = at[op.norm]
-
-
-def _resolve_sampling(record: Any, op: Adjust | Bins | Sift | Draw, at: list[int]) -> None:
-    record["w"], record["y" if isinstance(op, Adjust) else "x"] = at[op.controls], at[op.scores]
-    if isinstance(op, Adjust):
-        record["w_up"], record["bias"] = at[op.mask], at[op.biases]
-        record["bias_up"], record["x"], record["x2"] = at[op.tally], at[op.logits], at[op.peaks]
-    elif isinstance(op, Bins):
-        record["x2"], record["y"] = at[op.peaks], at[op.bins]
-    elif isinstance(op, Sift):
-        record["x2"], record["x3"], record["y"] = at[op.peaks], at[op.totals], at[op.candidates]
-    else:
-        record["x2"], record["x3"] = at[op.candidates], at[op.totals]
-        record["bias_up"] = at[op.tally]

@@ -297,7 +297,7 @@ class Device:
         copy_all(pieces(((a, m.address) for m, a in parts), BUFFER), lanes, progress)
 
     def prompt_runner(
-        self, graph: Graph, weights: Mapping[str, tuple[Memory, np.ndarray]],
+        self, graph: Graph, weights: Mapping[str, tuple[Memory, tuple[int, ...], DType]],
         caches: Mapping[str, tuple[Memory, tuple[int, ...], DType]], scales: Mapping[str, Scale],
     ) -> LateRunner | None:  # fmt: skip
         """Prompts by PyTorch, over the same memory; None where it is not installed."""

@@ -201,12 +201,12 @@ struct IndexScore {
   static __device__ __forceinline__ bool stream(Loader& l, const Run& run) {
     Block& b = l.b;
     bool ready = kPasses > 1;
-    if (ready && !l.past()) return false;
+    if (ready && !l.past(run)) return false;
     for (u32 tile = run.first; tile < run.first + run.count; ++tile)
       for (Span span; span.next(b);) {
         const u32 seen = span.seen(b);
         for (u32 page = tile; page * kPage < seen; page += kSplits) {
-          if (!ready && !l.past()) return false;
+          if (!ready && !l.past(run)) return false;
           ready = true;
           if (!l.acquire()) return false;
           const u64 at = physical_page(b, span.begin, page * kPage);
@@ -384,8 +384,9 @@ struct IndexScore {
 };
 
 // The kTopk positions with the largest scores, of equal ones the lower positions, in rising order.
-// Three passes over the scores find the border, eleven bits at a time from the top; then each warp
-// takes a stretch of the positions. Tile t: those of token t. run.x: scores, run.y: the chosen
+// Up to three passes over the scores find the border, eleven bits at a time from the top; then each
+// warp takes a stretch of the positions. The scores come from L2 in each pass, so many loads of a
+// thread are under way together. Tile t: those of token t. run.x: scores, run.y: the chosen
 // positions.
 template <int kTopk, int kSplits, int kWidth>
 struct Select {
@@ -394,7 +395,7 @@ struct Select {
     u32 bins[kDigits];
     u32 sums[kWarps];
     u32 taken[kWarps][2];  // by a warp: scores above the border, and at it
-    u32 digit, left;
+    u32 digit, left, alike;
   };
   static_assert(sizeof(Scratch) <= kScratchBytes, "scratch is too small");
 
@@ -436,24 +437,43 @@ struct Select {
     }
   };
 
+  // take(position, keys) for the positions begin, begin + stride, ... below end, four from each on;
+  // from `last` on there are no keys.
+  template <int kBatch, class Take>
+  static __device__ __forceinline__ void for_each(const Row& row, u32 begin, u32 stride, u32 end,
+                                                  u32 last, Take take) {
+    for (u32 first = begin; first < end; first += kBatch * stride) {
+      u32 key[kBatch][4];
+#pragma unroll
+      for (int n = 0; n < kBatch; ++n)
+        if (first + n * stride < last) row.load(first + n * stride, key[n]);
+#pragma unroll
+      for (int n = 0; n < kBatch; ++n)
+        if (first + n * stride < end) take(first + n * stride, key[n]);
+    }
+  }
+
   static __device__ __forceinline__ void choose(const Here& me, const Block& b, const Row& row) {
     Scratch& scratch = *reinterpret_cast<Scratch*>(b.scratch);
     u32 border = 0, left = kTopk;  // left: how many are taken of those that begin like the border
-    narrow<21, 11>(me, row, scratch, border, left);
-    narrow<10, 11>(me, row, scratch, border, left);
-    narrow<0, 10>(me, row, scratch, border, left);
+#pragma unroll 1
+    for (int shift = 21; shift >= 0; shift = shift == 21 ? 10 : shift - 10) {
+      narrow(me, row, scratch, shift, border, left);
+      if (shift == 10 && border && scratch.alike == left) {
+        --border, left = 0;  // all that begin like it are taken, and are above this one
+        break;
+      }
+    }
     const u32 each = (row.seen + 4 * kWarps - 1) / (4 * kWarps) * 4;
     const u32 begin = me.warp * each, end = min(begin + each, row.seen);
     u32 above = 0, equal = 0;
-    for (u32 at = begin + me.lane * 4; at < end; at += 128) {
-      u32 key[4];
-      row.load(at, key);
+    for_each<8>(row, begin + me.lane * 4, 128, end, end, [&](u32 at, const u32(&key)[4]) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         above += at + i < end && key[i] > border;
         equal += at + i < end && key[i] == border;
       }
-    }
+    });
 #pragma unroll
     for (int o = 16; o; o /= 2) {
       above += __shfl_xor_sync(~0u, above, o);
@@ -471,10 +491,10 @@ struct Select {
   // A warp's stretch; above, equal: how many there are before it.
   static __device__ __forceinline__ void list(const Here& me, const Row& row, u32 begin, u32 end,
                                               u32 border, u32 left, u32 above, u32 equal) {
-    for (u32 first = begin; first < end; first += 128) {
-      const u32 at = first + me.lane * 4;
-      u32 key[4] = {}, count = 0;  // above in the upper half, equal in the lower one
-      if (at < end) row.load(at, key);
+    // All lanes take part in each round, those behind the end with nothing.
+    const u32 rounded = begin < end ? begin + (end - begin + 127) / 128 * 128 : begin;
+    for_each<4>(row, begin + me.lane * 4, 128, rounded, end, [&](u32 at, const u32(&key)[4]) {
+      u32 count = 0;  // above in the upper half, equal in the lower one
 #pragma unroll
       for (int i = 0; i < 4; ++i)
         count += at + i >= end ? 0 : key[i] > border ? 1u << 16 : key[i] == border;
@@ -494,30 +514,29 @@ struct Select {
       }
       const u32 all = __shfl_sync(~0u, upto, 31);
       above += all >> 16, equal += all & 0xffff;
-    }
+    });
   }
 
   // One more digit of the border: of the scores that begin like it, the digit at which `left` are
   // reached from the largest on; left: how many of those that have that digit, too.
-  template <int kShift, int kBits>
   static __device__ __forceinline__ void narrow(const Here& me, const Row& row, Scratch& scratch,
-                                                u32& border, u32& left) {
-    constexpr u32 kMask = (1u << kBits) - 1;
+                                                int shift, u32& border, u32& left) {
+    const u32 mask = shift ? kDigits - 1 : 1023;
     for (int i = me.thread; i < kDigits; i += kThreads) scratch.bins[i] = 0;
     sync_consumers();
-    for (u32 at = me.thread * 4; at < row.seen; at += 4 * kThreads) {
-      u32 key[4];
-      row.load(at, key);
+    for_each<8>(row, me.thread * 4, 4 * kThreads, row.seen, row.seen,
+                [&](u32 at, const u32(&key)[4]) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const bool alike = kShift + kBits == 32 || (key[i] ^ border) >> kShift <= kMask;
-        if (at + i < row.seen && alike) atomicAdd(&scratch.bins[key[i] >> kShift & kMask], 1u);
-      }
-    }
+                  for (int i = 0; i < 4; ++i) {
+                    const bool alike = (key[i] ^ border) >> shift <= mask || shift == 21;
+                    if (at + i < row.seen && alike)
+                      atomicAdd(&scratch.bins[key[i] >> shift & mask], 1u);
+                  }
+                });
     sync_consumers();
     find(me, scratch, left);
     sync_consumers();
-    border |= scratch.digit << kShift;
+    border |= scratch.digit << shift;
     left = scratch.left;
   }
 
@@ -545,6 +564,7 @@ struct Select {
       if (before < left && before + top[-i] >= left) {
         scratch.digit = kDigits - 1 - me.thread * kOwn - i;
         scratch.left = left - before;
+        scratch.alike = top[-i];
       }
       before += top[-i];
     }

@@ -17,7 +17,8 @@ __device__ __forceinline__ void load_weights(Block& b) {
   Loader loader{b};
   for (b.step = 0; b.step < b.params.steps; ++b.step)
     for (b.number = 0; b.number < b.length; ++b.number) {
-      const Run& run = b.queue[b.number];
+      if (!loader.next_run()) return loader.drain();
+      const Run& run = b.run();
       b.pass = pass_of(run);
       bool going = false;
       switch (variant_of(run)) {
@@ -31,6 +32,35 @@ __device__ __forceinline__ void load_weights(Block& b) {
       if (!going) return loader.drain();
     }
   loader.drain();
+}
+
+// By one thread: copies entries of the queue ahead of loader and warps, again in each step. It sees
+// how far both have come, and nobody does anything for it.
+__device__ __forceinline__ void fetch_queue(const Block& b, const u8* from) {
+  constexpr u32 kCount = kEntries ? kEntries : 1;
+  const u32 total = b.params.steps * b.length;
+  u32 index = 0, number = 0;
+  for (; index < total; ++index) {
+    // All warps have left a run when the waits of the second run after it have held: they are
+    // behind the barrier of the first.
+    while (index >= kCount && (load_shared(&b.shared.progress) < index - kCount + 3 ||
+                               load_shared(&b.shared.streamed) < index - kCount + 1)) {
+      if (load_shared(&b.shared.verdict)) break;
+      stand_back();
+    }
+    if (load_shared(&b.shared.verdict)) break;
+    fence_proxy();
+    u64* barrier = &b.shared.fetched[index % kCount];
+    barrier_expect(barrier, kEntryBytes);
+    copy_bulk(b.queue + index % kCount * kEntryBytes, from + number * kEntryBytes, kEntryBytes,
+              barrier);
+    if (++number == b.length) number = 0;
+  }
+  // No copy may arrive in the memory of a block that has left.
+  const u64 since = nanoseconds();
+  for (u32 i = index > kCount ? index - kCount : 0; i < index; ++i)
+    while (!barrier_test(&b.shared.fetched[i % kCount], i / kCount % 2))
+      if (nanoseconds() - since > kPatience) return;
 }
 
 // With kTrace, by thread 0. Another warp may still finish the last rows of a run; that is not seen.
@@ -49,7 +79,8 @@ __device__ __forceinline__ void compute(Block& b) {
   if (kTrace && thread() == 0) note_clock(b, 0);
   for (b.step = 0; b.step < b.params.steps; ++b.step, b.turn = (b.turn + kTurn) % kTags)
     for (b.number = 0; b.number < b.length; ++b.number) {
-      const Run& run = b.queue[b.number];
+      if (!wait_for_run(b)) return;
+      const Run& run = b.run();
       const u64 begin = kTrace ? cycles() : 0;
       b.pass = pass_of(run);
       bool going = false;
@@ -83,29 +114,25 @@ extern "C" __global__ void __launch_bounds__(kBlockThreads, 1)
   u8* memory = shared_memory();
   u8* scratch = memory + kSlots * kSlotPitch;
   Shared& shared = *reinterpret_cast<Shared*>(scratch + kScratchBytes);
-  Run* queue = reinterpret_cast<Run*>(scratch + kScratchBytes + (sizeof(Shared) + 15) / 16 * 16);
-  const u32 first = params.run_begin[blockIdx.x];
-  const u32 length = params.run_begin[blockIdx.x + 1] - first;
-  Wait* waits = reinterpret_cast<Wait*>(queue + length);
-  const u32 first_wait = params.wait_begin[blockIdx.x];
-  const u32 num_waits = params.wait_begin[blockIdx.x + 1] - first_wait;
-  u32* totals = reinterpret_cast<u32*>(waits + num_waits);
-
-  const u32* from = reinterpret_cast<const u32*>(params.runs + first);
-  for (u32 i = threadIdx.x; i < length * sizeof(Run) / 4; i += blockDim.x)
-    reinterpret_cast<u32*>(queue)[i] = from[i];
-  for (u32 i = threadIdx.x; i < num_waits; i += blockDim.x) waits[i] = params.waits[first_wait + i];
-  for (u32 i = threadIdx.x; i < kCounters; i += blockDim.x) totals[i] = params.totals[i];
+  u8* queue = scratch + kScratchBytes + (sizeof(Shared) + 15) / 16 * 16;
+  const u32 length = params.run_begin[blockIdx.x + 1] - params.run_begin[blockIdx.x];
+  const u32 begin = params.queue_begin[blockIdx.x], end = params.queue_begin[blockIdx.x + 1];
+  const uint4* from = reinterpret_cast<const uint4*>(params.queues) + begin;
+  if constexpr (kEntries == 0)
+    for (u32 i = threadIdx.x; i < end - begin; i += blockDim.x)
+      reinterpret_cast<uint4*>(queue)[i] = from[i];
   if (threadIdx.x == 0) {
     for (int i = 0; i < kSlots; ++i) {
       barrier_init(&shared.full[i], 1);
       barrier_init(&shared.empty[i], kWarps);
     }
+    for (int i = 0; i < kEntries; ++i) barrier_init(&shared.fetched[i], 1);
     barrier_init_done();
-    shared.verdict = shared.progress = shared.listed = shared.lost = shared.stopped = 0;
+    shared.verdict = shared.progress = shared.listed = 0;
+    shared.streamed = shared.lost = shared.stopped = 0;
   }
   __syncthreads();
-  Block block{params, shared, memory, scratch, queue, waits, totals, length};
+  Block block{params, shared, memory, scratch, queue, length};
   if (threadIdx.x < kThreads) {
     claim_registers<kComputeRegisters>();
     compute(block);
@@ -113,5 +140,7 @@ extern "C" __global__ void __launch_bounds__(kBlockThreads, 1)
   } else {
     keep_registers<kLoaderRegisters>();
     if (threadIdx.x == kThreads) load_weights(block);
+    if (kEntries && threadIdx.x == kThreads + 32)
+      fetch_queue(block, reinterpret_cast<const u8*>(from));
   }
 }

@@ -89,7 +89,7 @@ class LateRunner:
     """A PromptRunner that is being made, over memory of the device, and run once to be warm."""
 
     def __init__(
-        self, loaded: Later[None], graph: Graph, weights: Mapping[str, tuple[Any, np.ndarray]],
+        self, loaded: Later[None], graph: Graph, weights: Mapping[str, tuple[Any, tuple[int, ...], DType]],
         caches: Mapping[str, tuple[Any, tuple[int, ...], DType]], scales: Mapping[str, Scale],
     ) -> None:  # fmt: skip
         def make() -> PromptRunner:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from tilert.errors import UserError
 from tilert.ir.dtype import DType
-from tilert.ir.machine import Machine
 from tilert.ir.program import NONE, Op, Program
 from tilert.ops import (
     Attend,
@@ -25,7 +24,8 @@ from tilert.ops import (
 SLOT_PAD = 128  # bytes behind a slot: rows that are not aligned arrive with their neighbours' bytes
 DRAW_BYTES = 13 << 10  # struct DrawScratch
 INDEX_BYTES = 8448  # Select's Scratch, which is larger than IndexScore's
-RUN_BYTES, WAIT_BYTES = 96, 4  # struct Run, struct Wait
+RUN_BYTES, WAIT_BYTES = 96, 8  # struct Run, struct Wait
+ENTRIES = 16  # of a queue that does not fit: about as many runs as a layer has
 MIN_SLOTS = 2
 THREADS, WARPS = 256, 8  # that compute
 HELD_WORDS = 128  # of x' in the registers of a thread: half of them; the rest is in shared memory
@@ -38,14 +38,24 @@ MAX_ROWS = 32  # of query heads, of all tokens of a step: two blocks of 16 for t
 PRODUCTS = Linear | ExpertGate | ExpertDown
 
 
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How the shared memory of a block is divided: slots of the ring, and entries of the queue that it
+    holds at a time; 0 entries: the whole queue. `units` of a latent cache are taken together."""
+
+    slots: int
+    entries: int
+    units: int = 1
+
+
 def step_rows(program: Program, available: int) -> int:
     """Most tokens of a step (1, 2, 4 or 8), from the program of one, where a block has so many bytes of
     shared memory: each block holds x' of all tokens, in its registers and what they leave over there.
     """
-    ring = max(ENOUGH_SLOTS, _least_slots(program, available)) * (
-        program.machine.slot_bytes + SLOT_PAD
-    )
-    room = available - ring - 2 * queue_bytes(program)  # their queues are a little longer
+    least = max(ENOUGH_SLOTS, _taken_units(program, available))
+    ring = least * (program.machine.slot_bytes + SLOT_PAD)
+    # Their queues are a little longer.
+    room = available - ring - 2 * min(queue_bytes(program, n) for n in (0, ENTRIES))
     return next(
         rows for rows in (8, 4, 2, 1)
         if rows == 1 or (
@@ -171,43 +181,61 @@ def _latent_bytes(op: LatentAttention, tokens: int) -> int:
     return 2 * (16 + tokens) * (op.lora + op.rope) + 4 * (scores + listed)
 
 
-def taken_units(machine: Machine, available: int) -> int:
+def _taken_units(program: Program, available: int) -> int:
     """Units of a latent cache that are taken together: half of a ring, and of a block's memory.
 
     They decide the order of sums, so the programs of all numbers of tokens take as many.
     """
+    if not any(isinstance(op, LatentAttention) for op in program.ops):
+        return 1
+    machine = program.machine
     most = min(machine.slots, available // (machine.slot_bytes + SLOT_PAD)) // 2
     return next((units for units in (MAX_UNITS, 2) if units <= most), 1)
 
 
-def _least_slots(program: Program, available: int) -> int:
-    latent = any(isinstance(op, LatentAttention) for op in program.ops)
-    return max(MIN_SLOTS, taken_units(program.machine, available) if latent else 0)
+def entry_bytes(program: Program, entries: int) -> int:
+    """From one run of a queue in shared memory to the next: the run alone where the whole queue is there,
+    else with room for the waits of any run behind it."""
+    if entries == 0:
+        return RUN_BYTES
+    waits = max(len(run.waits) for queue in program.queues for run in queue)
+    return -(-(RUN_BYTES + WAIT_BYTES * waits) // 16) * 16
 
 
-def queue_bytes(program: Program) -> int:
-    """Bytes of the longest queue with its waits, and of the counters' totals."""
+def queue_bytes(program: Program, entries: int) -> int:
+    """Bytes of so many entries of a queue; with 0, of the longest queue with its waits."""
+    if entries:
+        return entries * entry_bytes(program, entries)
     longest = max(
         len(queue) * RUN_BYTES + sum(len(run.waits) for run in queue) * WAIT_BYTES
         for queue in program.queues
     )
-    return longest + 4 * len(program.counters)
+    return -(-longest // 16) * 16
 
 
-def shared_bytes(program: Program, slots: int) -> int:
-    """Dynamic shared memory of a block whose ring has so many slots."""
-    ring = slots * (program.machine.slot_bytes + SLOT_PAD)
+def shared_bytes(program: Program, layout: Layout) -> int:
+    """Dynamic shared memory of a block."""
+    ring = layout.slots * (program.machine.slot_bytes + SLOT_PAD)
     own = scratch_bytes(program, program.tokens) + shared_struct_bytes(program.tokens)
-    return ring + own + queue_bytes(program)
+    return ring + own + queue_bytes(program, layout.entries)
 
 
-def fitting_slots(program: Program, available: int) -> int:
-    """Slots of the ring, at most the machine's; UserError when `available` bytes hold too few."""
-    least = _least_slots(program, available)
+def fitting(program: Program, available: int) -> Layout:
+    """The layout with most slots, at most the machine's, but with the whole queue where that takes one slot
+    at most; UserError when `available` bytes hold too few."""
+    units = _taken_units(program, available)
+    least = max(MIN_SLOTS, units)
+
+    def fits(layout: Layout) -> bool:
+        return layout.slots >= least and shared_bytes(program, layout) <= available
+
     for slots in range(program.machine.slots, least - 1, -1):
-        if shared_bytes(program, slots) <= available:
-            return slots
+        if fits(Layout(slots, 0, units)):
+            return Layout(slots, 0, units)
+        if fits(part := Layout(slots, ENTRIES, units)):
+            whole = Layout(slots - 1, 0, units)  # a slot less is not felt
+            return whole if fits(whole) else part
+    needed = shared_bytes(program, Layout(least, ENTRIES, units))
     raise UserError(
-        f"the program needs {shared_bytes(program, least)} bytes of shared memory per block, but"
-        f" the device has {available}"
+        f"the program needs {needed} bytes of shared memory per block, but the device has {available}"
     )

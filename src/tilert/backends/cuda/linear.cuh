@@ -160,9 +160,18 @@ struct Linear {
     Operand x(b);
     typename Source::Choice choice;
     const bool known = Source::known(run);
-    if (known) fetch_scales(run, choice, x);
-    if (!wait_for_inputs<kSelfTold>(b, run)) return false;
-    if (!known) fetch_scales(run, choice, x);
+    if constexpr (!Source::kChosen) {
+      fetch_scales(run, choice, x);
+      if (!wait_for_inputs<kSelfTold>(b, run)) return false;
+    } else {  // scales come first where it is known whose; in a loop, so that both have one code
+#pragma unroll 1
+      for (int turn = 0; turn < 2; ++turn) {
+        if (known == (turn == 0))
+          fetch_scales(run, choice, x);
+        else if (!wait_for_inputs<kSelfTold>(b, run))
+          return false;
+      }
+    }
     if constexpr (kBlockRows == 0) {
       In::make(b, run, 0, held, x);
       multiply_rows(b, run, choice, x, 0, run.count);
@@ -219,5 +228,29 @@ struct Linear {
       take(b, run, x, r, r - begin, token);
       r += kTileRows;
     }
+  }
+};
+
+// A product that nobody reads where no token sees more than kPositions positions: it is left out
+// there, by loader and warps alike, but its hand-off is made. With several passes it never is:
+// where a pass stands is known too late.
+template <int kPositions, class Op>
+struct Beyond {
+  static __device__ __forceinline__ bool stream(Loader& l, const Run& run) {
+    return !wanted(l.b) || Op::stream(l, run);
+  }
+  static __device__ __forceinline__ bool consume(Block& b, const Run& run) {
+    if (wanted(b)) return Op::consume(b, run);
+    if (!wait_for_inputs<false>(b, run)) return false;
+    if (thread() == 0) signal<false>(b, run);
+    return true;
+  }
+
+ private:
+  static __device__ __forceinline__ bool wanted(const Block& b) {
+    bool wanted = kPasses > 1;
+    for (u32 t = 0; !wanted && t < (kTokens == 1 ? 1 : b.count()); ++t)
+      wanted |= b.position(t) >= kPositions;
+    return wanted;
   }
 };

@@ -241,7 +241,7 @@ struct LatentAttention {
   static __device__ __forceinline__ bool stream(Loader& l, const Run& run) {
     Block& b = l.b;
     const Scratch& scratch = *reinterpret_cast<const Scratch*>(b.scratch);
-    if ((kTopk == 0 || kPasses > 1) && !l.past()) return false;
+    if ((kTopk == 0 || kPasses > 1) && !l.past(run)) return false;
     for (u32 tile = run.first; tile < run.first + run.count; ++tile) {
       const Place at(tile);
       if (!given(b, at.token)) continue;

@@ -67,9 +67,11 @@ struct Matrix {
   static constexpr bool kScaled =
       Scales::kGiven && (Scales::kCols < T::kPartK || Source::kParts > 1);
   static constexpr int kScaleCols = (T::kPartK + Scales::kCols - 1) / Scales::kCols;
+  // Each lane holds the scales of its own rows; those of a tile may be one or differ.
+  static constexpr bool kEachRow = Scales::kRows == 1;
   static_assert(!kScaled || ((Scales::kCols % kBlock == 0 || kScaleCols == 1) &&
-                             Scales::kRows % T::kTileRows == 0),
-                "a block has one scale, and so have the rows of a tile");
+                             (kEachRow || Scales::kRows % T::kTileRows == 0)),
+                "a block has one scale, and so has a tile or each of its rows");
   static constexpr int kSegments = T::kUnitRows >= 16 ? 1 : 16 / T::kUnitRows;
   static constexpr int kRowBlocks = T::kUnitRows > 16 ? T::kUnitRows / 16 : 1;
   static constexpr int kWidth = kTokens == 1 ? 2 : kTokens;  // columns of a segment
@@ -222,8 +224,12 @@ struct Matrix {
         const int place = i * 8 + column(), segment = place % kSegments;
         const bool up = place / kSegments >= T::kTileRows;
         const int k = (piece_block(step / kPieceSteps) + block(step, segment)) * kBlock;
-        if constexpr (Source::kParts > 1)
-          block_row = Source::template scale_row<Scales::kRows>(known, group, k / T::kPartK);
+        u32 own = group;  // a tile's rows are of one matrix and may reach beyond the run
+        if constexpr (kEachRow)
+          own = Source::template scale_group<1>(
+              run, min(row + place / kSegments % T::kTileRows, run.count - 1));
+        if constexpr (kEachRow || Source::kParts > 1)
+          block_row = Source::template scale_row<Scales::kRows>(known, own, k / T::kPartK);
         const float* from = (up ? run.scale_up : run.scale) + u64(block_row) * kScaleCols;
         x.scale[step][i / 2][i % 2] =
             block_inside(step, segment) ? __ldg(from + k % T::kPartK / Scales::kCols) : 0;

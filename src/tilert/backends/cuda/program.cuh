@@ -18,14 +18,21 @@ constexpr float kLog2e = 1.44269504088896340736f;
 
 enum Verdict : u32 { kGoOn = 0, kStopped = 1, kFailed = 2 };
 
+struct Wait {
+  u16 counter;
+  u16 threshold;  // with kLagged: of the step before
+  u32 total;      // signals of the counter in each step
+};
+constexpr u16 kLagged = 0x8000;
+
 // One run of the queue, with everything that its op needs resolved to addresses. 96 bytes.
 struct Run {
   u16 variant;  // which specialisation of which op; from kPassShift on the pass that it belongs to
-  u16 wait_begin, wait_count;
-  u16 signal;        // counter, or kNoSignal
-  u32 first, count;  // linear: output rows; other ops: tiles
-  const u8* w;       // first byte of the first row; attend: the cache of keys
-  const u8* w_up;    // attend: the cache of values
+  u16 wait_begin, wait_count;  // begin: from the run itself, in sizes of a wait
+  u16 signal;                  // counter, or kNoSignal
+  u32 first, count;            // linear: output rows; other ops: tiles
+  const u8* w;                 // first byte of the first row; attend: the cache of keys
+  const u8* w_up;              // attend: the cache of values
   const u8* norm;
   const u8* norm2;     // attend: norm of keys
   const u8* bias;      // experts: weights of the choice
@@ -37,15 +44,14 @@ struct Run {
   // attend: k and v; x2 of linear: y as the residual; x3 of experts: how many of the run's waits,
   // the first ones, are for the choice; 0 where the run before of the kind had the same
   u32 x2, x3;
+
+  __device__ __forceinline__ const Wait* waits() const {
+    return reinterpret_cast<const Wait*>(this) + wait_begin;
+  }
 };
 constexpr u16 kNoSignal = 0xffff;
 constexpr int kPassShift = 12;
-
-struct Wait {
-  u16 counter;
-  u16 threshold;  // with kLagged: of the step before
-};
-constexpr u16 kLagged = 0x8000;
+static_assert(kEntryBytes >= sizeof(Run) && kEntryBytes % 16 == 0, "an entry begins with its run");
 
 // What a block was waiting for when it gave up; the host finds the cause among all of them.
 struct Failure {
@@ -63,12 +69,10 @@ struct Clock {
 };
 
 struct Params {
-  const Run* runs;        // of all workers
-  const u32* run_begin;   // [workers + 1]
-  const Wait* waits;      // of all workers
-  const u32* wait_begin;  // [workers + 1]
-  const u32* totals;      // [counters]
-  u32* counters;          // [counters * kCounterPitch]
+  const u8* queues;        // of all workers: runs and waits, see Block
+  const u32* queue_begin;  // [workers + 1], in pieces of 16 bytes
+  const u32* run_begin;    // [workers + 1]
+  u32* counters;           // [counters * kCounterPitch]
   float* arena;
   u32* tokens;          // [kTokens] the step's token ids
   u32* passes;          // with several passes: see Passes
@@ -90,6 +94,7 @@ constexpr u32 kTags = 255;
 constexpr u32 kTagMask = 0xff, kRankShift = 24;
 constexpr u32 kByTag = 0xffffffffu;   // in a Failure: it was words that did not come
 constexpr u32 kByUnit = 0xfffffffeu;  // in a Failure: it was a unit of weights or of the cache
+constexpr u32 kByRun = 0xfffffffdu;   // in a Failure: it was the run itself, from the queue
 constexpr int kMaxStops = 16;
 constexpr int kMaxChosen = 32;  // experts of a token: one for each lane
 
@@ -107,9 +112,12 @@ struct Passes {
 
 struct Shared {
   u64 full[kSlots], empty[kSlots];
-  u32 verdict;   // told to all threads of the block
-  u32 progress;  // waits that have held so far in this launch
-  u32 listed;    // lists of chosen rows that have been made so far in this launch
+  u64 fetched[kEntries ? kEntries : 1];  // of entries of the queue
+  u32 verdict;                           // told to all threads of the block
+  u32 listed;  // lists of chosen rows that have been made so far in this launch
+  // Where entries are fetched, or a step has several passes: runs in this launch whose waits have
+  // held; and where they are fetched those that the loader has left behind.
+  u32 progress, streamed;
   // 1 + runs in this launch before that in which the loader lost a unit, or in which a warp stopped
   // to wait for one; 0: none.
   u32 lost, stopped;
@@ -131,14 +139,14 @@ struct Cursor {
   }
 };
 
+// The queue is in shared memory: all runs, then their waits; or, where that would take slots from
+// the ring, kEntries of its runs at a time, each with its waits behind it (fetch_queue).
 struct Block {
   const Params& params;
   Shared& shared;
   u8* ring;     // kSlots slots of kSlotPitch bytes
   u8* scratch;  // kScratchBytes; between the barriers of one op
-  const Run* queue;
-  const Wait* waits;
-  const u32* totals;
+  u8* queue;
   u32 length;                // runs in the queue
   u32 step = 0, number = 0;  // number: of the run in the queue
   u32 pass = 0;              // of the run
@@ -151,6 +159,17 @@ struct Block {
   __device__ __forceinline__ u8* slot() const { return slot(cursor); }
   __device__ __forceinline__ u8* slot(const Cursor& at) const {
     return ring + at.slot * kSlotPitch;
+  }
+  __device__ __forceinline__ u32 index() const { return step * length + number; }  // of the run
+  __device__ __forceinline__ const Run& run() const {
+    const u32 entry = kEntries ? index() % (kEntries ? kEntries : 1) : number;
+    return *reinterpret_cast<const Run*>(queue + entry * kEntryBytes);
+  }
+  // Whether the run's entry is there.
+  __device__ __forceinline__ bool fetched() const {
+    if constexpr (kEntries == 0) return true;
+    constexpr u32 kCount = kEntries ? kEntries : 1;
+    return barrier_test(&shared.fetched[index() % kCount], index() / kCount % 2);
   }
   __device__ __forceinline__ u32 position(int token) const {
     if constexpr (kPasses > 1) return load_shared(&here().first) + token;
@@ -214,6 +233,20 @@ __device__ __noinline__ bool given_up(const Params& p, u64 since, u32 run, u32 s
   return true;
 }
 
+// Until the run's entry of the queue is there; at once where the whole queue is. False: the launch
+// has ended.
+__device__ __forceinline__ bool wait_for_run(const Block& b) {
+  u64 since = 0;
+  for (u32 spins = 1; !b.fetched(); ++spins) {
+    if (spins % 64) continue;
+    if (!since) since = nanoseconds();
+    if (!given_up(b.params, since, b.number, b.step, kByRun, 0, 1)) continue;
+    store_shared(&b.shared.verdict, 1);
+    return false;
+  }
+  return true;
+}
+
 // One warp polls all waits of a run, a lane for each; the others stay at the barrier. False: the
 // launch has ended. What producers wrote before their signals can be read afterwards, but where all
 // inputs are tagged: those say themselves whether they are there.
@@ -225,11 +258,11 @@ __device__ __forceinline__ bool wait_for_inputs(Block& b, const Run& run) {
       const u32* counter = nullptr;
       Wait w{};
       if (at < run.wait_count) {
-        w = b.waits[run.wait_begin + at];
+        w = run.waits()[at];
         u32 lag = (w.threshold & kLagged) ? 1 : 0;
         if (b.step >= lag) {
           counter = b.params.counters + w.counter * kCounterPitch;
-          want = (b.step - lag) * b.totals[w.counter] + (w.threshold & ~kLagged);
+          want = (b.step - lag) * w.total + (w.threshold & ~kLagged);
         }
       }
       u64 since = 0;
@@ -247,15 +280,18 @@ __device__ __forceinline__ bool wait_for_inputs(Block& b, const Run& run) {
         }
       }
     }
-    __syncwarp();  // the loader may rely on what any lane has acquired
     if constexpr (kPasses > 1 && !kTagged) {
+      __syncwarp();  // what any lane has acquired
       if (lane() == 0) {
         const Pass& pass = b.passes().at[b.pass];
         store_shared(&b.here().first, load_relaxed(&pass.first));
         store_shared(&b.here().count, load_relaxed(&pass.count));
       }
     }
-    if (lane() == 0) store_shared(&b.shared.progress, b.step * b.length + b.number + 1);
+    if constexpr (kEntries > 0 || kPasses > 1) {
+      __syncwarp();  // whoever goes by it may rely on what any lane has seen
+      if (lane() == 0) store_shared(&b.shared.progress, b.index() + 1);
+    }
   }
   sync_consumers();
   if constexpr (kTrace) b.started = cycles();
@@ -276,8 +312,11 @@ __device__ __forceinline__ float rounded_for_tag(float v) {
   u32 bits = v == v ? __float_as_uint(v) + (kTagMask + 1) / 2 : 0x7fc00000u;
   return __uint_as_float(bits & ~kTagMask);
 }
+__device__ __forceinline__ float tagged(float v, u32 tag) {
+  return __uint_as_float(__float_as_uint(rounded_for_tag(v)) | tag);
+}
 __device__ __forceinline__ void store_tagged(float* p, float v, u32 tag) {
-  store_float(p, __uint_as_float(__float_as_uint(rounded_for_tag(v)) | tag));
+  store_float(p, tagged(v, tag));
 }
 __device__ __forceinline__ float untagged(float v) {
   return __uint_as_float(__float_as_uint(v) & ~kTagMask);
@@ -329,7 +368,7 @@ __device__ __forceinline__ void load_tagged(const Block& b, const float* const (
 __device__ __forceinline__ void wait_full(const Block& b, const Cursor& unit) {
   while (!barrier_test(&b.shared.full[unit.slot], unit.parity)) {
     if (!load_shared(&b.shared.verdict)) continue;
-    store_shared(&b.shared.stopped, b.step * b.length + b.number + 1);
+    store_shared(&b.shared.stopped, b.index() + 1);
     break;  // the block ends at its next wait for inputs
   }
 }
@@ -360,30 +399,61 @@ struct Loader {
   u32 issued = 0, arrived = 0;  // units
   u32 lists = 0;                // of chosen rows, so far
 
-  // Until as many waits have held in this launch; what was appended before can be streamed then.
-  // False: the launch has ended.
-  __device__ __forceinline__ bool passed(u32 waits) { return reached(&b.shared.progress, waits); }
-  // Until rows of the past can be streamed. Those that this launch has appended can be once the run
-  // kStreamLead after this one has started in the step before: it comes after all appends of this
-  // op (verified as rule `stream`). With several passes, once this run's own waits hold: they say
-  // where its tokens are, too.
-  __device__ __forceinline__ bool past() {
-    if constexpr (kPasses > 1) return passed(b.step * b.length + b.number + 1);
-    return b.step == 0 || passed((b.step - 1) * b.length + b.number + kStreamLead + 1);
+  // Until the next list of chosen rows is made. False: the launch has ended.
+  __device__ __forceinline__ bool listed() {
+    ++lists;
+    while (load_shared(&b.shared.listed) < lists)
+      if (!idle()) return false;
+    fence_proxy();
+    return true;
+  }
+  // While something is awaited: what is under way is watched as ever; when all of it is in, the
+  // warps can come to this run, and it is they who give up and say for what they waited.
+  __device__ __forceinline__ bool idle() {
+    if (arrived < issued && !land()) return false;
+    return load_shared(&b.shared.verdict) == 0;
+  }
+  // Until a wait of a run holds.
+  __device__ __forceinline__ bool holds(const Wait& w) {
+    const u32 lag = w.threshold & kLagged ? 1 : 0;
+    if (b.step < lag) return true;
+    const u32* counter = b.params.counters + w.counter * kCounterPitch;
+    const u32 want = (b.step - lag) * w.total + (w.threshold & ~kLagged);
+    while (static_cast<int>(load_acquire(counter) - want) < 0)
+      if (!idle()) return false;
+    return true;
+  }
+  // Until all rows that the step before has appended can be streamed.
+  __device__ __forceinline__ bool appended(const Run& run) {
+    if (b.step == 0) return true;
+    for (u32 at = 0; at < run.wait_count; ++at) {
+      const Wait& w = run.waits()[at];
+      if ((w.threshold & kLagged) && !holds(w)) return false;
+    }
+    fence_proxy();
+    return true;
+  }
+  // Until rows of the past can be streamed. With several passes that is once the run's own waits
+  // hold for the warps, which then know where its tokens are, too.
+  __device__ __forceinline__ bool past(const Run& run) {
+    if constexpr (kPasses == 1) return appended(run);
+    while (load_shared(&b.shared.progress) < b.index() + 1)
+      if (!idle()) return false;
+    fence_proxy();
+    return true;
   }
   // Tokens of a pass that has begun, as who made a choice in it must have seen.
   __device__ __forceinline__ u32 count() const {
     if constexpr (kPasses > 1) return load_relaxed(&b.passes().at[b.pass].count);
     return b.params.count;
   }
-  // Until the next list of chosen rows is made.
-  __device__ __forceinline__ bool listed() { return reached(&b.shared.listed, ++lists); }
-  __device__ __forceinline__ bool reached(const u32* word, u32 wanted) {
-    while (load_shared(word) < wanted) {
-      if (arrived < issued && !land()) return false;  // what is under way is watched as ever
-      if (load_shared(&b.shared.verdict)) return false;
+  // Until the run's entry of the queue is there. False: the launch has ended.
+  __device__ __forceinline__ bool next_run() {
+    if constexpr (kEntries > 0) {
+      store_shared(&b.shared.streamed, b.index());
+      while (!b.fetched())
+        if (!idle()) return false;
     }
-    fence_proxy();
     return true;
   }
   // Until the oldest unit under way has all its bytes. False: they do not come.
@@ -394,7 +464,7 @@ struct Loader {
       const u64 now = nanoseconds();
       if (!since) since = now;
       if (now - since < kPatience) continue;
-      store_shared(&b.shared.lost, b.step * b.length + b.number + 1);
+      store_shared(&b.shared.lost, b.index() + 1);
       store_shared(&b.shared.verdict, 1);
       return false;
     }
@@ -429,20 +499,11 @@ struct Loader {
   }
   // Until there is the choice of the weights of a run, kCount numbers, which are left in
   // shared.chosen; at once where they are there from an earlier run. False: the launch has ended.
-  // What is under way is watched as ever; when all of it is in, the warps can come to this run, and
-  // it is they who give up and say for what they waited.
   template <int kCount>
   __device__ __forceinline__ bool choose(const Run& run) {
     if (run.x3 == 0) return true;
-    for (u32 at = run.wait_begin; at < run.wait_begin + run.x3; ++at) {
-      const Wait w = b.waits[at];
-      const u32* counter = b.params.counters + w.counter * kCounterPitch;
-      const u32 want = b.step * b.totals[w.counter] + w.threshold;
-      while (static_cast<int>(load_acquire(counter) - want) < 0) {
-        if (arrived < issued && !land()) return false;
-        if (load_shared(&b.shared.verdict)) return false;
-      }
-    }
+    for (u32 at = 0; at < run.x3; ++at)
+      if (!holds(run.waits()[at])) return false;
     constexpr int kBatch = kCount < 8 ? kCount : 8;  // loads that are under way together
     const u32* chosen = reinterpret_cast<const u32*>(run.bias_up);
 #pragma unroll 1

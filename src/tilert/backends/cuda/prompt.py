@@ -1,7 +1,9 @@
 """Prompts: the op graph, node by node, with PyTorch. Many tokens of one sequence are bound by matrix
 products, which cuBLAS does well; keys and values go into the pages that the persistent program reads.
 
-Sums, norms and the residual are f32; products take their inputs in the type of the weights.
+Sums, norms and the residual are f32; products take their inputs, and leave their results, in the type of
+the weights. What a step costs beside its products is mostly the number of calls: what all layers share is
+made once, and nothing but the last rows' logits is waited for.
 """
 
 from __future__ import annotations
@@ -13,29 +15,38 @@ from typing import Any
 import numpy as np
 import torch
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from tilert.backends.cuda import prompt_experts as experts
 from tilert.backends.cuda import prompt_latent as latent
-from tilert.backends.cuda.paged import PagedCaches
+from tilert.backends.cuda.paged import StepCaches
+from tilert.backends.cuda.runtime import RUNNER_ROWS
 from tilert.ir.dtype import DType
 from tilert.ir.graph import Graph, Node, Value
-from tilert.ir.program import PAGE, Scale
+from tilert.ir.program import JOIN, PAGE, Scale
 
-CHUNK = 2048  # most tokens at a time: bounds the memory that activations take
-WARM = 256  # tokens of a prompt that warms up, as many as the engine gives at a time
+CHUNK = RUNNER_ROWS  # most tokens at a time: bounds the memory that activations take
+SCORES = 1 << 25  # most scores of an indexer, of each token for each position
+WARM = 256  # tokens of each piece of a prompt that warms up
+# Not cuDNN's, which PyTorch prefers on some cards: it makes a plan for every new length, while a user waits.
+ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+FLASH_WIDTH = 256  # elements of the widest heads that flash attention takes
 _TORCH = {DType.F32: torch.float32, DType.BF16: torch.bfloat16, DType.F16: torch.float16,
           DType.F8E4M3: torch.float8_e4m3fn}  # fmt: skip
 
 
 @dataclass(slots=True)
 class _Step:
-    """One chunk: where it lies in the sequence, and the values computed so far by name."""
+    """One chunk: positions [begin, end) of the sequence, and the values computed so far by name."""
 
     begin: int
     tokens: torch.Tensor  # [T]
-    pages: torch.Tensor  # physical pages of the sequence
     outputs: torch.Tensor  # rows whose logits are wanted
+    caches: StepCaches
     given: torch.Tensor | None = None  # [T, cols], where the graph has such an input
     values: dict[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
+    chosen: dict[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])  # experts
+    shared: dict[Any, torch.Tensor] = field(default_factory=dict[Any, torch.Tensor])
 
     @property
     def end(self) -> int:
@@ -45,15 +56,26 @@ class _Step:
     @property
     def positions(self) -> torch.Tensor:
         """[T]"""
-        return torch.arange(self.begin, self.begin + len(self.tokens), device=self.tokens.device)
+        return self.once("positions", lambda: self.since(self.begin))
+
+    def since(self, first: int) -> torch.Tensor:
+        """Positions from `first` on."""
+        return torch.arange(first, self.end, device=self.tokens.device)
+
+    def once(self, key: Any, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """What `make` gives, made for the first layer that asks for it."""
+        if key not in self.shared:
+            self.shared[key] = make()
+        return self.shared[key]
 
 
 class PromptRunner:
     """Runs `graph` on the device of its weights.
 
-    weights: as stored, by name, [rows, cols]. caches: 'layers.N.k_cache' and so on, each [pages, kv_heads,
-    64, head_dim] as paged.py says. After a run, `hidden` is the graph's output besides the logits, f32 with
-    a row for each token, or for each of `outputs`; where it has none, there are no rows.
+    weights: as stored, by name, [rows, cols]; a bank's matrices one after another, under their joined names,
+    and their scales likewise. caches: 'layers.N.k_cache' and so on, each [pages, kv_heads, 64, head_dim] as
+    paged.py says. After a run, `hidden` is the graph's output besides the logits, f32 with a row for each
+    token, or for each of `outputs`; where it has none, there are no rows.
     """
 
     hidden = torch.zeros(0, 0)
@@ -64,7 +86,6 @@ class PromptRunner:
     ) -> None:  # fmt: skip
         self.graph, self.weights, self.caches, self.scales = graph, weights, caches, scales
         self.device = next(iter(weights.values())).device
-        self.paged = PagedCaches(caches, self.device)
         self.ops: dict[str, Callable[[_Step, Node], torch.Tensor]] = {
             "embed": self._embed, "given": self._given, "rms_norm": self._rms_norm,
             "linear": self._linear, "add": self._add, "silu_mul": self._silu_mul,
@@ -76,6 +97,12 @@ class PromptRunner:
         unknown = {node.op for node in graph.nodes} - self.ops.keys()
         assert not unknown, f"prompts cannot compute {', '.join(sorted(unknown))}"
         self.routing = {n.inputs["logits"] for n in graph.nodes if n.op == "route"}
+        self.vectors = {n: w.view(-1).float() for n, w in weights.items() if w.shape[0] == 1}
+        self.banks = {
+            v: self._bank(v) for n in graph.nodes for v in n.inputs.values() if v and v.parts
+        }
+        self.indexed = any(node.op == "index_score" for node in graph.nodes)
+        self.narrow = self._narrow()
         self.head = [node.output.rows == "outputs" for node in graph.nodes].index(True)
         last: dict[str, int] = {}
         for i, node in enumerate(graph.nodes):
@@ -84,6 +111,38 @@ class PromptRunner:
         self.dead: list[list[str]] = [[] for _ in graph.nodes]  # values last used by each node
         for name, i in last.items():
             self.dead[i].append(name)
+
+    def _bank(self, value: Value) -> experts.Bank:
+        name, count = JOIN.join(part.name for part in value.parts), len(value.parts)
+        w = self.weights[name].unflatten(0, (count, -1))
+        if name not in self.scales:
+            return experts.Bank(w)
+        scale = self.scales[name]
+        return experts.Bank(w, self.weights[scale.name].unflatten(0, (count, -1)), scale.block)
+
+    def _narrow(self) -> dict[str, torch.dtype]:
+        """The values that only products of one type take, and that type: they are rounded to it once."""
+        taken: dict[str, set[torch.dtype]] = {}
+        for node in self.graph.nodes:
+            for name, value in node.inputs.items():
+                if value is not None and not value.weight:
+                    of = self._taken(node) if name == "x" else torch.float32
+                    taken.setdefault(value.name, set()).add(of)
+        for value in self.graph.outputs:
+            taken.setdefault(value.name, set()).add(torch.float32)
+        wide = {torch.float32}
+        return {n: types.pop() for n, types in taken.items() if len(types) == 1 and types != wide}
+
+    def _taken(self, node: Node) -> torch.dtype:
+        """The type in which a node takes its input x."""
+        if node.op == "experts":
+            gate = node.inputs["gate"]
+            assert gate is not None, f"{node} has no experts"
+            return self.banks[gate].taken
+        w = node.inputs.get("w")
+        if node.op != "linear" or w is None or node.output in self.routing:
+            return torch.float32
+        return torch.bfloat16 if w.name in self.scales else self.weights[w.name].dtype
 
     def run(
         self, tokens: Sequence[int], begin: int, pages: Sequence[int], outputs: Sequence[int],
@@ -96,7 +155,7 @@ class PromptRunner:
         Queued on the default stream, after what was launched there before; what comes later waits.
         """
         stream = torch.cuda.default_stream(self.device) if self.device.type == "cuda" else None
-        with torch.inference_mode(), torch.cuda.stream(stream):
+        with torch.inference_mode(), torch.cuda.stream(stream), sdpa_kernel(ATTENTION):
             return self._chunks(tokens, begin, pages, outputs, given)
 
     def warm_up(self) -> None:
@@ -124,30 +183,43 @@ class PromptRunner:
     ) -> torch.Tensor:  # fmt: skip
         found: dict[int, torch.Tensor] = {}
         hidden: list[torch.Tensor] = []
-        table = torch.tensor(pages, dtype=torch.long, device=self.device)
-        for first in range(0, len(tokens), CHUNK):
-            ids = torch.tensor(tokens[first : first + CHUNK], dtype=torch.long, device=self.device)
-            wanted = [row for row in outputs if first <= row < first + CHUNK]
-            rows = torch.tensor([r - first for r in wanted], dtype=torch.long, device=self.device)
-            step = _Step(begin + first, ids, table, rows)
+        table, first = self._integers(pages), 0
+        while first < len(tokens):
+            at, end = begin + first, min(first + self._most(begin + first), len(tokens))
+            wanted = [row for row in outputs if first <= row < end]
+            rows = self._integers([row - first for row in wanted])
+            caches = StepCaches(self.caches, table, at, begin + end)
+            step = _Step(at, self._integers(tokens[first:end]), rows, caches)
             if given is not None:
-                step.given = torch.from_numpy(given[first : first + CHUNK]).to(self.device)
-            logits = self._chunk(step)
-            found |= zip(wanted, logits, strict=True)
+                step.given = torch.from_numpy(given[first:end]).to(self.device)
+            found |= zip(wanted, self._chunk(step), strict=True)
             hidden += [step.values[v.name] for v in self.graph.outputs if v.name in step.values]
+            first = end
         self.hidden = torch.cat(hidden) if hidden else torch.zeros(0, 0)
         vocab = self.graph.nodes[-1].output.cols
         if not outputs:
             return torch.zeros(0, vocab, device=self.device)
         return torch.stack([found[row] for row in outputs])
 
+    def _most(self, begin: int) -> int:
+        """Tokens of the chunk at a position: fewer after many others where an indexer scores them all."""
+        return min(CHUNK, max(PAGE, SCORES // (begin + CHUNK))) if self.indexed else CHUNK
+
+    def _integers(self, values: Sequence[int]) -> torch.Tensor:
+        """On the device, without waiting for what it does: pinned memory is copied when its turn comes."""
+        gpu = self.device.type == "cuda"
+        host = torch.tensor(values, dtype=torch.long, pin_memory=gpu)
+        return host.to(self.device, non_blocking=True)
+
     def _chunk(self, step: _Step) -> torch.Tensor:
         for i, node in enumerate(self.graph.nodes):
             if i == self.head and not len(step.outputs):
                 return torch.zeros(0, 0)
-            step.values[node.output.name] = self.ops[node.op](step, node)
-            for name in self.dead[i]:
-                del step.values[name]
+            made, name = self.ops[node.op](step, node), node.output.name
+            for dead in self.dead[i]:  # before another copy is made
+                del step.values[dead]
+            step.values[name] = made.to(self.narrow[name]) if name in self.narrow else made
+            del made
         return step.values[self.graph.nodes[-1].output.name].float()
 
     def _input(self, step: _Step, node: Node, name: str) -> torch.Tensor:
@@ -162,23 +234,38 @@ class PromptRunner:
         assert step.given is not None, f"{node} was given nothing"
         return step.given
 
+    def _vector(self, node: Node, name: str) -> torch.Tensor | None:
+        """A weight of one row in f32; None where the node has none."""
+        value = node.inputs[name]
+        return None if value is None else self.vectors[value.name]
+
+    def _norm(self, x: torch.Tensor, node: Node, name: str) -> torch.Tensor:
+        """f32 RMSNorm of x [.., width], whose weight is the node's input of that name."""
+        return functional.rms_norm(
+            x.float(), (x.shape[-1],), self._vector(node, name), node.attrs["eps"]
+        )
+
     def _rms_norm(self, step: _Step, node: Node) -> torch.Tensor:
         x = self._input(step, node, "x")
-        if node.output.rows == "outputs":
-            x = x[step.outputs]
-        return _norm(x, self._input(step, node, "weight"), node.attrs["eps"])
+        return self._norm(x[step.outputs] if node.output.rows == "outputs" else x, node, "weight")
 
     def _linear(self, step: _Step, node: Node) -> torch.Tensor:
-        value = node.inputs["w"]
+        """In the type of the weight; f32 with a bias, and where the weight is."""
+        x, value = self._input(step, node, "x"), node.inputs["w"]
         assert value is not None, f"{node} has no weight"
-        w, bias = self._matrix(value), self._optional(node.inputs["bias"])
-        if node.output in self.routing:  # what rounding moves would send a token to another expert
-            w = w.float()
         if groups := int(node.attrs.get("groups", 0)):
-            x = self._input(step, node, "x")
-            return latent.block_linear(x, w, groups, int(node.attrs["stride"]))
-        y = _product(self._input(step, node, "x"), w)
-        return y if bias is None else y + bias.float()
+            return latent.block_linear(x, self._matrix(value), groups, int(node.attrs["stride"]))
+        if node.output in self.routing:  # what rounding moves would send a token to another expert
+            y = functional.linear(x.float(), self._matrix(value).float())
+        elif value.name in self.scales:
+            scale = self.scales[value.name]
+            w, factors = self.weights[value.name], self.weights[scale.name]
+            y = experts.scaled_product(x, w, factors, scale.block)
+        else:
+            w = self.weights[value.name]
+            y = functional.linear(x.to(w.dtype), w)
+        bias = self._vector(node, "bias")
+        return y if bias is None else y + bias
 
     def _matrix(self, value: Value) -> torch.Tensor:
         """The weight of a product; one in FP8 is widened to bf16, which rounds it once more."""
@@ -186,92 +273,78 @@ class PromptRunner:
         if value.name not in self.scales:
             return w
         scale = self.scales[value.name]
-        wide = self.weights[scale.name].repeat_interleave(scale.block[0], dim=0)[: w.shape[0]]
-        wide = wide.repeat_interleave(scale.block[1], dim=1)[:, : w.shape[1]]
-        return (w.float() * wide).to(torch.bfloat16)
-
-    def _optional(self, value: Value | None) -> torch.Tensor | None:
-        return None if value is None else self.weights[value.name].view(1, -1)
+        return experts.widened(w, self.weights[scale.name], scale.block)
 
     def _add(self, step: _Step, node: Node) -> torch.Tensor:
-        return self._input(step, node, "x") + self._input(step, node, "y")
+        return self._input(step, node, "x").float() + self._input(step, node, "y")
 
     def _silu_mul(self, step: _Step, node: Node) -> torch.Tensor:
-        return functional.silu(self._input(step, node, "gate")) * self._input(step, node, "up")
+        return experts.gated(self._input(step, node, "gate"), self._input(step, node, "up"))
 
     def _route(self, step: _Step, node: Node) -> torch.Tensor:
-        """f32 [T, experts]: the weights of those that each token goes to, else 0; ops/experts.py: Route."""
-        logits, bias = self._input(step, node, "logits"), self._optional(node.inputs["bias"])
-        scores = logits.sigmoid() if node.attrs["sigmoid"] else logits.softmax(dim=-1)
-        values = scores if node.attrs["sigmoid"] else logits
-        values = values if bias is None else values + bias.float()
-        n_group = int(node.attrs["n_group"])
-        if n_group > 1:
-            groups = values.unflatten(-1, (n_group, -1))
-            kept = _largest(groups.topk(2, dim=-1).values.sum(-1), int(node.attrs["topk_group"]))
-            values = groups.masked_fill(~kept[..., None], -torch.inf).flatten(-2)
-        chosen = scores * _largest(values, int(node.attrs["top_k"]))
-        if node.attrs["norm_topk_prob"]:
-            chosen = chosen / (chosen.sum(dim=-1, keepdim=True) + 1e-20)
-        return chosen * node.attrs["routed_scaling_factor"]
+        """[T, top_k] weights; the experts that they are of stay beside them."""
+        logits, bias = self._input(step, node, "logits"), self._vector(node, "bias")
+        step.chosen[node.output.name], weights = experts.choose(logits, bias, node.attrs)
+        return weights
 
     def _experts(self, step: _Step, node: Node) -> torch.Tensor:
-        """Expert after expert, so that no more than one is widened at a time."""
+        route = node.inputs["route"]
+        assert route is not None, f"{node} has no route"
+        banks = [self.banks[v] for v in map(node.inputs.get, ("gate", "up", "down")) if v]
         x, weights = self._input(step, node, "x"), self._input(step, node, "route")
-        banks = [node.inputs[name] for name in ("gate", "up", "down")]
-        y = torch.zeros(len(x), node.output.cols, device=x.device)
-        pairs = weights.T.nonzero()  # expert and token, by expert
-        counts = pairs[:, 0].bincount(minlength=weights.shape[1]).tolist()
-        for expert, rows in enumerate(pairs[:, 1].split(counts)):
-            if not len(rows):
-                continue
-            gate, up, down = (self._matrix(bank.parts[expert]) for bank in banks if bank)
-            inner = functional.silu(_product(x[rows], gate)) * _product(x[rows], up)
-            y.index_add_(0, rows, _product(inner, down) * weights[rows, expert, None])
-        return y
+        return experts.mixture(x, step.chosen[route.name], weights, *banks)
+
+    def _angles(self, step: _Step, node: Node) -> torch.Tensor:
+        """[T, 1, columns]: cosines, then sines, for all heads."""
+        return self._input(step, node, "table")[step.begin : step.end][:, None]
 
     def _rope(self, step: _Step, node: Node) -> torch.Tensor:
         d, layer = int(node.attrs["head_dim"]), int(node.attrs["layer"])
-        angles = self._input(step, node, "table")[step.positions]
+        table = node.inputs["table"]
+        assert table is not None, f"{node} has no table"
+        cosines, sines = self._angles(step, node).chunk(2, dim=-1)
+        cosines = step.once((table, "cos"), lambda: torch.cat([cosines, cosines], dim=-1))
+        sines = step.once((table, "sin"), lambda: torch.cat([-sines, sines], dim=-1))
         turned: dict[str, torch.Tensor] = {}
         for name in ("q", "k"):
             x = self._input(step, node, name).view(len(step.tokens), -1, d)
-            norm = self._optional(node.inputs[f"{name}_norm"])
-            x = x if norm is None else _norm(x, norm, node.attrs["eps"])
-            turned[name] = _rotate(x, angles[:, None])
+            normed = node.inputs[f"{name}_norm"] is not None
+            x = self._norm(x, node, f"{name}_norm") if normed else x.float()
+            # ops/rope.py: rotate
+            turned[name] = (x * cosines).addcmul_(x.roll(d // 2, dims=-1), sines)
+        step.caches.append(f"layers.{layer}.k_cache", turned["k"])
         v = self._input(step, node, "v").view(len(step.tokens), -1, d)
-        self._append(step, f"layers.{layer}.k_cache", turned["k"])
-        self._append(step, f"layers.{layer}.v_cache", v)
-        return turned["q"].reshape(len(step.tokens), -1)
-
-    def _append(self, step: _Step, name: str, x: torch.Tensor) -> None:
-        """x [T, kv_heads, head_dim] at the step's positions."""
-        self.paged.append(name, step.pages, step.positions, x)
-
-    def _cached(self, step: _Step, name: str, first_page: int) -> torch.Tensor:
-        """[kv_heads, positions, head_dim] from a page on to the last token of the step."""
-        return self.paged.read(name, step.pages, first_page, step.end)
+        step.caches.append(f"layers.{layer}.v_cache", v)
+        return turned["q"].flatten(1)
 
     def _attention(self, step: _Step, node: Node) -> torch.Tensor:
         d, layer, window = (int(node.attrs[name]) for name in ("head_dim", "layer", "window"))
         first = max(0, step.begin + 1 - window) // PAGE if window else 0
-        k, v = (self._cached(step, f"layers.{layer}.{kv}_cache", first) for kv in "kv")
+        k, v = (step.caches.read(f"layers.{layer}.{kv}_cache", first) for kv in "kv")
         q = self._input(step, node, "q").view(len(step.tokens), -1, d).transpose(0, 1).to(k.dtype)
-        y = _attend(q, k, v, node.attrs["scale"], self._mask(step, first * PAGE, window))
-        return y.transpose(0, 1).reshape(len(step.tokens), -1).float()
+        if window == 0 or step.end <= window:
+            y = attend_all(q, k, v, node.attrs["scale"])
+        else:
+            y = attend(q, k, v, node.attrs["scale"], self._mask(step, first * PAGE, window))
+        return y.transpose(0, 1).flatten(1)
 
-    def _angles(self, step: _Step, node: Node) -> torch.Tensor:
-        """[T, 1, columns]: cosines, then sines, for all heads."""
-        return self._input(step, node, "table")[step.positions][:, None]
+    def _mask(self, step: _Step, first: int, window: int) -> torch.Tensor:
+        """[T, keys from `first` on] which keys a query sees."""
+
+        def make() -> torch.Tensor:
+            ago = step.positions[:, None] - step.since(first)
+            return (ago >= 0) & (ago < window)
+
+        return step.once(("mask", first, window), make)
 
     def _latent_rope(self, step: _Step, node: Node) -> torch.Tensor:
         layer, heads, nope = (int(node.attrs[name]) for name in ("layer", "heads", "nope"))
         interleave, angles = bool(node.attrs["interleave"]), self._angles(step, node)
-        kv, weight = self._input(step, node, "kv"), self._input(step, node, "norm")
-        lora = weight.shape[-1]
-        key = latent.turned(kv[:, None, lora:], angles, interleave)
-        row = torch.cat([_norm(kv[:, None, :lora], weight, node.attrs["eps"]), key], dim=-1)
-        self._append(step, f"layers.{layer}.latent_cache", row)
+        kv = self._input(step, node, "kv")[:, None]
+        lora = kv.shape[-1] - angles.shape[-1]
+        key = latent.turned(kv[..., lora:], angles, interleave)
+        row = torch.cat([self._norm(kv[..., :lora], node, "norm"), key], dim=-1)
+        step.caches.append(f"layers.{layer}.latent_cache", row)
         q = self._input(step, node, "q").unflatten(1, (heads, -1))
         q = torch.cat([q[..., :nope], latent.turned(q[..., nope:], angles, interleave)], dim=-1)
         return q.flatten(1)
@@ -279,31 +352,32 @@ class PromptRunner:
     def _latent_attention(self, step: _Step, node: Node) -> torch.Tensor:
         layer, heads, lora, nope = (int(node.attrs[n]) for n in ("layer", "heads", "lora", "nope"))
         rotated = self._input(step, node, "rotated").unflatten(1, (heads, -1))[..., nope:]
-        q = torch.cat([self._input(step, node, "q").unflatten(1, (heads, lora)), rotated], dim=-1)
-        rows = self._cached(step, f"layers.{layer}.latent_cache", 0)[0]
+        q = self._input(step, node, "q").unflatten(1, (heads, lora))
+        rows = step.caches.read(f"layers.{layer}.latent_cache")[0]
         if node.inputs["selected"] is None:
-            mask = torch.arange(step.end, device=self.device) <= step.positions[:, None]
+            mask = step.once("seen", lambda: step.since(0) <= step.positions[:, None])
         else:
             mask = self._input(step, node, "selected")
-        return latent.attend(q, rows, lora, node.attrs["scale"], mask).flatten(1)
+        return latent.attend(q, rotated, rows, node.attrs["scale"], mask).flatten(1)
 
     def _index_rope(self, step: _Step, node: Node) -> torch.Tensor:
         k, angles = self._input(step, node, "k"), self._angles(step, node)
-        norm, shift = self._input(step, node, "norm"), self._input(step, node, "bias")
+        norm, shift = self._vector(node, "norm"), self._vector(node, "bias")
         layer, interleave = int(node.attrs["layer"]), bool(node.attrs["interleave"])
-        key = latent.index_key(k, norm, shift, node.attrs["eps"], angles, interleave)
+        key = functional.layer_norm(k.float(), (k.shape[1],), norm, shift, node.attrs["eps"])
+        key = latent.index_query(key[:, None], angles, interleave)
         q = self._input(step, node, "q").unflatten(1, (-1, k.shape[1]))
         q = latent.index_query(q, angles, interleave)
-        if latent.append_key(self.paged, layer, step.pages, step.positions, key):
+        if latent.append_key(step.caches, layer, key):
             values, scale = latent.quantised(q)
             q = values.float() * scale
         return q.flatten(1)
 
     def _index_score(self, step: _Step, node: Node) -> torch.Tensor:
-        q, weights = self._input(step, node, "q"), self._input(step, node, "weights")
+        q, weights = self._input(step, node, "q"), self._input(step, node, "weights").float()
         return latent.index_scores(
-            self.paged, int(node.attrs["layer"]), step.pages, step.end,
-            q.unflatten(1, (weights.shape[1], -1)), weights, node.attrs["scale"],
+            step.caches, int(node.attrs["layer"]), q.unflatten(1, (weights.shape[1], -1)), weights,
+            node.attrs["scale"],
         )  # fmt: skip
 
     def _select(self, step: _Step, node: Node) -> torch.Tensor:
@@ -312,65 +386,47 @@ class PromptRunner:
             self._input(step, node, "scores"), step.positions, int(node.attrs["topk"])
         )
 
-    def _mask(self, step: _Step, first: int, window: int) -> torch.Tensor | None:
-        """[T, keys from `first` on] which keys a query sees; None for all up to its own."""
-        end = step.end
-        if step.begin == 0 and (window == 0 or end <= window):
-            return None
-        ago = step.positions[:, None] - torch.arange(first, end, device=self.device)
-        return (ago >= 0) & (ago < window) if window else ago >= 0
+
+def attend_all(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    """q [heads, T, d], k and v [kv_heads, S, d] to [heads, T, d]: the queries are those of the last T keys,
+    and each sees all keys up to its own."""
+    count, past = q.shape[1], k.shape[1] - q.shape[1]
+    if not past:
+        attention = functional.scaled_dot_product_attention
+        return attention(q[None], k[None], v[None], is_causal=True, scale=scale, enable_gqa=True)[0]
+    if q.is_cuda and q.element_size() == 2 and q.shape[-1] <= FLASH_WIDTH:
+        # Causal means "up to the last key" here. torch.nn.attention.bias.causal_lower_right comes to the same
+        # call, but takes more than a second to import; a mask would have an element for each head's score.
+        flash = torch.ops.aten._scaled_dot_product_flash_attention
+        return flash(q[None], k[None], v[None], 0.0, True, False, scale=scale)[0][0]
+    seen = torch.ones(count, past + count, dtype=torch.bool, device=q.device).tril(past)
+    return attend(q, k, v, scale, seen)
 
 
-def _attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, mask: torch.Tensor | None
+def attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, mask: torch.Tensor
 ) -> torch.Tensor:
-    """q [heads, T, d], k and v [kv_heads, S, d] to [heads, T, d].
+    """As attend_all, with a mask [T, S] of the keys that a query sees.
 
-    Only inputs of four dimensions reach the fused kernels, which do not hold all scores at once.
+    Only inputs of four dimensions reach the fused kernels, which do not hold all scores at once. Several
+    query heads share a kv head: [1, kv_heads, group * T, d] needs no copies of k and v.
     """
-    heads, kv_heads = q.shape[0], k.shape[0]
-    attend = functional.scaled_dot_product_attention
-    if mask is None:
-        return attend(q[None], k[None], v[None], is_causal=True, scale=scale, enable_gqa=True)[0]
-    # Several query heads share a kv head: [1, kv_heads, group * T, d] needs no copies of k and v.
-    rows = mask.repeat(heads // kv_heads, 1)
-    shared = q.reshape(1, kv_heads, -1, q.shape[-1])
-    return attend(shared, k[None], v[None], attn_mask=rows, scale=scale).reshape(q.shape)
-
-
-def _product(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    """f32; x is taken in the type of the weight."""
-    return functional.linear(x.to(w.dtype), w).float()
-
-
-def _largest(x: torch.Tensor, count: int) -> torch.Tensor:
-    """Which of each row are its `count` largest; among equal ones those with the lowest index."""
-    order = x.sort(dim=-1, descending=True, stable=True).indices
-    return torch.zeros_like(x, dtype=torch.bool).scatter_(-1, order[..., :count], True)
-
-
-def _norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    return functional.rms_norm(x, (x.shape[-1],), weight.view(-1).float(), eps)
-
-
-def _rotate(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
-    """ops/rope.py: rotate; angles: cosines, then sines, on the last axis."""
-    low, high = x.chunk(2, dim=-1)
-    cosine, sine = angles.chunk(2, dim=-1)
-    return torch.cat([low * cosine - high * sine, high * cosine + low * sine], dim=-1)
+    rows = mask.repeat(len(q) // len(k), 1)
+    shared = q.reshape(1, len(k), -1, q.shape[-1])
+    attention = functional.scaled_dot_product_attention
+    return attention(shared, k[None], v[None], attn_mask=rows, scale=scale).reshape(q.shape)
 
 
 def over_memory(
-    graph: Graph, weights: Mapping[str, tuple[Any, np.ndarray]],
+    graph: Graph, weights: Mapping[str, tuple[Any, tuple[int, ...], DType]],
     caches: Mapping[str, tuple[Any, tuple[int, ...], DType]], scales: Mapping[str, Scale],
 ) -> PromptRunner:  # fmt: skip
-    """A runner over memory of the device, each with an array of its type and shape, or both of them."""
-    typed = {
-        name: memory.tensor.view(_TORCH[DType.of(array)]).view(array.shape)
-        for name, (memory, array) in weights.items()
-    }
-    pages = {
-        name: memory.tensor.view(_TORCH[dtype]).view(shape)
-        for name, (memory, shape, dtype) in caches.items()
-    }
+    """A runner over memory of the device, each with the shape and the type of what is there."""
+    typed, pages = (
+        {
+            name: memory.tensor.view(_TORCH[dtype]).view(shape)
+            for name, (memory, shape, dtype) in of.items()
+        }
+        for of in (weights, caches)
+    )
     return PromptRunner(graph, typed, pages, scales)

@@ -4,14 +4,13 @@ ops/index.py. What needs a score for each head, token and position is computed f
 
 from __future__ import annotations
 
-import math
+from functools import lru_cache
 
 import torch
-from torch.nn import functional
 
-from tilert.backends.cuda.paged import PagedCaches
+from tilert.backends.cuda.paged import StepCaches
 
-MOST = 1 << 26  # elements of the scores that are held at once
+MOST = 1 << 24  # elements of the scores that are held at once
 E4M3_MAX = 448.0
 SMALLEST = 1e-4
 
@@ -28,32 +27,40 @@ def block_linear(x: torch.Tensor, w: torch.Tensor, groups: int, stride: int) -> 
     """x [T, >= groups * stride], w [rows, k]: block g of the rows times columns [g * stride, + k) of x."""
     own = x[:, : groups * stride].unflatten(1, (groups, stride))[..., : w.shape[1]]
     y = own.transpose(0, 1).to(w.dtype) @ w.unflatten(0, (groups, -1)).transpose(1, 2)
-    return y.transpose(0, 1).flatten(1).float()
+    return y.transpose(0, 1).flatten(1)
 
 
 def attend(
-    q: torch.Tensor, rows: torch.Tensor, lora: int, scale: float, mask: torch.Tensor
+    q: torch.Tensor, rotated: torch.Tensor, rows: torch.Tensor, scale: float, mask: torch.Tensor
 ) -> torch.Tensor:
-    """[T, heads, lora] weighted latents. q [T, heads, width]; rows [S, width] of the cache, whose first
-    `lora` columns are the values; mask [T, S]: what a token sees."""
-    out: list[torch.Tensor] = []
-    step = max(1, MOST // (q.shape[1] * len(rows)))
-    for some, seen in zip(q.split(step), mask.split(step), strict=True):
-        scores = (some.to(rows.dtype) @ rows.T).float() * scale
-        weights = scores.masked_fill(~seen[:, None], -torch.inf).softmax(dim=-1)
-        out.append((weights.to(rows.dtype) @ rows[:, :lora]).float())
-    return torch.cat(out)
+    """[T, heads, lora] weighted latents, in the type of `rows`. q [T, heads, lora] and rotated [T, heads, r];
+    rows [S, lora + r] of the cache; mask [T, S]: what a token sees, which is nothing behind itself, and the
+    last token is the last row."""
+    lora, count, hidden = q.shape[2], len(rows), ~mask
+    out = rows.new_empty(q.shape)
+    step = max(1, MOST // (q.shape[1] * count))
+    for begin in range(0, len(q), step):
+        end = min(begin + step, len(q))
+        past = rows[: count - len(q) + end]
+        both = [x[begin:end].to(rows.dtype) for x in (q, rotated)]
+        scores = (torch.cat(both, dim=-1) @ past.T).float().mul_(scale)
+        scores.masked_fill_(hidden[begin:end, None, : len(past)], -torch.inf)
+        torch.matmul(scores.softmax(dim=-1).to(rows.dtype), past[:, :lora], out=out[begin:end])
+    return out
 
 
 def hadamard(x: torch.Tensor) -> torch.Tensor:
-    """ops/index.py: hadamard."""
-    width, step = x.shape[-1], 1
-    while step < width:
-        pairs = x.unflatten(-1, (-1, 2, step))
-        first, second = pairs.unbind(-2)
-        x = torch.stack([first + second, first - second], dim=-2).flatten(-3)
-        step *= 2
-    return x * width**-0.5
+    """ops/index.py: hadamard; as one product, whose factors are exact."""
+    return x @ _signs(x.shape[-1], x.device) * x.shape[-1] ** -0.5
+
+
+@lru_cache
+def _signs(width: int, device: torch.device) -> torch.Tensor:
+    """[width, width] Sylvester's matrix of 1 and -1."""
+    signs = torch.ones(1, 1)
+    while len(signs) < width:
+        signs = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), signs)
+    return signs.to(device)
 
 
 def quantised(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -70,43 +77,30 @@ def index_query(x: torch.Tensor, angles: torch.Tensor, interleave: bool) -> torc
     return hadamard(torch.cat([turned(x[..., :rope], angles, interleave), x[..., rope:]], dim=-1))
 
 
-def index_key(
-    x: torch.Tensor, weight: torch.Tensor, shift: torch.Tensor, eps: float, angles: torch.Tensor,
-    interleave: bool,
-) -> torch.Tensor:  # fmt: skip
-    """x [T, d] normed, then as a query of one head: [T, 1, d]."""
-    shape = (x.shape[-1],)
-    x = functional.layer_norm(x, shape, weight.view(-1).float(), shift.view(-1).float(), eps)
-    return index_query(x[:, None], angles, interleave)
-
-
-def append_key(
-    caches: PagedCaches, layer: int, pages: torch.Tensor, positions: torch.Tensor, k: torch.Tensor
-) -> bool:
+def append_key(caches: StepCaches, layer: int, k: torch.Tensor) -> bool:
     """Keys [T, 1, d] into the indexer's caches; True where those are e4m3."""
     name, scales = f"layers.{layer}.index_cache", f"layers.{layer}.index_scale_cache"
     if scales not in caches.tensors:
-        caches.append(name, pages, positions, k, plain=True)
+        caches.append(name, k, plain=True)
         return False
     values, scale = quantised(k)
-    caches.append(name, pages, positions, values, plain=True)
-    caches.append(scales, pages, positions, scale, plain=True)
+    caches.append(name, values, plain=True)
+    caches.append(scales, scale, plain=True)
     return True
 
 
 def index_scores(
-    caches: PagedCaches, layer: int, pages: torch.Tensor, end: int, q: torch.Tensor,
-    weights: torch.Tensor, scale: float,
-) -> torch.Tensor:  # fmt: skip
-    """[T, end] scores of all positions. q [T, heads, d], weights [T, heads]."""
-    keys = caches.read(f"layers.{layer}.index_cache", pages, 0, end, plain=True)[0].float()
+    caches: StepCaches, layer: int, q: torch.Tensor, weights: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """f32 [T, positions] scores of all positions. q [T, heads, d], weights [T, heads]."""
+    keys = caches.read(f"layers.{layer}.index_cache", plain=True)[0].float()
     if (scales := f"layers.{layer}.index_scale_cache") in caches.tensors:
-        keys = keys * caches.read(scales, pages, 0, end, plain=True)[0]
-    out: list[torch.Tensor] = []
-    step = max(1, MOST // (q.shape[1] * end))
-    for some, weight in zip(q.split(step), weights.split(step), strict=True):
-        out.append((weight[:, None] @ (some @ keys.T).relu())[:, 0] * scale)
-    return torch.cat(out)
+        keys = keys * caches.read(scales, plain=True)[0]
+    out = q.new_empty(len(q), len(keys))
+    step = max(1, MOST // (q.shape[1] * len(keys)))
+    for some, weight, to in zip(q.split(step), weights.split(step), out.split(step), strict=True):
+        torch.mul((weight[:, None] @ (some @ keys.T).relu_())[:, 0], scale, out=to)
+    return out
 
 
 def select(scores: torch.Tensor, positions: torch.Tensor, topk: int) -> torch.Tensor:
@@ -114,5 +108,8 @@ def select(scores: torch.Tensor, positions: torch.Tensor, topk: int) -> torch.Te
     seen = torch.arange(scores.shape[1], device=scores.device) <= positions[:, None]
     if scores.shape[1] <= topk:
         return seen
-    order = scores.masked_fill(~seen, -math.inf).sort(dim=-1, descending=True, stable=True).indices
-    return seen & torch.zeros_like(seen).scatter_(-1, order[:, :topk], True)
+    step = max(1, MOST // 4 // scores.shape[1])  # a sort takes several times what it sorts
+    for some, of in zip(scores.split(step), seen.split(step), strict=True):
+        order = some.masked_fill(~of, -torch.inf).sort(dim=-1, descending=True, stable=True).indices
+        of &= torch.zeros_like(of).scatter_(-1, order[:, :topk], True)
+    return seen

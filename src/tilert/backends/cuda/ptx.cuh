@@ -59,10 +59,12 @@ __device__ __forceinline__ bool barrier_test(u64* b, u32 parity) {
 
 // Copies `bytes` (a multiple of 16, both ends aligned to 16) and announces them at the barrier.
 __device__ __forceinline__ void copy_bulk(void* to, const void* from, u32 bytes, u64* b) {
+  u64 policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
   asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
-          "r"(shared_address(to)),
-      "l"(from), "r"(bytes), "r"(shared_address(b))
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+      " [%0], [%1], %2, [%3], %4;" ::"r"(shared_address(to)),
+      "l"(from), "r"(bytes), "r"(shared_address(b)), "l"(policy)
       : "memory");
 }
 
@@ -184,6 +186,9 @@ __device__ __forceinline__ u32 load_shared(const u32* p) {
 __device__ __forceinline__ void store_shared(u32* p, u32 v) {
   asm volatile("st.volatile.shared.u32 [%0], %1;" ::"r"(shared_address(p)), "r"(v) : "memory");
 }
+
+// Leaves the multiprocessor to others for a while.
+__device__ __forceinline__ void stand_back() { asm volatile("nanosleep.u32 200;"); }
 
 // Matrix units: 8 x 8 blocks of bf16 from shared memory, and a 16 x 8 x 16 product with f32 sums.
 

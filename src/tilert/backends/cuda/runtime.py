@@ -21,7 +21,7 @@ from tilert.backends.cuda.limits import step_rows
 from tilert.ir.dtype import DType
 from tilert.ir.graph import Graph
 from tilert.ir.machine import Machine
-from tilert.ir.program import NONE, Kind, Program, Scale
+from tilert.ir.program import NONE, Buffer, Kind, Program, Scale
 from tilert.ops import Norm
 
 Progress = Callable[[str, int, int], None]  # (label, done bytes, total bytes)
@@ -30,6 +30,9 @@ Progress = Callable[[str, int, int], None]  # (label, done bytes, total bytes)
 # small model's launches are faster still. It depends on the prompt's length alone, not on what is ready:
 # the two round differently, and the same prompt has the same tokens.
 SHORT_LAUNCHES = 4
+# Tokens of a step of a prompt. In launches of the program for a few tokens, others wait for it; the prompt
+# runner reads all weights for a step, and calls PyTorch as often for many tokens as for few.
+PIECES_ROWS, RUNNER_ROWS = 256, 1024
 
 
 class GpuDevice(Device, Protocol):
@@ -48,10 +51,11 @@ class GpuDevice(Device, Protocol):
         ...
 
     def prompt_runner(
-        self, graph: Graph, weights: Mapping[str, tuple[Any, np.ndarray]],
+        self, graph: Graph, weights: Mapping[str, tuple[Any, tuple[int, ...], DType]],
         caches: Mapping[str, tuple[Any, tuple[int, ...], DType]], scales: Mapping[str, Scale],
     ) -> Any:  # fmt: skip
-        """A LateRunner over memory of this device; None when the device has none."""
+        """A LateRunner over memory of this device, which holds what the shapes and types say; None when the
+        device has none."""
         ...
 
 
@@ -90,7 +94,8 @@ class CudaRuntime:
                 return self.bound(program(kind))
         if kind == "prompt" and self._prompts is not None:
             short = SHORT_LAUNCHES * self.step_rows(program)
-            return Prompts(partial(self._pieces, kind, program), short, self._runner, decode, 256)
+            pieces = partial(self._pieces, kind, program)
+            return Prompts(pieces, short, self._runner, decode, RUNNER_ROWS)
         return self._pieces(kind, program)
 
     def _pieces(self, kind: str, program: Callable[[str], Program]) -> Pieces:
@@ -101,7 +106,7 @@ class CudaRuntime:
         elif taken not in self._few:
             with self._noted(taken):
                 self._few[taken] = self.bound(program(taken))
-        return Pieces(self._few[taken], 256 if kind == "prompt" else 8)
+        return Pieces(self._few[taken], self.prompt_rows(program) if kind == "prompt" else 8)
 
     def _runner(self) -> Any:
         """The prompt runner, when it is ready."""
@@ -115,6 +120,11 @@ class CudaRuntime:
         begin = time.perf_counter()
         yield
         self.first_use.setdefault(name, time.perf_counter() - begin)
+
+    def prompt_rows(self, program: Callable[[str], Program]) -> int:
+        """Most tokens of a step of one sequence's."""
+        self._decoder(program)
+        return PIECES_ROWS if self._prompts is None else RUNNER_ROWS
 
     def step_rows(self, program: Callable[[str], Program]) -> int:
         """Most tokens of a step of one launch; see limits.step_rows."""
@@ -135,7 +145,7 @@ class CudaRuntime:
             for memory in self.caches.values():
                 memory.clear()  # values that no token has written yet are multiplied by 0
             self._prompts = self.device.prompt_runner(
-                self.graph, {n: (self.tensors[n], array) for n, array in self.arrays.items()},
+                self.graph, self._stored(made),
                 {n: (m, shapes[n], types[n]) for n, m in self.caches.items()}, _scales(made),
             )  # fmt: skip
             self._decode = self.bound(made)
@@ -157,6 +167,20 @@ class CudaRuntime:
             program, {n: m.address for n, m in weights.items()},
             {n: m.address for n, m in caches.items()}, self.device,
         )  # fmt: skip
+
+    def _stored(self, program: Program) -> dict[str, tuple[Memory, tuple[int, ...], DType]]:
+        """Where prompts find the weights, with shapes and types: tensors, and banks as a whole."""
+        found: dict[str, tuple[Memory, tuple[int, ...], DType]] = {}
+        buffers = program.buffers
+        banks = [b for b in buffers if b.bank > 1]
+        banks += [buffers[b.scale] for b in banks if b.scale != NONE]
+        for b in banks:
+            found[b.name] = self.weights[b.name], (b.rows, b.cols), b.dtype
+        inside = {part for b in banks for part in b.parts}
+        for name in self.arrays.keys() - inside:
+            array = self.arrays[name]
+            found[name] = self.tensors[name], array.shape, DType.of(array)
+        return found
 
     def _load(self, program: Program) -> None:
         """Put the weights of the program into memory that are not there."""
@@ -181,13 +205,19 @@ class CudaRuntime:
 
 
 def _scales(program: Program) -> dict[str, Scale]:
-    """Block scales by the tensor that they belong to."""
+    """Block scales by the tensor, or the bank, that they belong to."""
     buffers = program.buffers
     return {
         part: Scale(scale, b.block)
         for b in buffers if b.scale != NONE
-        for part, scale in zip(b.parts, buffers[b.scale].parts, strict=True)
+        for part, scale in zip(_wholes(b), _wholes(b, buffers[b.scale]), strict=True)
     }  # fmt: skip
+
+
+def _wholes(weight: Buffer, of: Buffer | None = None) -> tuple[str, ...]:
+    """What prompts know the tensors of a weight, or of its scales, by: a bank is one."""
+    of = of or weight
+    return (of.name,) if weight.bank > 1 else of.parts
 
 
 class _Rows:

@@ -16,10 +16,10 @@ from tilert.backends.cuda.limits import (
     MAX_GROUPS,
     SLOT_PAD,
     UNIT_ROWS,
-    fitting_slots,
+    Layout,
+    entry_bytes,
     scratch_bytes,
     shared_struct_bytes,
-    taken_units,
 )
 from tilert.errors import UserError
 from tilert.ir.dtype import DType
@@ -28,6 +28,7 @@ from tilert.ir.tags import TAGS, Tags, derive
 from tilert.ops import (
     Accept,
     Adjust,
+    Append,
     Argmax,
     Attend,
     Bins,
@@ -52,8 +53,8 @@ from tilert.ops import (
 
 FOLDER = Path(__file__).parent
 HEADERS = (
-    "ptx.cuh", "program.cuh", "tile.cuh", "inputs.cuh", "products.cuh", "linear.cuh", "attend.cuh",
-    "sample.cuh", "draw.cuh", "experts.cuh", "mla.cuh", "index.cuh", "norm.cuh",
+    "ptx.cuh", "program.cuh", "tile.cuh", "inputs.cuh", "products.cuh", "linear.cuh", "heads.cuh",
+    "attend.cuh", "sample.cuh", "draw.cuh", "experts.cuh", "mla.cuh", "index.cuh", "norm.cuh",
 )  # fmt: skip
 KERNEL = "tilert_program"
 
@@ -67,28 +68,28 @@ class Source:
     variants: list[int]
 
 
-def generate(program: Program, available: int, *, trace: bool = False) -> Source:
-    """The source of a program where a block has so many bytes of shared memory; with `trace` every run
-    leaves its times.
+def generate(program: Program, layout: Layout, *, trace: bool = False) -> Source:
+    """The source of a program for blocks of that layout; with `trace` every run leaves its times.
 
-    Raises UserError for heads that the kernel has no form of and where that memory is too little,
-    AssertionError for an op that the compiler never emits for such machines.
+    Raises UserError for heads that the kernel has no form of, AssertionError for an op that the compiler
+    never emits for such machines.
     """
     known: dict[str, int] = {}
     tags = derive(program)
     variants = [known.setdefault(_type(program, op, tags), len(known)) for op in program.ops]
     names = "\n".join(f"using V{i} = {name};" for name, i in known.items())
     cases = " ".join(f"X({i})" for i in known.values())
-    machine, slots = program.machine, fitting_slots(program, available)
+    machine, slots = program.machine, layout.slots
     constants = {
         "kSlots": slots, "kSlotBytes": machine.slot_bytes, "kSlotPitch": machine.slot_bytes + SLOT_PAD,
         "kWindow": min(machine.window, slots), "kPage": PAGE,
         "kScratchBytes": scratch_bytes(program, program.tokens),
-        "kCounters": len(program.counters), "kTurn": tags.stride % TAGS, "kTokens": program.tokens,
-        "kStreamLead": program.stream_lead, "kSharedBytes": shared_struct_bytes(program.tokens),
+        "kEntries": layout.entries, "kEntryBytes": entry_bytes(program, layout.entries),
+        "kTurn": tags.stride % TAGS, "kTokens": program.tokens,
+        "kSharedBytes": shared_struct_bytes(program.tokens),
         "kHeldWords": HELD_WORDS, "kVariants": len(known),
         "kPasses": passes(program)[-1],
-        "kTakenUnits": taken_units(machine, available),
+        "kTakenUnits": layout.units,
     }  # fmt: skip
     headers = {name: (FOLDER / name).read_text(encoding="utf-8") for name in HEADERS}
     headers["constants.h"] = "#pragma once\n" + "".join(
@@ -120,16 +121,19 @@ def _type(program: Program, op: Op, tags: Tags) -> str:
             f"Attend<{op.heads}, {op.kv_heads}, {op.head_dim}, {op.window}, {op.splits},"
             f" {_flag(all(b in tags.writers for b in (op.q, op.k, op.v)))}, {norms},"
             f" {_bits(op.eps)}, {_bits(op.scale)},"
-            f" {', '.join(str(program.buffers[b].cols) for b in (op.q, op.k, op.v))}>"
+            f" {', '.join(str(program.buffers[b].cols) for b in (op.q, op.k, op.v))},"
+            f" {_flag(op.y in tags.writers)}>"
         )
+    if isinstance(op, Append):  # in the same code
+        return _type(program, attend_of(program, op), tags)
     if isinstance(op, LatentRope | LatentAttention):
         return _latent(program, op, tags)
     if isinstance(op, IndexRope | IndexScore | Select):
         return _index(program, op, tags)
     if isinstance(op, Combine):
         return (
-            f"Combine<{op.kv_heads}, {op.group}, {op.head_dim}, {op.splits}, {_active(program, op.part)},"
-            f" {_flag(op.y in tags.writers)}, {_narrow(program, op.y)}>"
+            f"Combine<{op.heads}, {op.group}, {op.head_dim}, {op.splits}, {_active(program, op.part)},"
+            f" {_flag(op.part in tags.writers)}, {_flag(op.y in tags.writers)}, {_narrow(program, op.y)}>"
         )
     if isinstance(op, Embed):
         return f"Embed<{op.width}, {_weight(program, op.table)}, {_flag(op.y in tags.writers)}>"
@@ -158,6 +162,11 @@ def _type(program: Program, op: Op, tags: Tags) -> str:
         )
     assert isinstance(op, NextToken | Accept | Guess), f"{type(op).__name__} has no CUDA form"
     return f"{type(op).__name__}<{op.chunks}>"
+
+
+def attend_of(program: Program, op: Append) -> Attend:
+    """The attention whose keys and values an op appends."""
+    return next(o for o in program.ops if isinstance(o, Attend) and o.k_cache == op.k_cache)
 
 
 def _check_heads(program: Program, op: Attend) -> None:
@@ -239,7 +248,11 @@ def _linear(program: Program, op: Linear, tags: Tags) -> str:
         stride = op.splits * (op.head_dim + 2) if op.splits > 1 else op.x_stride
         rows = f"Blocks<{op.n // op.groups}, {stride}>"
     epilogue = ("kStore", "kAdd", "kGate")[op.epilogue]
-    return _product(program, op, tags, epilogue, x, rows)
+    made = _product(program, op, tags, epilogue, x, rows)
+    if op.beyond == 0:
+        return made
+    assert op.y not in tags.writers, "a word that is not written has an old tag"
+    return f"Beyond<{op.beyond}, {made}>"
 
 
 def _gate(program: Program, op: ExpertGate, tags: Tags) -> str:
@@ -265,10 +278,12 @@ def _product(
 ) -> str:  # fmt: skip
     """A Linear of the kernel, which takes experts as well; x: its Input, rows: its Source."""
     y, bias = program.buffers[op.y], op.bias if isinstance(op, Linear) else NONE
+    # For one token, products of other widths are the same.
+    pitch = y.cols if program.tokens > 1 else 0
     return (
         f"Linear<{op.k}, {_weight(program, op.w)}, {op.tile_rows}, {epilogue},"
         f" {_flag(op.y in tags.writers)}, {_narrow(program, op.y)}, {_flag(op.x_type != DType.F32)},"
-        f" {y.cols}, {x}, {_weight(program, bias)}, {_scales(program, op)}, {rows}>"
+        f" {pitch}, {x}, {_weight(program, bias)}, {_scales(program, op)}, {rows}>"
     )
 
 
@@ -298,10 +313,13 @@ def _scales(program: Program, op: Linear | ExpertGate | ExpertDown) -> str:
     if b.scale == NONE:
         return "Unscaled"
     rows, cols = b.block
-    if rows % op.tile_rows and (cols < op.k or isinstance(op, ExpertDown)):
+    # Scales that cover rows of one matrix multiply sums of rows; others are held beside x'.
+    held = cols < op.k or isinstance(op, ExpertDown)
+    if held and rows % op.tile_rows and (rows > 1 or op.x_type == DType.F32):
         raise UserError(
             f"weights have scales for blocks of {rows} rows, and tiles {op.tile_rows} rows; the back end"
-            " 'cuda' accepts blocks of whole tiles"
+            " 'cuda' accepts blocks of whole tiles, and of one row where its columns are multiples of 64;"
+            " 'cpu' runs it"
         )
     return f"Scaled<{rows}, {cols}>"
 

@@ -1,0 +1,290 @@
+"""The queues of a program as the kernel reads them: struct Run and struct Wait of program.cuh, with every
+operand resolved to an address."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from tilert.backends.cuda.limits import RUN_BYTES, WAIT_BYTES, Layout, entry_bytes
+from tilert.backends.cuda.source import attend_of, passes
+from tilert.ir.program import NONE, Buf, Kind, Op, Program, Run
+from tilert.ir.tags import TAGS, Tags, derive
+from tilert.ops import (
+    Accept,
+    Adjust,
+    Append,
+    Argmax,
+    Attend,
+    Bins,
+    Combine,
+    Draw,
+    Embed,
+    ExpertDown,
+    ExpertGate,
+    Guess,
+    IndexRope,
+    IndexScore,
+    LatentAttention,
+    LatentRope,
+    Linear,
+    NextToken,
+    Norm,
+    Route,
+    Select,
+    Sift,
+    Totals,
+)
+from tilert.ops.linear import ADD
+
+NO_SIGNAL = 0xFFFF
+RANK_SHIFT = 24  # kRankShift
+PASS_SHIFT = 12  # kPassShift
+RUN = np.dtype(  # struct Run
+    [(name, "<u2") for name in ("variant", "wait_begin", "wait_count", "signal")]
+    + [(name, "<u4") for name in ("first", "count")]
+    + [
+        (name, "<u8")
+        for name in ("w", "w_up", "norm", "norm2", "bias", "bias_up", "scale", "scale_up")
+    ]
+    + [(name, "<u4") for name in ("x", "y", "x2", "x3")]
+)
+WAIT = np.dtype([("counter", "<u2"), ("threshold", "<u2"), ("total", "<u4")])  # struct Wait
+assert (RUN.itemsize, WAIT.itemsize) == (RUN_BYTES, WAIT_BYTES)
+
+
+def tables(
+    program: Program, layout: Layout, runs: Sequence[np.ndarray], waits: Sequence[np.ndarray]
+) -> dict[str, np.ndarray]:  # fmt: skip
+    """The read-only tables of struct Params. runs, waits: of each worker's queue, RUN records and WAIT
+    records, those of one run after those of another. They are laid out as Block in program.cuh says."""
+    size = entry_bytes(program, layout.entries)
+    beside = (size - RUN_BYTES) // WAIT_BYTES
+    entry = np.dtype([("run", RUN), ("waits", WAIT, (beside,))])
+    assert entry.itemsize == size
+    queues = list[np.ndarray]()
+    for own, each in zip(runs, waits, strict=True):
+        length, counts = len(own), own["wait_count"].astype(np.int64)
+        first = np.cumsum(counts) - counts  # of the waits of the queue
+        entries = np.zeros(length, entry)
+        entries["run"] = own
+        table = entries.view(np.uint8)
+        if layout.entries:
+            entries["run"]["wait_begin"] = RUN_BYTES // WAIT_BYTES
+            run = np.repeat(np.arange(length), counts)
+            entries["waits"][run, np.arange(len(each)) - first[run]] = each
+        else:
+            behind = RUN_BYTES // WAIT_BYTES * np.arange(length, 0, -1)
+            entries["run"]["wait_begin"] = behind + first
+            table = np.concatenate([table, each.view(np.uint8)])
+        queues.append(np.concatenate([table, np.zeros(-len(table) % 16, np.uint8)]))
+    return {
+        "queues": np.concatenate(queues),
+        "queue_begin": np.cumsum([0, *(len(table) // 16 for table in queues)]).astype(np.uint32),
+        "run_begin": np.cumsum([0, *map(len, runs)]).astype(np.uint32),
+    }
+
+
+def queues(
+    program: Program, variants: list[int], weights: Mapping[str, int], caches: Mapping[str, int],
+    states: Mapping[str, int], arena: int,
+) -> tuple[list[np.ndarray], list[np.ndarray]]:  # fmt: skip
+    """Each worker's runs, with all operands resolved to addresses, and their waits; see `tables`.
+
+    states: where the state buffers are that ops find through their run, an address or a place in the arena;
+    others come with Params.
+    arena: where it begins.
+    """
+    tags = derive(program)
+    homes = {Kind.WEIGHT: weights, Kind.CACHE: caches}
+    at = [
+        homes[b.kind][b.name] if b.kind in homes else states.get(b.name, b.offset // 4)
+        for b in program.buffers
+    ]
+    choices, number = _choices(program), passes(program)
+    totals = [counter.total for counter in program.counters]
+    runs, waits = list[np.ndarray](), list[np.ndarray]()
+    for queue in program.queues:
+        runs.append(np.zeros(len(queue), RUN))
+        own: list[tuple[int, int, int]] = []
+        known = -1  # the choice that the loader has
+        for record, run in zip(runs[-1], queue, strict=True):
+            record["variant"] = variants[run.op] | number[run.op] << PASS_SHIFT
+            record["wait_count"] = len(run.waits)
+            record["signal"] = NO_SIGNAL if run.signal < 0 else run.signal
+            _resolve(record, program, run, at)
+            ordered, op = run.waits, program.ops[run.op]
+            if isinstance(op, ExpertGate | ExpertDown):
+                maker, signals = choices[run.op]
+                # Those for the choice first: the loader has them, too.
+                ordered = sorted(run.waits, key=lambda w: bool(w.lag) or w.counter not in signals)
+                if maker != known:
+                    record["x3"] = sum(w.counter in signals and not w.lag for w in ordered)
+                known = maker
+                record["bias_up"] = arena + program.buffers[op.chosen].offset
+                if isinstance(op, ExpertDown):
+                    record["bias"] = arena + program.buffers[op.weights].offset
+            _add_ranks(record, program, run.op, tags)
+            own += [(w.counter, w.threshold | w.lag << 15, totals[w.counter]) for w in ordered]
+        waits.append(np.asarray(own, WAIT))
+    return runs, waits
+
+
+def _choices(program: Program) -> dict[int, tuple[int, set[int]]]:
+    """For each op that streams what is chosen: the op that chooses, and the counters that it signals."""
+    signals: dict[int, set[int]] = defaultdict(set)
+    for run in (run for queue in program.queues for run in queue):
+        signals[run.op].add(run.signal)
+    found: dict[int, tuple[int, set[int]]] = {}
+    last: dict[int, int] = {}  # the op that wrote each choice
+    for index, op in enumerate(program.ops):
+        if isinstance(op, ExpertGate | ExpertDown):
+            found[index] = last[op.chosen], signals[last[op.chosen]]
+        elif isinstance(op, Route):
+            last[op.chosen] = index
+    return found
+
+
+def _add_ranks(record: Any, program: Program, index: int, tags: Tags) -> None:
+    """Ranks of tags into the operands' top bytes: of the op's own write, of those that it reads."""
+    op = program.ops[index]
+
+    def writer(buf: Buf) -> int:
+        return tags.rank[tags.writer(buf, index)] % TAGS << RANK_SHIFT
+
+    if isinstance(op, Linear | ExpertGate | ExpertDown):
+        if op.x in tags.writers:
+            record["x"] += writer(op.x)
+        adds = isinstance(op, ExpertDown) or (isinstance(op, Linear) and op.epilogue == ADD)
+        if adds and op.y in tags.writers:
+            record["x2"] = writer(op.y)
+    operands: tuple[tuple[str, Buf], ...] = ()
+    if isinstance(op, Attend):
+        operands = ("x", op.q), ("x2", op.k), ("x3", op.v)
+    elif isinstance(op, Append):
+        operands = ("x2", op.k), ("x3", op.v)
+    elif isinstance(op, Combine):
+        operands = (("x", op.part),)
+    elif isinstance(op, Route):
+        operands = (("x", op.logits),)
+    elif isinstance(op, LatentRope):
+        operands = (("x2", op.kv),)
+    elif isinstance(op, Norm):
+        operands = (("x", op.x),)
+    elif isinstance(op, LatentAttention):
+        operands = (("x", op.q),)
+    elif isinstance(op, IndexRope):
+        operands = (("x2", op.k),)
+    elif isinstance(op, IndexScore):
+        operands = (("x2", op.head_weights),)
+    for name, buf in operands:
+        if buf in tags.writers:
+            record[name] += writer(buf)
+    if tags.silent(index):
+        record["y"] += tags.rank[index] % TAGS << RANK_SHIFT
+
+
+def _resolve(record: Any, program: Program, run: Run, at: list[int]) -> None:
+    """The fields of struct Run that depend on the op. at: address (arena: float) of each buffer."""
+    op: Op = program.ops[run.op]
+
+    def home(buf: int, row: int = 0, cols: int = 0) -> int:
+        return 0 if buf == NONE else at[buf] + row * cols * program.buffers[buf].dtype.bytes
+
+    if isinstance(op, Linear):
+        begin, end = op.span(run.lo, run.hi)
+        record["first"], record["count"] = begin, end - begin
+        record["w"], record["w_up"] = home(op.w, begin, op.k), home(op.w_up, begin, op.k)
+        record["bias"], record["bias_up"] = home(op.bias, begin, 1), home(op.bias_up, begin, 1)
+        scales = (program.buffers[w].scale if w != NONE else NONE for w in (op.w, op.w_up))
+        record["scale"], record["scale_up"] = (home(scale) for scale in scales)
+        record["norm"], record["x"], record["y"] = (
+            home(op.norm),
+            at[op.x] + op.x_col,
+            at[op.y] + op.y_col,
+        )
+        return
+    record["first"], record["count"] = run.lo, run.hi - run.lo
+    if isinstance(op, Append):  # its tiles follow those of attention
+        op = attend_of(program, op)
+        record["first"] += op.tiles
+    if isinstance(op, ExpertGate | ExpertDown):
+        _resolve_experts(record, program, op, run, at)
+    elif isinstance(op, Attend):
+        record["w"], record["w_up"], record["y"] = at[op.k_cache], at[op.v_cache], at[op.y]
+        record["norm"], record["norm2"] = home(op.q_norm), home(op.k_norm)
+        record["bias_up"] = at[op.table]
+        record["x"], record["x2"], record["x3"] = at[op.q], at[op.k] + op.k_col, at[op.v] + op.v_col
+    elif isinstance(op, LatentRope):
+        record["w"], record["norm"], record["bias_up"] = (
+            at[op.latent_cache],
+            at[op.weight],
+            at[op.table],
+        )
+        record["x"], record["x2"] = at[op.q] + op.q_col, at[op.kv] + op.kv_col
+    elif isinstance(op, LatentAttention):
+        record["w"], record["y"] = at[op.latent_cache], at[op.y]
+        record["x"], record["x2"] = at[op.q], at[op.q_rope] + op.q_col
+        record["x3"] = 0 if op.selected == NONE else at[op.selected]
+    elif isinstance(op, IndexRope):
+        record["w"], record["w_up"] = at[op.index_cache], at[op.index_scale]
+        record["norm"], record["norm2"] = at[op.weight], at[op.shift]
+        record["bias_up"] = at[op.table]
+        record["x"], record["x2"] = at[op.q] + op.q_col, at[op.k] + op.k_col
+    elif isinstance(op, IndexScore):
+        record["w"], record["w_up"] = at[op.index_cache], at[op.index_scale]
+        record["x"], record["x2"] = at[op.q] + op.q_col, at[op.head_weights] + op.w_col
+        record["y"] = at[op.y]
+    elif isinstance(op, Select):
+        record["x"], record["y"] = at[op.scores], at[op.chosen]
+    elif isinstance(op, Embed):
+        record["w"], record["y"] = at[op.table], at[op.y]
+    elif isinstance(op, Argmax):
+        record["x"], record["y"] = at[op.logits], at[op.part]
+    elif isinstance(op, Route):
+        record["norm"], record["x"] = home(op.bias), at[op.logits]
+        record["y"], record["x2"] = at[op.chosen], at[op.weights]
+    elif isinstance(op, NextToken | Accept | Guess):
+        record["x"] = at[op.part]
+    elif isinstance(op, Norm):
+        record["norm"], record["x"], record["y"] = at[op.weight], at[op.x], at[op.y]
+    elif isinstance(op, Totals):
+        record["x"], record["y"] = at[op.bins], at[op.totals]
+    elif isinstance(op, Combine):
+        record["x"], record["y"] = at[op.part], at[op.y]
+    elif isinstance(op, Adjust | Bins | Sift | Draw):
+        _resolve_sampling(record, op, at)
+
+
+def _resolve_experts(
+    record: Any, program: Program, op: ExpertGate | ExpertDown, run: Run, at: list[int]
+) -> None:
+    """Rows of whole tiles: where they begin in a bank is known when the choice is."""
+    begin, end = run.lo * op.tile_rows, run.hi * op.tile_rows
+    if isinstance(op, ExpertDown):
+        begin, end = op.span(run.lo, run.hi)
+    record["first"], record["count"] = begin, end - begin
+    record["x"], record["y"] = at[op.x], at[op.y]
+    banks = {"": op.w, "_up": op.w_up} if isinstance(op, ExpertGate) else {"": op.w}
+    for name, bank in banks.items():
+        scale = program.buffers[bank].scale
+        record[f"w{name}"], record[f"scale{name}"] = at[bank], 0 if scale == NONE else at[scale]
+    if isinstance(op, ExpertGate) and op.norm != NONE:
+        record["norm"] = at[op.norm]
+
+
+def _resolve_sampling(record: Any, op: Adjust | Bins | Sift | Draw, at: list[int]) -> None:
+    record["w"], record["y" if isinstance(op, Adjust) else "x"] = at[op.controls], at[op.scores]
+    if isinstance(op, Adjust):
+        record["w_up"], record["bias"] = at[op.mask], at[op.biases]
+        record["bias_up"], record["x"], record["x2"] = at[op.tally], at[op.logits], at[op.peaks]
+    elif isinstance(op, Bins):
+        record["x2"], record["y"] = at[op.peaks], at[op.bins]
+    elif isinstance(op, Sift):
+        record["x2"], record["x3"], record["y"] = at[op.peaks], at[op.totals], at[op.candidates]
+    else:
+        record["x2"], record["x3"] = at[op.candidates], at[op.totals]
+        record["bias_up"] = at[op.tally]
