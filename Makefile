@@ -19,8 +19,9 @@ demo: $(VENV)/installed
 	  --prompt "Explain in three sentences why the sky is blue."
 
 # Two files at a time: many tests wait for a compiler, and threads of the CPU back end want a core each.
+# They are given out in the order of tests/conftest.py, the longest first.
 test: $(VENV)/with-test
-	$(bin)/python -m pytest -q -n 2 --dist loadfile
+	$(bin)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/with-dev
 	$(bin)/ruff check .

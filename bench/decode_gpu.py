@@ -117,11 +117,13 @@ def stored(name: str, graph: Graph) -> tuple[dict[str, DType], dict[str, Scale]]
     return dtypes | dict.fromkeys(linear, DType.F8E4M3), scales
 
 
-def compiled(name: str, context: int, device: Any, tokens: int = 1) -> Program:
+def compiled(
+    name: str, context: int, device: Any, tokens: int = 1, *, sampled: bool = False
+) -> Program:
     """A model's program of so many tokens for that many positions; compiled once, then kept on disk."""
     graph, limits = (
         build_graph(load_config(config_of(name)), context),
-        Limits(tokens, tokens, 1, context),
+        Limits(tokens, tokens, 1, context, sampled),
     )
     dtypes, scales = stored(name, graph)
     machine = machine_of(name, graph, device)

@@ -791,6 +791,41 @@ def loader_of_selected_rows_that_trusts_its_queue() -> Program:
     return without_wait(program, 1, position, max(i for i, w in enumerate(waits) if not w.lag))
 
 
+def behind_a_silent_signal(*, ordered: bool) -> Program:
+    """Worker 0 makes logits, then something that has tags; worker 1, which takes the logits, waits for
+    the signal of what has tags, and with `ordered` for that of the logits, too."""
+    d = Draft(programs.RING)
+    counts, tokens = d.state("counts", 2), d.state("tokens", 1)
+    x, side = d.work("x", 1, HIDDEN), d.work("side", 1, HIDDEN)
+    d.op(Embed(tokens, d.weight("table", VOCAB, HIDDEN), x, counts, VOCAB, 1, HIDDEN, 1))
+    d.op(linear(x, d.weight("extra", HIDDEN, HIDDEN), side, counts, k=HIDDEN, n=HIDDEN, tile=4))
+    programs.choose(d, x, counts, tokens, 1)
+    made, chosen = d.counter(), d.counter()
+    logits = [d.counter()] if ordered else []
+    d.run(0, 0, 0, 1, (chosen, 1, 1))
+    d.run(0, 2, 0, 1)
+    d.run(0, 3, 0, 4, signal=logits[0] if ordered else -1)
+    d.run(0, 1, 0, 4, signal=made)
+    d.run(1, 4, 0, 2, (made, 1), *((counter, 1) for counter in logits))
+    d.run(1, 5, 0, 1, signal=chosen)
+    return d.program()
+
+
+@breaks("handoff")
+def words_without_tags_behind_a_silent_signal() -> Program:
+    return behind_a_silent_signal(ordered=False)
+
+
+@breaks("ordering")
+def product_moved_away_from_its_producer() -> Program:
+    """Where the norm and the product of it are on one worker, no wait lies between them."""
+    program = GOOD["pipeline"]
+    queue, other = list(program.queues[1]), list(program.queues[2])
+    assert not queue[1].waits
+    assert queue[0].signal < 0
+    return with_queue(with_queue(program, 2, [*other, queue.pop(1)]), 1, queue)
+
+
 @breaks("structure")
 def block_scales_that_do_not_exist() -> Program:
     return with_buffer(GOOD["experts"], "down", scale=Buf(99))

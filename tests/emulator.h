@@ -5,7 +5,7 @@
 // mbarriers with their counts of bytes, copies that land later and in any order. Not modelled:
 // ordinary memory is seen by all at once, so a missing fence is not found here.
 #pragma once
-#include <algorithm>
+// Only headers that are small: half of the time of a test may be that of its compiler.
 #include <cassert>
 #include <cmath>
 #include <cstdint>
@@ -13,9 +13,6 @@
 #include <cstdlib>
 #include <cstring>
 #include <deque>
-#include <functional>
-#include <memory>
-#include <random>
 #include <vector>
 
 #define __device__
@@ -65,9 +62,11 @@ struct BlockState {
 };
 struct Fiber {
   void* stack_pointer = nullptr;
-  std::unique_ptr<u8[]> stack;
+  u8* stack = nullptr;
   u32 block = 0, thread = 0;
   u64 exchanges = 0;
+  const u64* awaited = nullptr;  // what it waits for, if anything, to become `until`
+  u64 until = 0;
   bool ended = false;
 };
 struct Copy {
@@ -85,6 +84,13 @@ extern u64 progress;  // counts what may let somebody go on
 void yield();         // to another fiber
 BlockState& block();
 
+// Until a count has been reached. Nobody goes on to a fiber before that.
+inline void await(const u64& count, u64 until) {
+  current->awaited = &count, current->until = until;
+  while (count < until) yield();
+  current->awaited = nullptr;
+}
+
 inline Warp& warp() { return block().warps[threadIdx.x / 32]; }
 
 // What all lanes of the warp bring, once all have brought it. Valid until the lane's next exchange.
@@ -97,8 +103,8 @@ const T* exchange(const T& mine) {
   std::memcpy(w.values[set][threadIdx.x % 32], &mine, sizeof(T));
   ++w.arrived[set];
   ++progress;
-  while (w.arrived[set] < 32 * (use / 2 + 1)) yield();
-  static thread_local T all[32];
+  await(w.arrived[set], 32 * (use / 2 + 1));
+  static T all[32];
   for (u32 i = 0; i < 32; ++i) std::memcpy(&all[i], w.values[set][i], sizeof(T));
   return all;
 }
@@ -107,7 +113,7 @@ inline void barrier(u32 id, u32 threads) {
   BlockState& b = block();
   const u64 use = b.arrived[id]++ / threads;  // not all uses are by the same warps
   ++progress;
-  while (b.arrived[id] < threads * (use + 1)) yield();
+  await(b.arrived[id], threads * (use + 1));
 }
 
 // An mbarrier in its 8 bytes.
@@ -176,11 +182,15 @@ T __shfl_sync(u32, T v, int from) {
 }
 inline bool __all_sync(u32, bool v) {
   const bool* all = emulator::exchange(v);
-  return std::all_of(all, all + 32, [](bool b) { return b; });
+  bool every = true;
+  for (u32 i = 0; i < 32; ++i) every = every && all[i];
+  return every;
 }
 inline bool __any_sync(u32, bool v) {
   const bool* all = emulator::exchange(v);
-  return std::any_of(all, all + 32, [](bool b) { return b; });
+  bool some = false;
+  for (u32 i = 0; i < 32; ++i) some = some || all[i];
+  return some;
 }
 
 inline u32 __ballot_sync(u32, bool v) {
@@ -191,11 +201,13 @@ inline u32 __ballot_sync(u32, bool v) {
 }
 inline u32 __reduce_max_sync(u32, u32 v) {
   const u32* all = emulator::exchange(v);
-  return *std::max_element(all, all + 32);
+  for (u32 i = 0; i < 32; ++i) v = max(v, all[i]);
+  return v;
 }
 inline u32 __reduce_min_sync(u32, u32 v) {
   const u32* all = emulator::exchange(v);
-  return *std::min_element(all, all + 32);
+  for (u32 i = 0; i < 32; ++i) v = min(v, all[i]);
+  return v;
 }
 
 inline u8* shared_memory() { return emulator::block().base; }
@@ -280,10 +292,11 @@ inline u32 bf16_bits(float f) {
   return (v + 0x7fff + (v >> 16 & 1)) >> 16;
 }
 inline u32 pack_bf16(float low, float high) { return bf16_bits(low) | bf16_bits(high) << 16; }
-inline float float_of_half(u16 h) {
-  _Float16 f;
-  std::memcpy(&f, &h, 2);
-  return f;
+inline float float_of_half(
+    u32 h) {  // by hand: the compiler calls a function that takes ten times as long
+  const float size = __uint_as_float((h & 0x7fff) << 13) * 0x1p112f;
+  const u32 special = (h & 0x7c00) == 0x7c00 ? 0x7f800000u : 0;
+  return __uint_as_float(__float_as_uint(size) | special | (h & 0x8000) << 16);
 }
 inline u16 half_of_float(float f) {
   const _Float16 h = f;
@@ -292,7 +305,7 @@ inline u16 half_of_float(float f) {
   return bits;
 }
 inline u32 pack_f16(float low, float high) {
-  auto bits = [](float f) { return u32(half_of_float(std::clamp(f, -65504.0f, 65504.0f))); };
+  auto bits = [](float f) { return u32(half_of_float(max(-65504.0f, min(f, 65504.0f)))); };
   return bits(low) | bits(high) << 16;
 }
 inline float infinity() { return __uint_as_float(0x7f800000u); }

@@ -151,7 +151,7 @@ def phased(
                 draft.run(worker, op, lo, hi, wait, signal=counters[op])
 
 
-def _choose(
+def choose(
     draft: Draft, x: Buf, counts: Buf, tokens: Buf, rows: int, *, feed: int = 1
 ) -> list[int]:
     """Ops from the residual to the next token: gathering norm, logits, argmax, next token."""
@@ -196,7 +196,7 @@ def greedy_draft(machine: Machine) -> Draft:
                 w_up=d.weight("up", 8, HIDDEN), norm=d.weight("norm", 1, HIDDEN)))  # fmt: skip
     d.op(linear(h, d.weight("down", HIDDEN, 8, DType.BF16), x, counts, k=8, n=HIDDEN, tile=4, epilogue=ADD,
                 bias=d.weight("bias", 1, HIDDEN)))  # fmt: skip
-    _choose(d, x, counts, tokens, 1)
+    choose(d, x, counts, tokens, 1)
     return d
 
 
@@ -239,7 +239,7 @@ def pipeline() -> Program:
     x, side = d.work("x", 1, HIDDEN), d.work("side", 1, HIDDEN)
     d.op(Embed(tokens, d.weight("table", VOCAB, HIDDEN), x, counts, VOCAB, 1, HIDDEN, 1))
     d.op(linear(x, d.weight("extra", HIDDEN, HIDDEN), side, counts, k=HIDDEN, n=HIDDEN, tile=4))
-    _choose(d, x, counts, tokens, 1)
+    choose(d, x, counts, tokens, 1)
     embedded, looked, chosen = (d.counter() for _ in range(3))
     d.run(0, 0, 0, 1, (chosen, 1, 1), (looked, 1, 1), signal=embedded)
     d.run(1, 2, 0, 1, (embedded, 1))
@@ -256,7 +256,7 @@ def stream() -> Program:
     counts, tokens = d.state("counts", 2), d.state("tokens", 1)
     x = d.work("x", 1, HIDDEN)
     d.op(Embed(tokens, d.weight("table", VOCAB, HIDDEN), x, counts, VOCAB, 1, HIDDEN, 1))
-    _choose(d, x, counts, tokens, 1)
+    choose(d, x, counts, tokens, 1)
     pieces, chosen = d.counter(), d.counter()
     d.run(0, 0, 0, 1, (chosen, 1, 1))
     d.run(0, 1, 0, 1)
@@ -298,7 +298,7 @@ def attention_draft(machine: Machine, tokens: int, splits: int) -> Draft:
         d.op(Combine(shares, mixed, counts, tokens, heads, kv_heads, dim, splits, 0))
     wo = d.weight("wo", HIDDEN, HIDDEN)
     d.op(linear(mixed, wo, x, counts, k=HIDDEN, n=HIDDEN, tile=4, rows=tokens, epilogue=ADD))
-    _choose(d, x, counts, ids, tokens)
+    choose(d, x, counts, ids, tokens)
     return d
 
 
@@ -360,7 +360,7 @@ def experts_draft(machine: Machine, rows: int = 1) -> Draft:
     d.op(Route(logits, NONE, chosen, weights, counts, rows, 4, 2, 1, 1, SOFTMAX, 1, 1.5))
     d.op(ExpertGate(x, gate, up, norm, chosen, h, counts, rows, HIDDEN, 8, 4, 2, 4, 1, 1e-5))
     d.op(ExpertDown(h, down, chosen, weights, x, counts, rows, 8, HIDDEN, 4, 2, 4))
-    _choose(d, x, counts, tokens, rows)
+    choose(d, x, counts, tokens, rows)
     return d
 
 
@@ -431,7 +431,7 @@ def latent_draft(machine: Machine, tokens: int, splits: int, topk: int = 16) -> 
     d.op(down)
     d.op(linear(values, d.weight("wo", HIDDEN, HIDDEN), x, counts, k=HIDDEN, n=HIDDEN, tile=4,
                 rows=tokens, epilogue=ADD))  # fmt: skip
-    _choose(d, x, counts, ids, tokens)
+    choose(d, x, counts, ids, tokens)
     return d
 
 

@@ -45,15 +45,13 @@ def bench() -> Iterator[Any]:
 
 
 @pytest.fixture
-def tiny(
-    bench: Any, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
-) -> EmulatedDevice:
+def tiny(bench: Any, kernels: Path, monkeypatch: pytest.MonkeyPatch) -> EmulatedDevice:
     """A device for the model 'Tiny', which three tokens of output are enough for."""
     monkeypatch.setitem(bench.MODELS, "Tiny", TINY)
     monkeypatch.setattr(bench, "STEPS", 3)
     tensor = property(lambda memory: torch.from_numpy(memory.bytes))
     monkeypatch.setattr(emulator.Memory, "tensor", tensor, raising=False)
-    return EmulatedDevice(tmp_path_factory.getbasetemp() / "kernels")
+    return EmulatedDevice(kernels)
 
 
 @emulated
@@ -84,6 +82,32 @@ def test_ops_of_a_step_add_up_to_it(bench: Any, monkeypatch: pytest.MonkeyPatch)
     moved = sum(row["bytes"] * row["times"] for row in rows)
     assert moved == pytest.approx(bench.step_bytes("Tiny", program, 16), rel=0.1)
     assert ops.table(rows, 1.0).count("\n") == 1 + len(rows)
+
+
+@emulated
+def test_memory_is_taken_apart(
+    tiny: EmulatedDevice, bench: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = importlib.import_module("memory_gpu")
+    for name, value in (("PROMPT", 128), ("CHUNK", 64), ("STEPS", 2)):
+        monkeypatch.setattr(script, name, value)
+    asked: list[str] = []
+    attribute = lambda kernel, name: asked.append(name) or 8  # noqa: E731
+    monkeypatch.setattr(emulator.Kernel, "attribute", attribute, raising=False)
+    used = iter(range(10**6, 10**9, 10**6))  # every step takes 1 MB
+    meter = script.Meter(lambda: next(used), 0)
+    script.measure("Tiny", 128, tiny, meter)
+    steps = {line["step"]: line for line in meter.lines}
+    assert len(steps) == len(meter.lines)
+    assert {line["step_mb"] for line in meter.lines} == {1.0}
+    for kind in ("decode", "few", "sampled"):
+        assert steps[f"{kind}: kernel"]["local_size_bytes"] == 8
+        assert {f"{kind}: tables, arena", f"{kind}: launch"} <= steps.keys()
+    held = sum(steps[name]["known_mb"] for name in ("weights", "cache"))
+    last = meter.lines[-1]
+    assert last["beyond_mb"] == pytest.approx(len(steps) - held, abs=0.11)
+    assert last["step"] == "launches again"
+    assert "prompt of 128, 128 at a time, again" in steps
 
 
 def test_shapes_are_read_as_they_are_meant(bench: Any) -> None:
@@ -339,7 +363,7 @@ def test_the_checkpoint_of_the_start_loads(bench: Any, tmp_path: Path, monkeypat
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("script", ["decode_gpu.py", "start_gpu.py"])
+@pytest.mark.parametrize("script", ["decode_gpu.py", "start_gpu.py", "memory_gpu.py"])
 def test_without_a_gpu_it_says_so(script: str) -> None:
     hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(

@@ -344,6 +344,40 @@ def test_pytorch_that_finds_no_gpu_is_told_to_who_needs_it(monkeypatch: pytest.M
             ask()
 
 
+def test_what_a_prompt_took_is_given_back_behind_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than a little, and not between the pieces of a prompt, which use it again."""
+    torch = pytest.importorskip("torch")
+    said: list[str] = []
+    held = {"reserved": 0, "allocated": 3 << 20}
+
+    class Runner:
+        def warm_up(self) -> None:
+            held["reserved"] = 900 << 20
+
+        def run(self, tokens: Any, begin: int, pages: Any, outputs: list[int]) -> list[int]:
+            said.append(f"run {begin}")
+            return outputs
+
+    def empty() -> None:
+        said.append("empty")
+        held["reserved"] = late.IDLE + held["allocated"]
+
+    monkeypatch.setattr(late, "import_torch", lambda: None)
+    monkeypatch.setattr("tilert.backends.cuda.prompt.over_memory", lambda *_: Runner())
+    monkeypatch.setattr(torch.cuda, "empty_cache", empty)
+    for name in held:
+        monkeypatch.setattr(torch.cuda, f"memory_{name}", lambda name=name: held[name])
+    runner = late.LateRunner(late.Later(lambda: None), None, {}, {}, {})  # type: ignore[arg-type]
+    runner.wait()
+    assert said == ["empty"]
+    runner.run([1], 0, [0], [0])
+    assert said == ["empty", "run 0"]
+    held["reserved"] += 1
+    assert runner.run([1], 1, [0], []) == []
+    assert runner.run([1], 2, [0], [0]) == [0]
+    assert said == ["empty", "run 0", "run 1", "run 2", "empty"]
+
+
 def test_pytorch_that_is_damaged_is_told_to_who_needs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(UserError, match=r"^PyTorch, which computes prompts, cannot be imported: "):

@@ -21,7 +21,7 @@ from tilert.backends.cuda.backend import CudaBackend
 from tilert.backends.cuda.runtime import GpuDevice
 from tilert.backends.interpreter import Interpreter
 from tilert.compiler import Limits, build
-from tilert.engine.sampling import Sampler
+from tilert.engine.sampling import SampledToken, Sampler
 from tilert.errors import UserError
 from tilert.ir.dtype import DType
 from tilert.ir.graph import Graph
@@ -37,43 +37,43 @@ EOS = (2, 7)
 PROMPT = [5, 6, 5, 100]
 
 
-def compiled(shape: tuple[int, ...], workers: int) -> Program:
+def compiled(shape: tuple[int, ...], workers: int, logprobs: bool = False) -> Program:
     """Embedding and choice alone."""
     rows, vocab = shape
     graph = Graph("rows")
     graph.embed("logits", graph.weight("rows", rows, vocab))
     machine = Machine("small", workers, slots=4, slot_bytes=4096, window=2, read_bandwidth=4e9,
                       worker_bandwidth=2e9, worker_flops=1e9, cache_dtype=DType.BF16)  # fmt: skip
-    return build(graph, machine, Limits(1, 1, 1, 4096, True), {"rows": DType.F32})
+    return build(graph, machine, Limits(1, 1, 1, 4096, True, logprobs), {"rows": DType.F32})
 
 
 @pytest.fixture(params=["interpreter", "emulator", "gpu"])
 def bound(request: pytest.FixtureRequest, kernels: Path) -> Bound:
     """Makes a back end that samples from given logits."""
 
-    def on(device: GpuDevice, logits: np.ndarray, workers: int) -> Backend:
+    def on(device: GpuDevice, logits: np.ndarray, workers: int, logprobs: bool) -> Backend:
         weights = device.allocate(logits.nbytes)
         weights.write(logits)
-        program = compiled(logits.shape, workers)
+        program = compiled(logits.shape, workers, logprobs)
         made = CudaBackend(program, {"rows": weights.address}, {}, device)
         made.__dict__["home"] = weights
         return made
 
     if request.param == "interpreter":
-        return lambda logits, workers=3, seed=0: Interpreter(
-            compiled(logits.shape, workers), {"rows": logits}, {}, seed=seed
+        return lambda logits, workers=3, seed=0, logprobs=False: Interpreter(
+            compiled(logits.shape, workers, logprobs), {"rows": logits}, {}, seed=seed
         )
     if request.param == "emulator":
         if not SUPPORTED:
             pytest.skip("the emulator needs g++ on x86-64")
-        return lambda logits, workers=3, seed=0: on(
-            EmulatedDevice(kernels, seed=seed), logits, workers
+        return lambda logits, workers=3, seed=0, logprobs=False: on(
+            EmulatedDevice(kernels, seed=seed), logits, workers, logprobs
         )
     try:
         gpu = open_device()
     except UserError as error:
         pytest.skip(str(error))
-    return lambda logits, workers=3, seed=0: on(gpu, logits, workers)
+    return lambda logits, workers=3, seed=0, logprobs=False: on(gpu, logits, workers, logprobs)
 
 
 def rows(count: int, vocab: int = VOCAB, scale: float = 3.0, seed: int = 0) -> np.ndarray:
@@ -87,14 +87,21 @@ def sampler(params: dict[str, Any], vocab: int = VOCAB, prompt: Sequence[int] = 
 
 def launch(backend: Backend, subject: Sampler, row: int, position: int, steps: int) -> list[int]:
     """Tokens of one launch that begins with the token `row`; the sampler is told of them."""
+    return [token.token_id for token in told(backend, subject, row, position, steps)]
+
+
+def told(
+    backend: Backend, subject: Sampler, row: int, position: int, steps: int
+) -> list[SampledToken]:
+    """Likewise, with log-probabilities where the program has them."""
     state = backend.state
     state["tokens"][0, 0], state["positions"][0, 0] = row, position
     state["counts"][0] = 1, 1
     subject.fill(state, position)
-    made = [int(ids[0]) for ids in backend.steps(steps)]
-    for token in made:
-        subject.commit(token)
-    return made
+    made: list[tuple[int, np.ndarray | None]] = []
+    for ids in backend.steps(steps):
+        made.append((int(ids[0]), state["report"][0].copy() if "report" in state else None))
+    return [subject.commit(*each) for each in made]
 
 
 FEATURES: dict[str, dict[str, Any]] = {
@@ -343,3 +350,84 @@ def test_bfloat16_logits_have_many_equals(bound: Bound) -> None:
             given: dict[str, Any] = {"top_k": top_k, "seed": row, "temperature": 5.0}
             made = launch(backend, sampler(given, 3000, [1]), row, 1, 1)
             assert made == [sampler(given, 3000, [1]).sample(logits[row]).token_id]
+
+
+TOLD: dict[str, dict[str, Any]] = {
+    "greedy": {"temperature": 0, "logprobs": 5},
+    "the token alone": {"temperature": 1.5, "logprobs": 0},
+    "one": {"logprobs": 1, "temperature": 3.0},
+    "most": {"logprobs": 20, "temperature": 2.0, "top_p": 0.9},
+    "raw logits count": {
+        "logprobs": 7, "logit_bias": {11: 8.0, 3: -100.0}, "frequency_penalty": 1.5, "temperature": 1.2,
+        "repetition_penalty": 1.3, "allowed_token_ids": [*range(0, 990, 3)], "top_k": 40,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TOLD)
+def test_logprobs_are_those_of_the_host(name: str, bound: Bound) -> None:
+    """Ids, ranks and numbers of whole launches, bit for bit: weights are integers on both sides."""
+    logits = rows(VOCAB, scale=2.0)
+    given = TOLD[name] | {"seed": 5}
+    subject, expected = sampler(given), sampler(given)
+    row = 4
+    for token in told(bound(logits, logprobs=True), subject, row, len(PROMPT), 9):
+        assert token == expected.sample(logits[row])
+        row = token.token_id
+
+
+@pytest.mark.parametrize("vocab", [1, 2, 33, 600, 6011])
+def test_logprobs_of_any_rows(vocab: int, bound: Bound) -> None:
+    """Ties of either sign of zero, -inf, large steps, and vocabularies smaller than what is asked for."""
+    logits = rows(8, vocab, 4.0)
+    logits[1:3] = np.round(logits[1:3])  # many ties
+    logits[3] = 0
+    logits[4] *= 40
+    logits[5, vocab // 2 + 1 :] = -np.inf
+    logits[6] = -0.0
+    logits[6, ::2] = 0.0
+    logits[7] = np.sort(logits[7])[::-1]  # the best in one chunk
+    backend = bound(logits, logprobs=True)
+    for row in range(8):
+        for count in (0, 1, 2, 20):
+            params = {"logprobs": count, "seed": row, "temperature": 5.0}
+            subject, expected = (sampler(params, vocab, [0]) for _ in range(2))
+            (made,) = told(backend, subject, row, 1, 1)
+            assert made == expected.sample(logits[row])
+            exact = logits[row].astype(np.float64)
+            exact -= exact.max()
+            exact -= math.log(np.exp(exact).sum())
+            for token, logprob, _ in made.top:
+                assert logprob == pytest.approx(exact[token], abs=1e-6)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 7])
+def test_logprobs_do_not_depend_on_the_order(workers: int, bound: Bound) -> None:
+    logits = rows(200, 200)
+    for seed in range(3):
+        params = {"logprobs": 6, "seed": 3}
+        expected = sampler(params, 200)
+        made = told(bound(logits, workers, seed, True), sampler(params, 200), 1, 4, 6)
+        fed = [1, *(token.token_id for token in made[:-1])]
+        assert made == [expected.sample(logits[row]) for row in fed]
+
+
+def test_logprobs_come_with_the_token_that_ends_a_launch(bound: Bound) -> None:
+    """A stop id, a cancel, and logits that are no numbers, after which there is nothing to tell."""
+    logits = rows(VOCAB)
+    logits[7, 5] = math.nan
+    backend = bound(logits, logprobs=True)
+    if not isinstance(backend, CudaBackend):
+        pytest.skip("the interpreter knows no stop ids")
+    params = {"logprobs": 3, "seed": 1}
+    free = told(backend, sampler(params), 4, 4, 12)
+    ids = [token.token_id for token in free]
+    backend.stop_ids = (ids[6],)
+    assert told(backend, sampler(params), 4, 4, 12) == free[: ids.index(ids[6]) + 1]
+    backend.stop_ids = ()
+    steps: Any = backend.steps(200)
+    assert len(next(steps)) == 1
+    steps.close()
+    assert told(backend, sampler(params), 4, 4, 12) == free
+    assert told(backend, sampler(params), 7, 4, 12) == []
+    assert not np.isfinite(backend.read("peaks").max())

@@ -47,10 +47,8 @@ def glassllm(glassllm_wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.fixture
-def device(
-    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
-) -> EmulatedDevice:
-    made = EmulatedDevice(tmp_path_factory.getbasetemp() / "kernels")
+def device(kernels: Path, monkeypatch: pytest.MonkeyPatch) -> EmulatedDevice:
+    made = EmulatedDevice(kernels)
     monkeypatch.setattr(serving, "open_device", lambda notify: made)
     return made
 
@@ -518,11 +516,38 @@ def test_sampled_tokens_come_many_to_a_launch(
     assert [d.token_id for d in gpu.stream(prompt, params)] == together
 
 
-def test_logprobs_are_read_on_the_host(glassllm: Path, device: EmulatedDevice) -> None:
+@pytest.mark.parametrize(
+    "given", [{"temperature": 0}, {"temperature": 0.9, "seed": 7, "top_p": 0.9}]
+)
+def test_logprobs_of_the_device_are_those_of_the_host(
+    given: dict[str, Any], glassllm: Path, device: EmulatedDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same tokens, ranks and numbers, with a stop id in a launch, and many to a launch."""
+    launches: list[int] = []
+    steps = CudaBackend.steps
+
+    def counted(backend: CudaBackend, count: int) -> Any:
+        launches.append(count)
+        return steps(backend, count)
+
+    monkeypatch.setattr(CudaBackend, "steps", counted)
     gpu = LLM(glassllm, skip_tokenizer_init=True, max_model_len=64, backend="cuda")
-    plain = SamplingParams(temperature=0.8, seed=3, max_tokens=6, ignore_eos=True)
-    shown = SamplingParams(temperature=0.8, seed=3, max_tokens=6, ignore_eos=True, logprobs=2)
-    assert answers(gpu, shown) == answers(gpu, plain)
+    prompt = {"prompt_token_ids": PROMPTS[1]}
+    free = SamplingParams(**given, max_tokens=10, ignore_eos=True)
+    (output,) = gpu.generate(prompt, free)
+    ids = output.outputs[0].token_ids
+    stop = next(t for t in ids if ids.index(t) > 4)
+    asked = replace(free, logprobs=4, stop_token_ids=[stop])
+    launches.clear()
+    (ours,) = gpu.generate(prompt, asked)
+    assert launches == [1, 1, 1, 9]
+    monkeypatch.setattr(type(gpu.runner), "samples", False)
+    (expected,) = gpu.generate(prompt, asked)
+    assert len(launches) > 8
+    assert ours.outputs == expected.outputs
+    assert ours.outputs[0].token_ids == ids[: ids.index(stop) + 1]
+    assert ours.outputs[0].logprobs is not None
+    assert len(ours.outputs[0].logprobs) == len(ours.outputs[0].token_ids)
 
 
 def test_the_prompts_length_alone_says_how_it_is_computed(

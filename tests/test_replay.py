@@ -36,8 +36,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture(scope="module")
-def device(tmp_path_factory: pytest.TempPathFactory) -> EmulatedDevice:
-    return EmulatedDevice(tmp_path_factory.mktemp("emulator"))
+def device(kernels: Path) -> EmulatedDevice:
+    return EmulatedDevice(kernels)
 
 
 def with_wait(program: Program, worker: int, place: int, wait: Wait) -> Program:

@@ -208,9 +208,9 @@ def test_a_stream_that_is_closed_within_a_draft_leaves_the_engine_whole(
 
 @pytest.mark.skipif(not SUPPORTED, reason="the emulator needs g++ on x86-64")
 def test_a_gpu_verifies_in_steps_of_as_many_rows_as_drafts_need(
-    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kernels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = EmulatedDevice(tmp_path_factory.getbasetemp() / "kernels")
+    made = EmulatedDevice(kernels)
     monkeypatch.setattr(serving, "open_device", lambda notify: made)
     families.make("llama", tmp_path, torch.bfloat16, **FOR_MATRIX_UNITS)
     options: dict[str, Any] = {"skip_tokenizer_init": True, "max_model_len": 128, "backend": "cuda"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter as Tally
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import programs
 import pytest
 from broken import (
     BROKEN,
+    behind_a_silent_signal,
     loose_pair,
     missing_wait_before_a_read,
     own_inputs,
@@ -17,13 +19,15 @@ from broken import (
     without_wait,
 )
 from programs import GOOD, HIDDEN, tiny_model
+from test_cuda_kernel import compiled
 
 from tilert.backends.interpreter import ORDERS, DeadlockError, RaceError
 from tilert.compiler.verify import RULES, VerifyError, verify
 from tilert.ir.machine import NULL, cpu
 from tilert.ir.program import Kind, Program
 from tilert.ir.regions import Cells
-from tilert.ops import Accept, Guess, NextToken
+from tilert.ir.tags import Tags
+from tilert.ops import Accept, Append, Attend, Guess, NextToken
 
 
 @pytest.mark.parametrize("name", BROKEN)
@@ -79,12 +83,14 @@ def test_sound_program_passes(name: str) -> None:
         two_writers(False, (0, HIDDEN)),
         own_inputs(True),
         loose_pair(True),
+        behind_a_silent_signal(ordered=True),
     ],
     ids=[
         "two writers in turn",
         "two writers side by side",
         "cache handed back",
         "producers in step",
+        "words behind a signal of their own",
     ],
 )
 def test_sound_sibling_of_a_broken_program_passes(program: Program) -> None:
@@ -93,6 +99,28 @@ def test_sound_sibling_of_a_broken_program_passes(program: Program) -> None:
     expected = programs.outcome(program, weights, "sequential")
     for order in ORDERS:
         assert programs.outcome(program, weights, order, 1) == expected
+
+
+def test_what_one_worker_hands_to_itself_needs_no_wait() -> None:
+    """Queue order holds it, so the compiler leaves the wait out; see also test_cuda_kernel.py. A loader runs
+    ahead of the queue, and waits for what the step before has appended."""
+    alone = tiny_model(replace(NULL, workers_per_device=1), 1)
+    verify(alone)
+    for run in alone.queues[0]:
+        op = alone.ops[run.op]
+        assert (run.signal >= 0) == isinstance(op, Append)
+        assert [wait.lag for wait in run.waits] == [1] * isinstance(op, Attend)
+
+
+def test_a_compiler_that_takes_all_signals_for_ordered_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Latent attention takes what a rotation wrote, and a product behind that in the queue, whose words have
+    tags, signals for both."""
+    compiled("latent")
+    monkeypatch.setattr("tilert.compiler.derive", lambda program: Tags({}, {}, 0))
+    with pytest.raises(VerifyError, match=r"^handoff: .* latentattention .* of .* latentrope "):
+        compiled("latent")
 
 
 def test_message_names_worker_run_op_buffer_and_region() -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import TypeGuard
 
 import numpy as np
 
@@ -20,9 +21,8 @@ from tilert.backends.protocol import DeadlockError, Place, Protocol, run_name
 from tilert.errors import UserError
 from tilert.ir.program import NONE, PAGE, PAST, Buf, Buffer, Kind, Op, Program, Region
 from tilert.ir.regions import Cells, cache_frames
-from tilert.ops import Accept, Draw, NextToken
+from tilert.ops import Accept, Draw, NextToken, Report
 
-_CHOICES = (Accept, Draw, NextToken)  # ops after which the host is told the tokens of the step
 _Write = tuple[int, tuple[int | slice, ...], np.ndarray]  # buffer, index, values
 
 
@@ -118,7 +118,7 @@ class Interpreter:
         for op in self.program.ops:
             for tile in range(op.tiles):
                 self.memory.apply(self.memory.execute(op, tile, epoch), epoch)
-            if isinstance(op, _CHOICES):
+            if _ends(op):
                 sampled = self.memory.sampled(op)
         return sampled
 
@@ -187,8 +187,8 @@ class _Memory:
             if epochs is not None:
                 epochs[index] = epoch
 
-    def sampled(self, op: Accept | Draw | NextToken) -> np.ndarray:
-        """A copy of the ids that the op has just chosen."""
+    def sampled(self, op: Accept | Draw | NextToken | Report) -> np.ndarray:
+        """A copy of the ids that the step has chosen; op: the one that ends it."""
         return self.arrays[op.sampled][0, : self.arrays[op.counts][0, 1]].copy()
 
     def buffer(self, buf: Buf) -> Buffer:
@@ -281,6 +281,11 @@ class _Memory:
         return _region_name(self.program, r)
 
 
+def _ends(op: Op) -> TypeGuard[Accept | Draw | NextToken | Report]:
+    """True for the op behind which a step's tokens are told."""
+    return isinstance(op, Accept | NextToken | Report) or (isinstance(op, Draw) and op.feed > 0)
+
+
 def _by_buffer(regions: list[Region]) -> dict[int, list[Region]]:
     found: dict[int, list[Region]] = {}
     for region in regions:
@@ -368,7 +373,7 @@ class _Launch:
         self.signals = [_Signals() for _ in program.counters]
         self.sampled: list[np.ndarray] = []
         self.finished = 0  # steps that all workers have completed
-        self.samples = any(isinstance(op, _CHOICES) for op in program.ops)
+        self.samples = any(map(_ends, program.ops))
         if races is not None:
             races.begin()
 
@@ -418,7 +423,7 @@ class _Launch:
         w.clock[w.at.worker] = w.at.step * len(w.at.queue) + w.at.position + 1
         if run.signal >= 0:
             self.signals[run.signal].add(w.clock)
-        if isinstance(op, _CHOICES):
+        if _ends(op):
             self.sampled.append(self.memory.sampled(op))
         w.tile = w.since = -1
         self.protocol.finish(w.at)

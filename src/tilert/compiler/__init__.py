@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from tilert.compiler.depend import depend
 from tilert.compiler.guess import lower_speculation
@@ -15,7 +16,7 @@ from tilert.ir.dtype import DType
 from tilert.ir.graph import Graph, Speculation
 from tilert.ir.machine import Machine
 from tilert.ir.program import Program, Scale
-from tilert.ir.tags import taggable
+from tilert.ir.tags import derive, taggable
 
 __all__ = ["Limits", "build"]
 
@@ -38,10 +39,11 @@ def build(
     tagged = taggable(buffers, ops) if machine.slots else ()
     buffers, ops = place(buffers, ops, {value.name for value in graph.outputs}, tagged)
     queues = schedule(machine, buffers, ops)
-    counters, queues = depend(buffers, ops, queues)
     program = Program(
         machine, limits.tokens, limits.outputs, limits.sequences, limits.context,
-        buffers, ops, counters, queues,
+        buffers, ops, (), (),
     )  # fmt: skip
+    counters, queues = depend(buffers, ops, queues, derive(program))
+    program = replace(program, counters=counters, queues=queues)
     verify(program)
     return program

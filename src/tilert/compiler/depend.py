@@ -5,6 +5,10 @@ worker, the last run that wrote and the last that read it; a run needs the write
 and the writers and readers of what it writes. Needs that other needs already imply are dropped
 (vector clocks tell), but not the need for what chooses the weights that a run streams, nor for the past
 rows of a cache that it streams: the loader runs ahead of its worker, whose earlier waits tell it nothing.
+What a worker hands to itself is implied by its queue. Where signals may be silent (ir/tags.py) there are two
+clocks: what has happened before a run, and what can also be seen by then; words without tags need the
+second one.
+
 Runs of one op that the same set of runs waits for share a counter. A need in the step before becomes a wait
 with lag 1.
 """
@@ -19,8 +23,19 @@ from typing import Any
 
 import numpy as np
 
-from tilert.ir.program import NONE, Buffer, Counter, Kind, Op, Region, Run, Wait
+from tilert.ir.program import (
+    NONE,
+    Buffer,
+    Counter,
+    Kind,
+    Op,
+    Region,
+    Run,
+    Wait,
+    several_passes,
+)
 from tilert.ir.regions import Cells, cache_moves
+from tilert.ir.tags import Tags
 
 Ints = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -36,11 +51,11 @@ class _Place:
 
 
 def depend(
-    buffers: tuple[Buffer, ...], ops: tuple[Op, ...], queues: list[list[Run]]
+    buffers: tuple[Buffer, ...], ops: tuple[Op, ...], queues: list[list[Run]], tags: Tags
 ) -> tuple[tuple[Counter, ...], tuple[tuple[Run, ...], ...]]:
-    """Counters, and the queues with waits and signals."""
+    """Counters, and the queues with waits and signals. tags: of these buffers and ops."""
     places = _in_op_order(queues)
-    return _assign_counters(places, _Walk(buffers, ops, queues, places).run(), queues)
+    return _assign_counters(places, _Walk(buffers, ops, queues, places, tags).run(), queues)
 
 
 def _in_op_order(queues: list[list[Run]]) -> list[_Place]:
@@ -73,9 +88,10 @@ class _Walk:
         ops: tuple[Op, ...],
         queues: list[list[Run]],
         places: list[_Place],
+        tags: Tags,
     ) -> None:
-        self.buffers, self.places, self.ops = buffers, places, ops
-        self.moves = cache_moves(buffers, ops)
+        self.buffers, self.places, self.ops, self.tags = buffers, places, ops, tags
+        self.moves, self.held = cache_moves(buffers, ops), several_passes(ops)
         changing = {r.buffer for p in places for r in ops[p.run.op].writes(p.run.lo, p.run.hi)}
         self.reads = [
             self._changing(ops[p.run.op].reads(p.run.lo, p.run.hi), changing) for p in places
@@ -86,6 +102,11 @@ class _Walk:
         self.last_write = np.full(shape, -1, dtype=np.int64)  # number of a run, step * n + number
         self.last_read = np.full(shape, -1, dtype=np.int64)
         self.clock = np.full((2 * len(places), len(queues)), -1, dtype=np.int64)
+        # What the signal of a run says of each worker: the last run whose words can be seen by then. Of
+        # its own worker a silent one says only what an ordered signal before it has said.
+        self.told = np.full_like(self.clock, -1)
+        self.published = np.full(len(queues), -1, dtype=np.int64)  # by ordered signals so far
+        self.awaited = np.zeros(len(places), bool)  # runs that are known to signal
         self.newest = [-1] * len(queues)  # number of the latest run of each worker
         # Of each run number of both steps: its op, its worker, its place in that worker's two steps.
         self.op = np.tile(np.asarray([p.run.op for p in places]), 2)
@@ -110,7 +131,8 @@ class _Walk:
 
     def _visit_op(self, step: int, places: list[_Place]) -> None:
         earlier: dict[tuple[Region, bool], Ints] = {}
-        joined: dict[bytes, Ints] = {}  # clocks after waiting for a group
+        plain: dict[Region, Ints] = {}  # of those, who wrote words without tags
+        joined: dict[bytes, tuple[Ints, Ints]] = {}  # what a group knows, and what it tells
         op = self.ops[places[0].run.op]
         for place in places:
             needs = [(r, False) for r in self.reads[place.number]]
@@ -118,12 +140,14 @@ class _Walk:
             for need in needs:
                 if need not in earlier:
                     earlier[need] = self._earlier(*need)
+                    plain[need[0]] = self._plain(need[0])
             found = [earlier[need] for need in needs if earlier[need].size]
             numbers = found[0] if len(found) == 1 else _union(found)
+            unseen = _union([plain[region] for region, _ in needs if plain[region].size])
             held = set[int]()
             if place.run.ring >= 0:
                 held = {*self._kind(self._streamed(op, earlier, needs)).tolist()}
-            self._visit(step, place, numbers, held, joined)
+            self._visit(step, place, numbers, unseen, held, joined)
         for place in places:
             self._note(step * len(self.places) + place.number, place)
 
@@ -131,9 +155,10 @@ class _Walk:
         self, op: Op, earlier: dict[tuple[Region, bool], Ints], needs: list[tuple[Region, bool]]
     ) -> Ints:
         """Runs that the loader of a run of `op` must wait for itself: those that made the choice of what it
-        streams, and those of the step before that appended to the cache that it streams."""
+        streams, and those of the step before that appended to the cache that it streams; not with several
+        passes, for there it waits for all that its worker does before it streams past rows."""
         made = [earlier[r, w] for r, w in needs if r.buffer == op.choice != NONE]
-        past = [earlier[r, w] for r, w in needs if r.row_lo < 0 and not w]
+        past = [earlier[r, w] for r, w in needs if r.row_lo < 0 and not w and not self.held]
         return _union([*made, *(runs[runs < len(self.places)] for runs in past)])
 
     def _earlier(self, region: Region, written: bool) -> Ints:
@@ -142,36 +167,62 @@ class _Walk:
         found = [self.last_write[cells], self.last_read[cells]][: 1 + written]
         return _union([table[table >= 0] for table in found])
 
+    def _plain(self, region: Region) -> Ints:
+        """Runs of which the region has words that do not say themselves whether they are there."""
+        if not self.tags.writers or region.buffer in self.tags.writers:
+            return np.empty(0, np.int64)
+        table = self.last_write[self.cells.of(region)]
+        return _union([table[table >= 0]])
+
     def _kind(self, numbers: Ints) -> Ints:
         """Step and op of runs as one number, which rises with theirs."""
         return numbers // len(self.places) * len(self.op) + self.op[numbers]
 
     def _visit(
-        self, step: int, place: _Place, numbers: Ints, held: set[int], joined: dict[bytes, Ints]
-    ) -> None:
-        """Wait for `numbers`; for those whose kind is in `held` whatever the worker knows."""
+        self, step: int, place: _Place, numbers: Ints, plain: Ints, held: set[int],
+        joined: dict[bytes, tuple[Ints, Ints]],
+    ) -> None:  # fmt: skip
+        """Wait for `numbers`, and so that what those among them in `plain` wrote is seen; for those whose
+        kind is in `held` whatever the worker knows."""
         me = step * len(self.places) + place.number
-        clock = self.clock[me]
-        previous = self.newest[place.worker]
-        if previous >= 0:
-            clock[:] = self.clock[previous]
+        clock, seen = self.clock[me], self.told[me]
+        self._follow(place, clock, seen)
         # Latest first: what an op waited for itself need not be waited for again.
         kind = self._kind(numbers)
         cuts = np.flatnonzero(kind[1:] != kind[:-1])
         for group in np.split(numbers, cuts + 1)[::-1]:
             known = (self.at[group] <= clock[self.worker[group]]).all()
+            hidden = self.at[group] > seen[self.worker[group]]
+            if known and hidden.any():
+                known = not hidden[np.isin(group, plain)].any()
             if known and not (held and held & {*self._kind(group[:1]).tolist()}):
                 continue
             name = group.tobytes()
             if name not in joined:
-                joined[name] = self.clock[group].max(axis=0)
-            np.maximum(clock, joined[name], out=clock)
+                joined[name] = self.clock[group].max(axis=0), self.told[group].max(axis=0)
+            for own, theirs in zip((clock, seen), joined[name], strict=True):
+                np.maximum(own, theirs, out=own)
             if step == 1:
                 lag = 1 - int(group[0]) // len(self.places)
                 made = self.groups.setdefault((lag, name), _Group(lag, group % len(self.places)))
                 made.waiters.append(place.number)
+                self.awaited[made.numbers] = True
         clock[place.worker] = self.at[me]
+        silent = self.tags.silent(place.run.op)
+        seen[place.worker] = self.published[place.worker] if silent else self.at[me]
         self.newest[place.worker] = me
+
+    def _follow(self, place: _Place, clock: Ints, seen: Ints) -> None:
+        """Into the clocks of a run goes what the run before it in the queue knew: a barrier of the worker
+        lies between the two."""
+        previous = self.newest[place.worker]
+        if previous < 0:
+            return
+        clock[:], seen[:] = self.clock[previous], self.told[previous]
+        seen[place.worker] = self.at[previous]
+        before = self.places[previous % len(self.places)]
+        if self.awaited[before.number] and not self.tags.silent(before.run.op):
+            self.published[place.worker] = self.at[previous]
 
     def _note(self, me: int, place: _Place) -> None:
         """Leave the traces of a run for those that come after its op."""

@@ -41,14 +41,17 @@ from tilert.ops import (
     Linear,
     NextToken,
     Norm,
+    Report,
     Rope,
     Route,
     Sift,
+    Survey,
     Totals,
 )
 from tilert.ops.draw import BINS, CONTROL_WORDS, MAX_VOCAB, row_words
 from tilert.ops.experts import SIGMOID, SOFTMAX
 from tilert.ops.linear import ADD, GATE, STORE, multiplier
+from tilert.ops.logprobs import MAX_CHUNK, REPORT_WORDS, SURVEY_WORDS
 
 
 def lower(
@@ -455,7 +458,25 @@ def _lower_draw(low: Lowering, logits: Value) -> None:
         Totals(bins, totals, chunks, -(-BINS // low.machine.workers)),
         Sift(controls, scores, peaks, totals, candidates, vocab, chunk),
         Draw(controls, scores, totals, candidates, tally, low.state("counts"), low.state("sampled"),
-             low.state("tokens"), low.state("positions"), vocab, chunk, chunks),
+             low.state("tokens"), low.state("positions"), vocab, chunk, chunks, int(not lim.logprobs)),
+    ]  # fmt: skip
+    if lim.logprobs:
+        _lower_report(low, logits, controls)
+
+
+def _lower_report(low: Lowering, logits: Value, controls: Buf) -> None:
+    """Log-probabilities of the step's token and of the best ones; see ops/logprobs.py."""
+    vocab, home, sampled = logits.cols, low.home[logits], low.state("sampled")
+    chunk = min(-(-vocab // low.machine.workers), MAX_CHUNK)
+    chunks = -(-vocab // chunk)
+    part = low.buffer("argmax", Kind.WORK, DType.F32, 1, 2 * chunks)
+    survey = low.buffer("survey", Kind.WORK, DType.I32, chunks, SURVEY_WORDS)
+    report = low.buffer("report", Kind.STATE, DType.I32, 1, REPORT_WORDS)
+    low.ops += [
+        Argmax(home, part, low.state("counts"), 1, vocab, chunk),
+        Survey(home, part, controls, sampled, survey, vocab, chunk),
+        Report(home, part, survey, controls, low.state("counts"), sampled, low.state("tokens"),
+               low.state("positions"), report, vocab, chunks),
     ]  # fmt: skip
 
 

@@ -19,13 +19,15 @@ PROMPT_BLOCK = 32  # tokens per tile of row-wise ops and of attention in steps o
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Capacities of one program (see Program), and how it chooses tokens: the best, or sampled."""
+    """Capacities of one program (see Program), and how it chooses tokens: the best, or sampled; of sampled
+    ones it may report log-probabilities."""
 
     tokens: int
     outputs: int
     sequences: int
     context: int
     sampled: bool = False
+    logprobs: bool = False
 
     @property
     def pages(self) -> int:

@@ -13,6 +13,10 @@ is like any other, so a chain from step s to step s + 1 stays within these two a
 every s. When two runs X and Y conflict, X in step s happens before Y in step s + 1 (checked), and Y in
 step s + 1 before Y in any later step (queue order): steps further apart are ordered too.
 
+*What is seen.* A signal without order (ir/tags.py) says that a run is done, not that its words can be seen.
+Words with tags need no more. Others can be seen once their own run, or one behind it in its queue, has
+signalled with order, and by all who know of that: a second clock counts only such chains.
+
 *Cache rows* move from step to step: the rows [0, T) of one step lie somewhere in the past rows of the
 next, and how far they move is known only at run time. Between the steps all rows of a column therefore
 take the latest access of any of its rows, which can only add demands. The same goes for ops of one step
@@ -31,6 +35,7 @@ import numpy.typing as npt
 
 from tilert.ir.program import Kind, Program, Region, Run, Wait
 from tilert.ir.regions import Cells, cache_moves
+from tilert.ir.tags import Tags, derive
 
 Ints = npt.NDArray[np.int32]
 
@@ -157,26 +162,53 @@ class Facts:
         return done
 
     @cached_property
+    def tags(self) -> Tags:
+        """The words that say themselves whether they are there."""
+        return derive(self.program)
+
+    @cached_property
     def clock(self) -> Ints:
         """[step, run, worker]: the moment of `worker` that happens before the run has completed."""
+        return self._clock(silence=False)
+
+    @cached_property
+    def seen(self) -> Ints:
+        """Likewise: the moment up to which all that `worker` has stored can be seen by the run."""
+        return self._clock(silence=True) if self.tags.writers else self.clock
+
+    def _clock(self, *, silence: bool) -> Ints:
+        """silence: a signal without order, or none, tells of its own worker only what an ordered signal
+        before it in the queue has told. What it tells of others could be seen before."""
         count, workers = len(self.places), len(self.lengths)
         clock = np.zeros((2, count, workers), np.int32)
+        told = np.zeros_like(clock) if silence else clock
         for step in range(2):
             proven: dict[Wait, Ints] = {}
             for number in self.order:
                 place, mine = self.places[number], clock[step, number]
-                if place.position:
-                    mine[:] = clock[step, self.numbers[place.worker][place.position - 1]]
-                elif step:
-                    mine[:] = clock[0, self.numbers[place.worker][-1]]
+                before = self._before(step, place)
+                if before is not None:
+                    mine[:] = clock[before]
                 for wait in place.run.waits:
                     if step < wait.lag:
                         continue
                     if wait not in proven:
-                        proven[wait] = clock[step - wait.lag, self.proves(wait)].max(0, initial=0)
+                        proven[wait] = told[step - wait.lag, self.proves(wait)].max(0, initial=0)
                     np.maximum(mine, proven[wait], out=mine)
                 mine[place.worker] = self.moment(step, place)
+                if not silence:
+                    continue
+                told[step, number] = mine
+                if place.run.signal < 0 or self.tags.silent(place.run.op):
+                    own = 0 if before is None else told[before][place.worker]
+                    told[step, number, place.worker] = own
         return clock
+
+    def _before(self, step: int, place: Place) -> tuple[int, int] | None:
+        """Step and number of the run before in the queue; None for the first of all."""
+        if place.position:
+            return step, self.numbers[place.worker][place.position - 1]
+        return (0, self.numbers[place.worker][-1]) if step else None
 
     def moment(self, step: int, place: Place) -> int:
         """When the run is complete, in moments of its worker."""
@@ -195,7 +227,28 @@ class Facts:
     @cached_property
     def conflict(self) -> tuple[str, str] | None:
         """The first pair of runs in conflict that is not ordered by the table: (rule, sentence)."""
-        return _Walk(self).first_conflict()
+        found = _Walk(self).first()
+        if found is None:
+            return None
+        first, second = self.places[found.earlier], self.places[found.later]
+        text = f"{self.name(first)} and {self.name(second)} both use {self.where(found.region)}"
+        same = self.clock[1, found.earlier, second.worker] >= self.moment(1, second)
+        if found.step and same:
+            return "meaning", f"{text}; they run in this order's reverse, against the op table"
+        when = "in the same step" if found.step else "the first in the step before"
+        return "ordering", f"{text}, {when}; one of them writes, and nothing orders them"
+
+    @cached_property
+    def unseen(self) -> str | None:
+        """The first pair of runs of which one needs words of the other that nothing makes visible to it."""
+        found = _Walk(self, seen=True).first() if self.tags.writers else None
+        if found is None:
+            return None
+        first, second = self.places[found.earlier], self.places[found.later]
+        return (
+            f"{self.name(second)} uses {self.where(found.region)} of {self.name(first)}, but only signals"
+            " without order lie between them, and the words have no tags"
+        )
 
     def name(self, place: Place) -> str:
         """How messages name a run."""
@@ -212,21 +265,34 @@ class Facts:
         return f"b{r.buffer} '{name}' [{r.row_lo}:{r.row_hi}, {r.col_lo}:{r.col_hi}]"
 
 
+@dataclass(frozen=True, slots=True)
+class _Conflict:
+    """Two runs by number of which the later one, in the second step, does not know the earlier one."""
+
+    earlier: int
+    later: int
+    region: Region
+    step: int  # of the earlier one
+
+
 class _Walk:
     """Two steps in table order. For each cell and worker: the moment of its last write, and of its last
     access of any kind. A run must happen after what the table puts before it wherever they conflict.
 
     Runs of one op do not conflict (rule `partition`), so an op is handled at once. The first step only
     leaves its traces: conflicts within a step are found in the second.
+
+    seen: what was written before must be seen as well, but where words have tags.
     """
 
-    def __init__(self, facts: Facts) -> None:
-        self.facts = facts
+    def __init__(self, facts: Facts, *, seen: bool = False) -> None:
+        self.facts, self.seen = facts, seen
+        self.clock = facts.seen if seen else facts.clock
         shape = (facts.cells.count, len(facts.lengths))
         self.written, self.touched = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
 
-    def first_conflict(self) -> tuple[str, str] | None:
-        """(rule, sentence), None when all is well."""
+    def first(self) -> _Conflict | None:
+        """None when all is well."""
         facts = self.facts
         for step in range(2):
             for moved, runs in zip(facts.moves, facts.of_op, strict=True):
@@ -234,12 +300,11 @@ class _Walk:
                 reads, writes = (
                     self._by_region(table, runs) for table in (facts.reads, facts.writes)
                 )
-                for region, readers in reads.items() if step else ():
-                    if found := self._check(region, readers, self.written):
-                        return found
-                for region, writers in writes.items() if step else ():
-                    if found := self._check(region, writers, self.touched):
-                        return found
+                before = self.written if self.seen else self.touched
+                for regions, table in ((reads, self.written), (writes, before)) if step else ():
+                    for region, users in regions.items():
+                        if found := self._check(region, users, table):
+                            return found
                 for region, readers in reads.items():
                     cells = facts.cells.of(region)
                     self.touched[cells] = np.maximum(
@@ -278,19 +343,15 @@ class _Walk:
                 for table in (self.written, self.touched):
                     table[grid] = table[grid].max(axis=0, keepdims=True)
 
-    def _check(self, region: Region, runs: list[int], table: Ints) -> tuple[str, str] | None:
+    def _check(self, region: Region, runs: list[int], table: Ints) -> _Conflict | None:
         """Whether each run of the second step knows all earlier accesses to the region."""
         facts = self.facts
+        if self.seen and region.buffer in facts.tags.writers:
+            return None
         needed = table[facts.cells.of(region)].max(axis=0, initial=0)
-        missing = np.argwhere(needed > facts.clock[1, runs])
+        missing = np.argwhere(needed > self.clock[1, runs])
         if not missing.size:
             return None
         index, worker = int(missing[0, 0]), int(missing[0, 1])
         step, position = divmod(int(needed[worker]) - 1, facts.lengths[worker])
-        earlier, later = facts.numbers[worker][position], runs[index]
-        first, second = facts.places[earlier], facts.places[later]
-        text = f"{facts.name(first)} and {facts.name(second)} both use {facts.where(region)}"
-        if step and facts.clock[1, earlier, second.worker] >= facts.moment(1, second):
-            return "meaning", f"{text}; they run in this order's reverse, against the op table"
-        when = "in the same step" if step else "the first in the step before"
-        return "ordering", f"{text}, {when}; one of them writes, and nothing orders them"
+        return _Conflict(facts.numbers[worker][position], runs[index], region, step)

@@ -25,10 +25,11 @@ ALIGN = 64  # bytes; every activation starts at a cache line
 _WEIGHTS = ("w", "w_up", "bias", "bias_up", "norm", "weight", "table", "q_norm", "k_norm",
             "shift")  # fmt: skip
 _STATES = ("counts", "positions", "sequences", "pages", "tokens", "sampled", "gather", "controls",
-           "mask", "tally", "when", "following", "places", "kept", "last", "place")  # fmt: skip
+           "mask", "tally", "when", "following", "places", "kept", "last", "place",
+           "report")  # fmt: skip
 _WORKS = ("y", "q", "k", "v", "part", "logits", "scores", "peaks", "weights", "kv", "q_rope",
           "head_weights")  # fmt: skip
-_WORDS = ("bins", "totals", "candidates", "selected", "chosen")
+_WORDS = ("bins", "totals", "candidates", "survey", "selected", "chosen")
 _CACHES = ("k_cache", "v_cache", "latent_cache", "index_cache", "index_scale")
 _KINDS: dict[str, tuple[Kind, ...]] = {
     **dict.fromkeys(_WEIGHTS, (Kind.WEIGHT,)),
@@ -331,6 +332,12 @@ def meaning(facts: Facts) -> Iterator[str]:
         yield facts.conflict[1]
 
 
+def handoff(facts: Facts) -> Iterator[str]:
+    """What a run uses of another worker's words has tags, or was made visible by an ordered signal."""
+    if facts.unseen is not None:
+        yield facts.unseen
+
+
 def coverage(facts: Facts) -> Iterator[str]:
     """Activations and new cache rows that an op reads were written by earlier ops of the same step."""
     made = np.zeros(facts.cells.count, bool)
@@ -390,8 +397,8 @@ def ring(facts: Facts) -> Iterator[str]:
 
 def stream(facts: Facts) -> Iterator[str]:
     """Who streams past rows of a cache has waits of its own for all that append to it in the step before:
-    its loader runs ahead of the queue and holds only those. Older rows are in order with them. Where loaders
-    wait until the run itself may start, there is nothing to prove."""
+    its loader runs ahead of the queue and holds only those. Older rows are in order with them. Where rows
+    are streamed only when all waits of the run hold, there is nothing to prove."""
     program = facts.program
     if not program.machine.slots or program.held:
         return
@@ -500,5 +507,5 @@ def devices(facts: Facts) -> Iterator[str]:
 
 RULES: tuple[Callable[[Facts], Iterator[str]], ...] = (
     structure, sparing, partition, counters, memory, devices, ring, deadlock, overtaking, ordering,
-    meaning, coverage, stream, choice,
+    meaning, handoff, coverage, stream, choice,
 )  # fmt: skip

@@ -14,8 +14,7 @@ from numbers import Integral, Real
 from typing import Any
 
 from tilert.errors import UserError
-
-MAX_LOGPROBS = 20  # most alternatives per token that may be asked for
+from tilert.ops.logprobs import MOST as MAX_LOGPROBS  # alternatives per token that may be asked for
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

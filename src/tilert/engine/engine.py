@@ -302,9 +302,9 @@ class Engine:
         row = Row(sequence.tokens[-1], sequence.computed, sequence.slot)
         sampler = None if sequence.sampler.is_plain_greedy else sequence.sampler
         with closing(self.runner.loop(row, steps, sequence.stop_ids, sampler)) as tokens:
-            for token in tokens:
+            for token, report in tokens:
                 sequence.computed += 1
-                yield self._commit(sequence, sequence.sampler.commit(token))
+                yield self._commit(sequence, sequence.sampler.commit(token, report))
                 if sequence.finish_reason:  # set by the token itself, or by abort() meanwhile
                     return
 

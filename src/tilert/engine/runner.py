@@ -1,9 +1,10 @@
 """One model on one back end: its programs, its weights, its KV cache. Token ids in, logits out.
 
 Programs share everything but activations: `decode` (one token), `sampled` (one token, sampled on the
-device), `few` (up to eight tokens of any sequences; on a GPU also `few2` and `few4`, whose steps cost less)
-and `prompt` (many tokens of one sequence). Each is compiled when it is first needed. One more verifies and
-makes guesses, together with the layer for that, whose other programs are those of a runner of its own.
+device), `logprobs` (likewise, with what the step's log-probabilities are made of), `few` (up to eight tokens
+of any sequences; on a GPU also `few2` and `few4`, whose steps cost less) and `prompt` (many tokens of one
+sequence). Each is compiled when it is first needed. One more verifies and makes guesses, together with the
+layer for that, whose other programs are those of a runner of its own.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from tilert.backends.cuda.backend import MAX_STOPS, CudaBackend
 from tilert.backends.cuda.runtime import CudaRuntime
 from tilert.backends.interpreter import Interpreter
 from tilert.compiler import Limits
+from tilert.engine.core import SamplingParams
 from tilert.engine.programs import program_for
 from tilert.engine.sampling import Sampler, check_finite
 from tilert.ir.dtype import DType
@@ -27,7 +29,13 @@ from tilert.ir.program import PAGE, Program, Scale
 from tilert.ops.draw import MAX_VOCAB
 
 FEW, PROMPT = 8, 256  # most tokens of a step of the two larger programs
-TOKENS = {"decode": 1, "sampled": 1, "few2": 2, "few4": 4, "few": FEW, "prompt": PROMPT}
+TOKENS = {"decode": 1, "sampled": 1, "logprobs": 1, "few2": 2, "few4": 4, "few": FEW,
+          "prompt": PROMPT}  # fmt: skip
+
+
+def program_kind(params: SamplingParams) -> str:
+    """The program that samples for such a request."""
+    return "sampled" if params.logprobs is None else "logprobs"
 
 
 class Backend(Protocol):
@@ -97,7 +105,9 @@ class Runner:
         """The program of that kind for any machine."""
         tokens = TOKENS[kind]
         outputs = 1 if kind == "prompt" else tokens
-        limits = Limits(tokens, outputs, self.sequences, self.context, kind == "sampled")
+        told = kind == "logprobs"
+        sampled = told or kind == "sampled"
+        limits = Limits(tokens, outputs, self.sequences, self.context, sampled, told)
         dtypes = {name: DType.of(array) for name, array in self.weights.items()}
         return program_for(self.graph, machine, limits, dtypes, self.scales)
 
@@ -184,20 +194,23 @@ class Runner:
 
     def loop(
         self, row: Row, steps: int, stop_ids: Iterable[int] = (), sampler: Sampler | None = None
-    ) -> Generator[int, None, None]:
+    ) -> Generator[tuple[int, np.ndarray | None], None, None]:
         """Tokens of one sequence, up to `steps`, chosen and fed back on the device: greedy ones, or those
-        that `sampler` would give, which stays as it is.
+        that `sampler` would give, which stays as it is. With each, where its log-probabilities are asked
+        for, the report that Sampler.commit takes.
 
         A back end that knows stop ids ends by itself after one of them; with others the caller stops
         asking. Raises UserError at the end when the logits are no numbers.
         """
-        backend = self._fill(self.backend("sampled" if sampler else "decode"), [row], [0])
+        kind = program_kind(sampler.params) if sampler else "decode"
+        backend = self._fill(self.backend(kind), [row], [0])
         if sampler:
             sampler.fill(backend.state, row.position)
         if isinstance(backend, CudaBackend):
             backend.stop_ids = tuple(stop_ids)[:MAX_STOPS]  # the caller looks at them all
         for sampled in backend.steps(steps):
-            yield int(sampled[0])
+            report = backend.state["report"][0].copy() if kind == "logprobs" else None
+            yield int(sampled[0]), report
         check_finite(backend.read("peaks" if sampler else "logits")[0].max())
 
     def guess(

@@ -19,6 +19,7 @@ import numpy as np
 from tilert.engine.core import SamplingParams
 from tilert.errors import UserError
 from tilert.ops import draw
+from tilert.ops.logprobs import Found
 
 BLOCK = 256  # weights per partial sum: a draw adds these up, then looks into one block
 
@@ -100,10 +101,8 @@ class Sampler:
         return p.greedy and not changed and not penalties and self.length >= p.min_tokens
 
     def steady(self, steps: int) -> int:
-        """How many of the next `steps` tokens a device can sample by itself: 0 when logprobs are asked
-        for, and none beyond the place where min_tokens ends."""
-        if self.params.logprobs is not None:
-            return 0
+        """How many of the next `steps` tokens a device can sample by itself: none beyond the place where
+        min_tokens ends."""
         left = self.params.min_tokens - self.length
         return min(steps, left) if left > 0 else steps
 
@@ -119,7 +118,7 @@ class Sampler:
         top_k = 1 if greedy else p.top_k if 0 < p.top_k < self.vocab_size else 0
         state["controls"][0] = np.asarray((
             flags, top_k, 1.0 if greedy else p.temperature, p.repetition_penalty, p.frequency_penalty,
-            p.presence_penalty, (self.length - position) % 2**32, 0,
+            p.presence_penalty, (self.length - position) % 2**32, self._best_told,
             0 if greedy else draw.share_bits(p.top_p), 0 if greedy else draw.least_weight(p.min_p),
             seed, index,
         ), draw.CONTROLS)[None].view(np.int32)  # fmt: skip
@@ -151,12 +150,19 @@ class Sampler:
         self._count(token)
         if self.params.logprobs is None:
             return SampledToken(token, float("nan"), [])
-        return _with_logprobs(token, logits, min(self.params.logprobs, self.vocab_size))
+        return _with_logprobs(token, Found.of(logits, token, self._best_told))
 
-    def commit(self, token_id: int) -> SampledToken:
-        """Account for a token that was chosen elsewhere."""
+    def commit(self, token_id: int, report: np.ndarray | None = None) -> SampledToken:
+        """Account for a token that was chosen elsewhere; report: what ops/logprobs.py tells of its step."""
         self._count(token_id)
-        return SampledToken(token_id, float("nan"), [])
+        if report is None:
+            return SampledToken(token_id, float("nan"), [])
+        return _with_logprobs(token_id, Found.told(report, self._best_told))
+
+    @property
+    def _best_told(self) -> int:
+        """Of how many of the best tokens the log-probabilities are told."""
+        return min(self.params.logprobs or 0, self.vocab_size)
 
     def _count(self, token: int) -> None:
         self.length += 1
@@ -267,18 +273,10 @@ def _covering(weights: np.ndarray, uniform: float) -> int:
     return block * BLOCK + int(inside.searchsorted(rest, "right"))
 
 
-def _with_logprobs(token: int, logits: np.ndarray, count: int) -> SampledToken:
-    """The token with log-softmax values of the raw logits: its own and the `count` best."""
-    best = logits.max()
-    log_sum = float(best) + float(np.log(np.exp(logits - best).sum(dtype=np.float64)))
-    top: list[int] = []
-    if count:
-        at = np.flatnonzero(logits >= np.partition(logits, -count)[-count])
-        top = at[np.argsort(-logits[at], kind="stable")][:count].tolist()
-    entries = [(t, float(logits[t]) - log_sum, rank) for rank, t in enumerate(top, 1)]
-    logprob = float(logits[token]) - log_sum
-    if token not in top:
-        better = int(np.count_nonzero(logits > logits[token]))
-        equal = int(np.count_nonzero(logits[:token] == logits[token]))
-        entries.append((token, logprob, better + equal + 1))
+def _with_logprobs(token: int, found: Found) -> SampledToken:
+    """The token with log-softmax values of the raw logits: its own and those of the best."""
+    logprob = found.logprob(found.logit)
+    entries = [(t, found.logprob(logit), rank) for rank, (t, logit) in enumerate(found.top, 1)]
+    if found.rank > len(entries):
+        entries.append((token, logprob, found.rank))
     return SampledToken(token, logprob, entries)

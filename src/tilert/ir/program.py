@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import struct
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
@@ -231,6 +232,11 @@ class Counter:
     device: int = 0
 
 
+def several_passes(ops: Sequence[Op]) -> bool:
+    """True when the ops of a step count positions from several buffers, which only the run knows."""
+    return len({getattr(op, "positions", NONE) for op in ops} - {NONE}) > 1
+
+
 @dataclass(frozen=True)
 class Program:
     """Everything a back end needs besides the bytes of weights and caches.
@@ -266,9 +272,9 @@ class Program:
 
     @property
     def held(self) -> bool:
-        """True when a step has passes at several positions, which only the run knows. Then past cache rows
-        are not streamed before the waits of the run that reads them hold."""
-        return len({getattr(op, "positions", NONE) for op in self.ops} - {NONE}) > 1
+        """True when a step has several passes: past cache rows are not streamed before all waits of the run
+        that reads them hold."""
+        return several_passes(self.ops)
 
     def weight_itemsize(self, op: Op) -> int:
         """Bytes per element of the op's weights; the widest when they differ, 4 when it has none."""

@@ -15,6 +15,7 @@ from tilert.ops.embed import Embed
 from tilert.ops.experts import ExpertDown, ExpertGate, Route
 from tilert.ops.index import IndexRope, IndexScore, Select
 from tilert.ops.linear import Linear
+from tilert.ops.logprobs import Report, Survey
 from tilert.ops.mla import LatentAttention, LatentRope
 from tilert.ops.norm import Norm
 from tilert.ops.rope import Rope
@@ -35,6 +36,8 @@ OPS: tuple[type[Op], ...] = (
     Totals,
     Sift,
     Draw,
+    Survey,
+    Report,
     Route,
     ExpertGate,
     ExpertDown,
@@ -70,9 +73,11 @@ __all__ = [
     "Linear",
     "NextToken",
     "Norm",
+    "Report",
     "Rope",
     "Route",
     "Select",
     "Sift",
+    "Survey",
     "Totals",
 ]

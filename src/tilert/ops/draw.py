@@ -34,13 +34,13 @@ IN_PROMPT = 1 << 30  # of a tally; the bits below count how often the token was 
 CONTROLS = np.dtype(  # struct Controls of draw.cuh
     [(name, "<u4") for name in ("flags", "top_k")]
     + [(name, "<f4") for name in ("temperature", "repetition", "frequency", "presence")]
-    + [(name, "<u4") for name in ("shift", "unused")]
+    + [(name, "<u4") for name in ("shift", "logprobs")]
     + [(name, "<u8") for name in ("share", "floor", "seed", "index")]
 )
 assert CONTROLS.itemsize == 4 * CONTROL_WORDS
 
+WHOLE_BITS = 40  # the best token weighs 2^40, so 2^23 tokens do not overflow a sum
 _BLOCK = 8192  # scores at a time, so that what is between two operations stays in the cache
-_WHOLE_BITS = 40  # the best token weighs 2^40, so 2^23 tokens do not overflow a sum
 _LOWEST = np.float32(-64)  # e^-64 weighs nothing
 _LOG2E, _ROUND = np.float32(1.44269504088896340736), np.float32(3 << 22)
 _LN2_HIGH, _LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
@@ -80,7 +80,7 @@ def _exponentials(x: np.ndarray, out: np.ndarray) -> None:
     y *= x * x
     y += x
     y += np.float32(1)
-    n += np.float32(_WHOLE_BITS + 127)
+    n += np.float32(WHOLE_BITS + 127)
     power = n.astype(np.int32)
     power <<= 23
     y *= power.view(np.float32)  # 2^(40 + n); this product is exact
@@ -90,7 +90,7 @@ def _exponentials(x: np.ndarray, out: np.ndarray) -> None:
 def least_weight(min_p: float) -> int:
     """The least weight that min_p keeps."""
     numerator, denominator = float(np.float32(min_p)).as_integer_ratio()
-    return -(-(numerator << _WHOLE_BITS) // denominator)
+    return -(-(numerator << WHOLE_BITS) // denominator)
 
 
 def share_bits(top_p: float) -> int:
@@ -145,7 +145,7 @@ def _weights(scores: np.ndarray, best: np.float32, controls: Any) -> np.ndarray:
 
 def _range(totals: np.ndarray, controls: Any) -> _Range:
     """totals: [bins, 4] words."""
-    counts, weights = totals[:, 0].cumsum(), _wide(totals).cumsum()
+    counts, weights = totals[:, 0].cumsum(), joined(totals).cumsum()
     total, top_k, share = int(weights[-1]), int(controls["top_k"]), int(controls["share"])
     if top_k:
         border = int(counts.searchsorted(top_k))
@@ -158,24 +158,30 @@ def _range(totals: np.ndarray, controls: Any) -> _Range:
     return _Range(border, border, int(counts[border - 1]), int(weights[border - 1]), total)
 
 
-def _keys(scores: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    """u64 that rise with the order of the tokens: larger comes first."""
+def order_keys(scores: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """u64 of f32 scores without negative zeros: they rise with the order, the first token's is largest."""
     bits = scores.view(np.uint32)
     rising = np.where(bits >> 31, ~bits, bits | np.uint32(1 << 31)).astype(np.uint64)
     return rising << np.uint64(32) | (0xFFFFFFFF - ids).astype(np.uint64)
 
 
-def _scores_of(keys: np.ndarray) -> np.ndarray:
+def key_scores(keys: np.ndarray) -> np.ndarray:
+    """The scores that keys were made of."""
     rising = (keys >> np.uint64(32)).astype(np.uint32)
     return np.where(rising >> 31, rising ^ np.uint32(1 << 31), ~rising).view(np.float32)
 
 
-def _words(values: np.ndarray) -> np.ndarray:
-    """i32 [n, 2]: low and high halves."""
+def key_ids(keys: np.ndarray) -> np.ndarray:
+    """The ids that keys were made of."""
+    return 0xFFFFFFFF - (keys & np.uint64(0xFFFFFFFF)).astype(np.int64)
+
+
+def halves(values: np.ndarray) -> np.ndarray:
+    """i32 [n, 2]: low and high halves of values of 64 bits."""
     return np.ascontiguousarray(values).view(np.int32).reshape(-1, 2)
 
 
-def _wide(words: np.ndarray) -> np.ndarray:
+def joined(words: np.ndarray) -> np.ndarray:
     """int64 in columns 2 and 3 of a table of words."""
     return np.ascontiguousarray(words[:, 2:]).view(np.int64)[:, 0]
 
@@ -287,7 +293,7 @@ class Bins(_Chunked):
                 at = _bins(scores, best)
                 np.add.at(out[:, 0], at, 1)
                 np.add.at(sums, at, _weights(scores, best, controls))
-            out[:, 2:] = _words(sums)
+            out[:, 2:] = halves(sums)
             mem.write(self.bins, tile, 0, out.reshape(1, -1))
 
 
@@ -328,7 +334,7 @@ class Totals(Op):
         words = mem.read(self.bins, 0, self.chunks, begin, end).reshape(self.chunks, -1, 4)
         out = words.sum(axis=0, dtype=np.int32)
         weights = np.ascontiguousarray(words[..., 2:]).view(np.int64)
-        out[:, 2:] = _words(weights.sum(axis=0))
+        out[:, 2:] = halves(weights.sum(axis=0))
         mem.write(self.totals, 0, begin, out.reshape(1, -1))
 
 
@@ -371,18 +377,18 @@ class Sift(_Chunked):
             if np.isfinite(best):
                 at = _bins(scores, best)
                 ids = np.flatnonzero((at >= found.low) & (at <= found.high))
-                row[0, 4 : 4 + 2 * ids.size] = _words(_keys(scores[ids], begin + ids)).ravel()
+                row[0, 4 : 4 + 2 * ids.size] = halves(order_keys(scores[ids], begin + ids)).ravel()
                 above = _weights(scores[at < found.low], best, controls).sum(keepdims=True)
-                row[0, 0], row[:, 2:4] = ids.size, _words(above)
+                row[0, 0], row[:, 2:4] = ids.size, halves(above)
             mem.write(self.candidates, tile, 0, row)
 
 
 @dataclass(frozen=True, slots=True)
 class Draw(Op):
-    """sampled = the token that is drawn, 0 when the best score is no number; the next step is made ready.
+    """sampled = the token that is drawn, 0 when the best score is no number; tally[sampled] += 1 where
+    tallies count. With `feed`, the next step is made ready: tokens = sampled, positions += 1.
 
-    tokens = sampled, positions += 1, and tally[sampled] += 1 where tallies count. Operands as in
-    Sift; sampled, tokens, positions [1, 1] i32.
+    Operands as in Sift; sampled, tokens, positions [1, 1] i32.
     """
 
     opcode: ClassVar[int] = 14
@@ -398,6 +404,7 @@ class Draw(Op):
     vocab: int
     chunk: int
     chunks: int
+    feed: int
 
     @property
     def tiles(self) -> int:
@@ -412,7 +419,8 @@ class Draw(Op):
         return [candidates, *(Region(buf, 0, 1, 0, cols) for buf, cols in columns.items())]
 
     def writes(self, lo: int, hi: int) -> list[Region]:
-        columns = {self.sampled: 1, self.tokens: 1, self.positions: 1, self.tally: self.vocab}
+        columns = {self.sampled: 1, self.tally: self.vocab}
+        columns |= {self.tokens: 1, self.positions: 1} if self.feed else {}
         return [Region(buf, 0, 1, 0, cols) for buf, cols in columns.items()]
 
     def cost(self, lo: int, hi: int, dtype_bytes: int, context: int) -> Cost:
@@ -424,9 +432,10 @@ class Draw(Op):
         position = int(mem.read(self.positions, 0, 1, 0, 1)[0, 0])
         best = mem.read(self.candidates, 0, 1, 1, 2).view(np.float32)[0, 0]
         chosen = self._drawn(mem, controls, best, position) if np.isfinite(best) else 0
-        for buf in (self.sampled, self.tokens):
+        for buf in (self.sampled, self.tokens)[: 1 + self.feed]:
             mem.write(buf, 0, 0, np.asarray([[chosen]], np.int32))
-        mem.write(self.positions, 0, 0, np.asarray([[position + 1]], np.int32))
+        if self.feed:
+            mem.write(self.positions, 0, 0, np.asarray([[position + 1]], np.int32))
         if controls["flags"] & COUNTED:
             mem.write(self.tally, 0, chosen, mem.read(self.tally, 0, 1, chosen, chosen + 1) + 1)
 
@@ -437,7 +446,7 @@ class Draw(Op):
         keys = np.concatenate(parts)
         cut = _cut(np.sort(keys)[::-1], best, controls, found)
         scores = mem.read(self.scores, 0, 1, 0, self.vocab)[0]
-        kept = _keys(scores, np.arange(self.vocab)) >= cut
+        kept = order_keys(scores, np.arange(self.vocab)) >= cut
         kept |= _bins(scores, best) < found.low
         running = np.cumsum(_weights(scores, best, controls) * kept)
         place = (position + int(controls["shift"])) % 2**32
@@ -451,7 +460,7 @@ def _cut(keys: np.ndarray, best: np.float32, controls: Any, found: _Range) -> np
     if top_k:
         keys = keys[: top_k - found.tokens]
     if share:
-        running = found.weight + np.cumsum(_weights(_scores_of(keys), best, controls))
+        running = found.weight + np.cumsum(_weights(key_scores(keys), best, controls))
         if top_k:
             total = int(running[-1])
         keys = keys[: int(running.searchsorted(nucleus_weight(total, share))) + 1]

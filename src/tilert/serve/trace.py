@@ -24,6 +24,7 @@ from tilert.backends.cpu import CpuBackend, make_pool
 from tilert.backends.cuda.backend import CudaBackend
 from tilert.compiler.simulate import Span, simulate
 from tilert.engine.core import SamplingParams
+from tilert.engine.runner import program_kind
 from tilert.errors import UserError
 from tilert.ir.program import NONE, Kind, Op, Program, Run
 from tilert.ops import Combine, ExpertDown, ExpertGate, Linear, Route
@@ -107,8 +108,8 @@ def record(llm: LLM, prompt: Any, params: SamplingParams) -> Recorded:
 
     Raises UserError when the back end has no clock or when no such step was run.
     """
-    sampled = llm.runner.samples and not params.greedy
-    backend = llm.runner.backend("sampled" if sampled else "decode")
+    sampled = llm.runner.samples and not (params.greedy and params.logprobs is None)
+    backend = llm.runner.backend(program_kind(params) if sampled else "decode")
     if not isinstance(backend, CpuBackend | CudaBackend):
         raise UserError("a trace needs the back end 'cpu' or 'cuda'; the interpreter has no clock")
     program = backend.program

@@ -81,11 +81,10 @@ struct Attend {
     return split > 0 && split >= active_shares(first_visible(hi, kAttnWindow), hi, kSplits);
   }
 
-  // The run has a wait for the appends of the step before (verified as rule `stream`).
   static __device__ __forceinline__ bool stream(Loader& l, const Run& run) {
     Block& b = l.b;
     if (run.first >= kTiles) return true;
-    if (!l.appended(run)) return false;
+    if (!l.past(run)) return false;
     for (u32 tile = run.first; tile < run.first + run.count; ++tile)
       for (Span span; span.next(b.params);) {
         const u32 split = tile % kSplits, first = first_of(b, span), end = end_of(b, span);

@@ -18,8 +18,9 @@ from tilert.backends.cuda.source import KERNEL, Source, generate, passes
 from tilert.backends.cuda.tables import RANK_SHIFT, queues, tables
 from tilert.backends.hang import Hang, save
 from tilert.ir.program import PAGE, Kind, Program
-from tilert.ops import Attend, IndexRope, LatentRope
-from tilert.ops.draw import BIASED, COUNTED, MASKED
+from tilert.ops import Attend, IndexRope, LatentRope, Report
+from tilert.ops.draw import BIASED, CONTROLS, COUNTED, MASKED
+from tilert.ops.logprobs import REPORT_HEAD, REPORT_WORDS
 
 MAX_STEPS = 16384  # of one launch
 MAX_TOKENS = 8  # kMaxTokens
@@ -36,6 +37,7 @@ class Memory(Protocol):
     """Memory of a device."""
 
     address: int
+    size: int  # bytes
 
     def part(self, begin: int, size: int) -> Memory:
         """Bytes [begin, begin + size) of it."""
@@ -96,8 +98,9 @@ class LaunchError(RuntimeError):
 class _Params(ctypes.Structure):
     _fields_ = [
         (name, ctypes.c_void_p)
-        for name in ("queues", "queue_begin", "run_begin", "counters", "arena", "tokens", "passes", "pages",
-                     "stop_ids", "mailbox", "cancel", "verdict", "failures", "stamps", "clocks")
+        for name in ("queues", "queue_begin", "run_begin", "counters", "arena", "tokens", "passes",
+                     "pages", "stop_ids", "mailbox", "reports", "cancel", "verdict", "failures",
+                     "stamps", "clocks")
     ] + [(name, ctypes.c_uint32 * MAX_TOKENS) for name in ("positions", "sequences")
     ] + [(name, ctypes.c_uint32) for name in ("count", "page_cols", "steps")]  # fmt: skip
 
@@ -183,6 +186,9 @@ class CudaBackend:
         # Stop ids, token ids, passes, page tables.
         self.inputs = device.allocate(4 * (MAX_STOPS + MAX_TOKENS + own + self.state["pages"].size))
         self.mailbox = device.pinned(MAX_STEPS * program.tokens + 1)  # at the end the cancel flag
+        self.reports = np.zeros((0, REPORT_WORDS), np.uint32)
+        if isinstance(program.ops[-1], Report):
+            self.reports = device.pinned(MAX_STEPS * REPORT_WORDS).reshape(-1, REPORT_WORDS)
 
     def _load(self, source: Source) -> Kernel:
         return self.device.load(source, KERNEL, shared_bytes(self.program, self.layout))
@@ -232,7 +238,7 @@ class CudaBackend:
 
     def steps(self, count: int) -> Generator[np.ndarray, None, None]:
         """Run up to `count` steps; after each, the sampled token ids, in a program that makes guesses -1
-        behind the last. Closing it cancels the rest.
+        behind the last (and the state `report`, where the program has it). Closing it cancels the rest.
 
         Ends early after an id of `stop_ids`, if the tokens of a step are of one sequence. Raises LaunchError
         when a wait of the kernel never held.
@@ -242,8 +248,8 @@ class CudaBackend:
         self._launch(count)
         try:
             for index in range(count):
-                tokens = [self._receive(index * width + row) for row in range(rows)]
-                if None in tokens:
+                tokens = [self._receive(self.mailbox, index * width + row) for row in range(rows)]
+                if None in tokens or not self._told(index):
                     return
                 if self.passes > 1:
                     tokens = [-1 if token == NO_TOKEN else token for token in tokens]
@@ -286,6 +292,7 @@ class CudaBackend:
         self.counters.clear()
         self.outcome.clear()
         self.mailbox[: steps * self.program.tokens] = UNSET
+        self.reports[:steps] = UNSET
         self.mailbox[-1] = 0
         self._traced = None
         if self._tracing:
@@ -302,6 +309,7 @@ class CudaBackend:
             counters=self.counters.address, arena=self.arena.address, stop_ids=inputs,
             tokens=inputs + 4 * MAX_STOPS, passes=inputs + 4 * (MAX_STOPS + MAX_TOKENS),
             pages=inputs + 4 * (MAX_STOPS + MAX_TOKENS + own.size), mailbox=box,
+            reports=self.reports.ctypes.data,
             cancel=box + 4 * (self.mailbox.size - 1), verdict=self.outcome.address,
             stamps=self._traced[0].address if self._traced else None,
             clocks=self._traced[1].address if self._traced else None,
@@ -313,16 +321,30 @@ class CudaBackend:
         self._asked = params
         return params
 
-    def _receive(self, index: int) -> int | None:
-        """A letter of the mailbox; None when the launch ended before it."""
+    def _receive(self, box: np.ndarray, index: int) -> int | None:
+        """A letter of the mailbox or of a report; None when the launch ended before it."""
         spins = 0
-        while (token := int(self.mailbox[index])) == UNSET:
+        while (word := int(box[index])) == UNSET:
             spins += 1
             if spins % 1024 == 0 and self.kernel.done():
                 self._check()
-                last = int(self.mailbox[index])  # it may have come just before the end
+                last = int(box[index])  # it may have come just before the end
                 return None if last == UNSET else last
-        return token
+        return word
+
+    def _told(self, step: int) -> bool:
+        """Take the report of a step into the state, word by word as they come; False when there is none
+        because the step ended the launch without one."""
+        if not len(self.reports):
+            return True
+        asked = int(self.state["controls"].view(CONTROLS)[0, 0]["logprobs"])
+        size = REPORT_HEAD + 2 * asked
+        words = [self._receive(self.reports[step], index) for index in range(size)]
+        if None in words:
+            return False
+        report = self.state["report"][0]
+        report[:], report[:size] = 0, np.asarray(words, np.uint32).view(np.int32)
+        return True
 
     def _check(self) -> None:
         self.kernel.wait()

@@ -148,6 +148,11 @@ class Kernel:
         context(driver.cuFuncSetAttribute, self._function, attribute, shared_bytes)
         self.event = _event(context, self)
 
+    def attribute(self, name: str) -> int:
+        """What the driver knows of it: LOCAL_SIZE_BYTES (the stack of a thread), NUM_REGS, ..."""
+        which = getattr(driver.CUfunction_attribute, f"CU_FUNC_ATTRIBUTE_{name}")
+        return int(self.context(driver.cuFuncGetAttribute, which, self._function))
+
     def launch(self, blocks: int, params: ctypes.Structure) -> None:
         """Start all blocks together (a cooperative launch fails when they cannot be resident)."""
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(params))

@@ -16,9 +16,10 @@ constexpr int kListed =
 struct Controls {
   u32 flags, top_k;  // top_k: 0 for all
   float temperature, repetition, frequency, presence;
-  u32 shift, unused;  // shift: from a position to the number of the token that is made there
-  u64 share;          // top_p in units of 2^-64; 0 for all
-  u64 floor;          // least weight
+  u32 shift;     // from a position to the number of the token that is made there
+  u32 logprobs;  // of how many of the best tokens
+  u64 share;     // top_p in units of 2^-64; 0 for all
+  u64 floor;     // least weight
   u64 seed, index;
 };
 
@@ -118,10 +119,10 @@ __device__ __forceinline__ float best_score(Block& b, const float* peaks) {
   return of_rising(block_join(b, mine, [](u32 x, u32 y) { return max(x, y); }));
 }
 
-// 2^40 exp((score - best) / temperature), cut to an integer, or 0 below the floor. Cephes expf.
-__device__ __forceinline__ u64 weigh_score(const Controls& c, float score, float best) {
+// 2^40 exp(distance), cut to an integer. Cephes expf.
+__device__ __forceinline__ u64 weight_at(float distance) {
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to an integer
-  float x = fmaxf(__fdiv_rn(__fsub_rn(score, best), c.temperature), -64.0f);
+  float x = fmaxf(distance, -64.0f);
   float n = __fsub_rn(__fadd_rn(__fmul_rn(x, kLog2e), kRound), kRound);
   float r = __fsub_rn(x, __fmul_rn(n, 0.693359375f));
   r = __fsub_rn(r, __fmul_rn(n, -2.12194440e-4f));
@@ -132,7 +133,11 @@ __device__ __forceinline__ u64 weigh_score(const Controls& c, float score, float
   y = __fadd_rn(__fmul_rn(y, r), 1.6666665459e-1f);
   y = __fadd_rn(__fmul_rn(y, r), 0.5f);
   y = __fadd_rn(__fadd_rn(__fmul_rn(y, __fmul_rn(r, r)), r), 1.0f);
-  u64 weight = u64(__fmul_rn(y, __uint_as_float(u32(int(n) + 167) << 23)));  // 2^(40 + n)
+  return u64(__fmul_rn(y, __uint_as_float(u32(int(n) + 167) << 23)));  // 2^(40 + n)
+}
+// At the request's temperature, or 0 below the floor.
+__device__ __forceinline__ u64 weigh_score(const Controls& c, float score, float best) {
+  u64 weight = weight_at(__fdiv_rn(__fsub_rn(score, best), c.temperature));
   return weight >= c.floor ? weight : 0;
 }
 
@@ -422,7 +427,8 @@ struct Candidates {
   }
 };
 
-template <int kVocab, int kChunk>
+// With kFeed the next step may begin behind it, else behind what tells of the step (logprobs.cuh).
+template <int kVocab, int kChunk, bool kFeed>
 struct Draw {
   static constexpr int kChunks = (kVocab + kChunk - 1) / kChunk;
   static_assert(kVocab <= 1 << 18 && sizeof(DrawScratch) <= kScratchBytes);
@@ -517,7 +523,11 @@ struct Draw {
         u32* tally = reinterpret_cast<u32*>(const_cast<u8*>(run.bias_up));
         if (c.flags & kCounted) tally[token] = load_relaxed(tally + token) + 1;
         const u32 tokens[kTokens] = {token};
-        hand_on(b, run, tokens, cancelled || stops || !sound);
+        b.params.tokens[0] = token;
+        if (kFeed || !sound)
+          hand_on(b, run, tokens, cancelled || stops || !sound);
+        else
+          signal<false>(b, run);
       }
     }
     sync_consumers();

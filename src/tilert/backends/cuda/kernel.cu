@@ -3,6 +3,7 @@
 // variants.
 #include "experts.cuh"
 #include "index.cuh"
+#include "logprobs.cuh"
 #include "norm.cuh"
 #include "variants.h"
 

@@ -25,11 +25,13 @@ from tilert.ir.graph import Graph
 from tilert.ir.program import Scale
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
     from tilert.backends.cuda.prompt import PromptRunner
 
 T = TypeVar("T")
+IDLE = 64 << 20  # bytes that PyTorch may keep from one prompt to the next; asking again takes time
 
 
 class Later(Generic[T]):
@@ -85,6 +87,15 @@ def import_torch() -> None:
         )
 
 
+def give_back() -> None:
+    """What PyTorch keeps of the GPU's memory for a next prompt, when that is more than a little: between
+    prompts nothing uses it. Call it after `import torch`."""
+    import torch
+
+    if torch.cuda.memory_reserved() - torch.cuda.memory_allocated() > IDLE:
+        torch.cuda.empty_cache()
+
+
 class LateRunner:
     """A PromptRunner that is being made, over memory of the device, and run once to be warm."""
 
@@ -99,6 +110,7 @@ class LateRunner:
 
             made = over_memory(graph, weights, caches, scales)
             made.warm_up()
+            give_back()
             return made
 
         self._made = Later(make)
@@ -111,8 +123,11 @@ class LateRunner:
         self, tokens: Sequence[int], begin: int, pages: Sequence[int], outputs: Sequence[int],
         given: np.ndarray | None = None,
     ) -> torch.Tensor:  # fmt: skip
-        """See PromptRunner.run."""
-        return self._made.get().run(tokens, begin, pages, outputs, given)
+        """See PromptRunner.run. Where outputs are asked for a prompt ends, and memory is given back."""
+        logits = self._made.get().run(tokens, begin, pages, outputs, given)
+        if outputs:
+            give_back()
+        return logits
 
     @property
     def hidden(self) -> torch.Tensor:

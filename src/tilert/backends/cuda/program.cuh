@@ -50,8 +50,8 @@ struct Run {
   }
 };
 constexpr u16 kNoSignal = 0xffff;
-constexpr int kPassShift = 12;
 static_assert(kEntryBytes >= sizeof(Run) && kEntryBytes % 16 == 0, "an entry begins with its run");
+constexpr int kPassShift = 12;
 
 // What a block was waiting for when it gave up; the host finds the cause among all of them.
 struct Failure {
@@ -79,6 +79,7 @@ struct Params {
   const u32* pages;     // [sequences, page_cols] page tables
   const u32* stop_ids;  // kMaxStops, 0xffffffff where unused
   u32* mailbox;         // host memory, [steps, kTokens]
+  u32* reports;         // host memory, [steps, kReportWords], where a program has log-probabilities
   const u32* cancel;    // host memory
   u32* verdict;
   Failure* failures;  // [workers]
@@ -115,8 +116,8 @@ struct Shared {
   u64 fetched[kEntries ? kEntries : 1];  // of entries of the queue
   u32 verdict;                           // told to all threads of the block
   u32 listed;  // lists of chosen rows that have been made so far in this launch
-  // Where entries are fetched, or a step has several passes: runs in this launch whose waits have
-  // held; and where they are fetched those that the loader has left behind.
+  // Where entries are fetched: runs in this launch whose waits have held, and that the loader has
+  // left behind.
   u32 progress, streamed;
   // 1 + runs in this launch before that in which the loader lost a unit, or in which a warp stopped
   // to wait for one; 0: none.
@@ -280,17 +281,17 @@ __device__ __forceinline__ bool wait_for_inputs(Block& b, const Run& run) {
         }
       }
     }
-    if constexpr (kPasses > 1 && !kTagged) {
-      __syncwarp();  // what any lane has acquired
+    constexpr bool kNotes = kPasses > 1 && !kTagged, kTells = kPasses > 1 || kEntries > 0;
+    if constexpr (kTells) {
+      __syncwarp();  // the other threads of the block may rely on what any lane has acquired
       if (lane() == 0) {
-        const Pass& pass = b.passes().at[b.pass];
-        store_shared(&b.here().first, load_relaxed(&pass.first));
-        store_shared(&b.here().count, load_relaxed(&pass.count));
+        if constexpr (kNotes) {
+          const Pass& pass = b.passes().at[b.pass];
+          store_shared(&b.here().first, load_relaxed(&pass.first));
+          store_shared(&b.here().count, load_relaxed(&pass.count));
+        }
+        store_shared(&b.shared.progress, b.index() + 1);
       }
-    }
-    if constexpr (kEntries > 0 || kPasses > 1) {
-      __syncwarp();  // whoever goes by it may rely on what any lane has seen
-      if (lane() == 0) store_shared(&b.shared.progress, b.index() + 1);
     }
   }
   sync_consumers();
@@ -423,8 +424,16 @@ struct Loader {
       if (!idle()) return false;
     return true;
   }
-  // Until all rows that the step before has appended can be streamed.
-  __device__ __forceinline__ bool appended(const Run& run) {
+  // Tokens of a pass that has begun, as who made a choice in it must have seen.
+  __device__ __forceinline__ u32 count() const {
+    if constexpr (kPasses > 1) return load_relaxed(&b.passes().at[b.pass].count);
+    return b.params.count;
+  }
+  // Until rows of the past can be streamed: the run has waits for all that the step before has
+  // appended (verified as rule `stream`). With several passes, once all of its waits hold: they say
+  // where its tokens are, too.
+  __device__ __forceinline__ bool past(const Run& run) {
+    if constexpr (kPasses > 1) return started();
     if (b.step == 0) return true;
     for (u32 at = 0; at < run.wait_count; ++at) {
       const Wait& w = run.waits()[at];
@@ -433,19 +442,12 @@ struct Loader {
     fence_proxy();
     return true;
   }
-  // Until rows of the past can be streamed. With several passes that is once the run's own waits
-  // hold for the warps, which then know where its tokens are, too.
-  __device__ __forceinline__ bool past(const Run& run) {
-    if constexpr (kPasses == 1) return appended(run);
+  // Until the waits of the run hold.
+  __device__ __forceinline__ bool started() {
     while (load_shared(&b.shared.progress) < b.index() + 1)
       if (!idle()) return false;
     fence_proxy();
     return true;
-  }
-  // Tokens of a pass that has begun, as who made a choice in it must have seen.
-  __device__ __forceinline__ u32 count() const {
-    if constexpr (kPasses > 1) return load_relaxed(&b.passes().at[b.pass].count);
-    return b.params.count;
   }
   // Until the run's entry of the queue is there. False: the launch has ended.
   __device__ __forceinline__ bool next_run() {

@@ -192,7 +192,8 @@ class PromptRunner:
             step = _Step(at, self._integers(tokens[first:end]), rows, caches)
             if given is not None:
                 step.given = torch.from_numpy(given[first:end]).to(self.device)
-            found |= zip(wanted, self._chunk(step), strict=True)
+            logits = self._chunk(step)
+            found |= zip(wanted, logits, strict=True)
             hidden += [step.values[v.name] for v in self.graph.outputs if v.name in step.values]
             first = end
         self.hidden = torch.cat(hidden) if hidden else torch.zeros(0, 0)

@@ -83,13 +83,13 @@ class CudaRuntime:
     ) -> CudaBackend | Pieces | Prompts:
         """The back end for steps of that kind; program: makes programs.
 
-        'decode' makes greedy tokens and 'sampled' sampled ones; 'few2', 'few4' and 'few' take up to 2, 4
-        and 8 rows, 'prompt' any number.
+        'decode' makes greedy tokens, 'sampled' and 'logprobs' sampled ones; 'few2', 'few4' and 'few' take
+        up to 2, 4 and 8 rows, 'prompt' any number.
         """
         decode = self._decoder(program)
         if kind == "decode":
             return decode
-        if kind == "sampled":
+        if kind in ("sampled", "logprobs"):
             with self._noted(kind):
                 return self.bound(program(kind))
         if kind == "prompt" and self._prompts is not None:

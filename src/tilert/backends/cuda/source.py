@@ -45,16 +45,20 @@ from tilert.ops import (
     Linear,
     NextToken,
     Norm,
+    Report,
     Route,
     Select,
     Sift,
+    Survey,
     Totals,
 )
+from tilert.ops.logprobs import MOST, REPORT_WORDS, SURVEY_WORDS
 
 FOLDER = Path(__file__).parent
 HEADERS = (
     "ptx.cuh", "program.cuh", "tile.cuh", "inputs.cuh", "products.cuh", "linear.cuh", "heads.cuh",
-    "attend.cuh", "sample.cuh", "draw.cuh", "experts.cuh", "mla.cuh", "index.cuh", "norm.cuh",
+    "attend.cuh", "sample.cuh", "draw.cuh", "logprobs.cuh", "experts.cuh", "mla.cuh", "index.cuh",
+    "norm.cuh",
 )  # fmt: skip
 KERNEL = "tilert_program"
 
@@ -88,8 +92,8 @@ def generate(program: Program, layout: Layout, *, trace: bool = False) -> Source
         "kTurn": tags.stride % TAGS, "kTokens": program.tokens,
         "kSharedBytes": shared_struct_bytes(program.tokens),
         "kHeldWords": HELD_WORDS, "kVariants": len(known),
-        "kPasses": passes(program)[-1],
-        "kTakenUnits": layout.units,
+        "kPasses": passes(program)[-1], "kTakenUnits": layout.units,
+        "kMost": MOST, "kSurveyWords": SURVEY_WORDS, "kReportWords": REPORT_WORDS,
     }  # fmt: skip
     headers = {name: (FOLDER / name).read_text(encoding="utf-8") for name in HEADERS}
     headers["constants.h"] = "#pragma once\n" + "".join(
@@ -116,6 +120,7 @@ def _type(program: Program, op: Op, tags: Tags) -> str:
         return _linear(program, op, tags)
     if isinstance(op, Attend):
         _check_heads(program, op)
+        assert passes(program)[-1] == 1, "its waits need not say where the tokens of a pass are"
         norms = ", ".join(_weight(program, b) for b in (op.q_norm, op.k_norm))
         return (
             f"Attend<{op.heads}, {op.kv_heads}, {op.head_dim}, {op.window}, {op.splits},"
@@ -139,8 +144,12 @@ def _type(program: Program, op: Op, tags: Tags) -> str:
         return f"Embed<{op.width}, {_weight(program, op.table)}, {_flag(op.y in tags.writers)}>"
     if isinstance(op, Argmax):
         return f"Argmax<{op.vocab}, {op.chunk}>"
-    if isinstance(op, Adjust | Bins | Sift | Draw):
+    if isinstance(op, Draw):
+        return f"Draw<{op.vocab}, {op.chunk}, {_flag(bool(op.feed))}>"
+    if isinstance(op, Adjust | Bins | Sift | Survey):
         return f"{type(op).__name__}<{op.vocab}, {op.chunk}>"
+    if isinstance(op, Report):
+        return f"Report<{op.chunks}>"
     if isinstance(op, Totals):
         return f"Totals<{op.chunks}, {op.width}>"
     if isinstance(op, Route):
@@ -249,7 +258,8 @@ def _linear(program: Program, op: Linear, tags: Tags) -> str:
         rows = f"Blocks<{op.n // op.groups}, {stride}>"
     epilogue = ("kStore", "kAdd", "kGate")[op.epilogue]
     made = _product(program, op, tags, epilogue, x, rows)
-    if op.beyond == 0:
+    # With several passes a loader knows too late where its tokens are.
+    if op.beyond == 0 or passes(program)[-1] > 1:
         return made
     assert op.y not in tags.writers, "a word that is not written has an old tag"
     return f"Beyond<{op.beyond}, {made}>"

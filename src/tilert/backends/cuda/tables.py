@@ -33,9 +33,11 @@ from tilert.ops import (
     Linear,
     NextToken,
     Norm,
+    Report,
     Route,
     Select,
     Sift,
+    Survey,
     Totals,
 )
 from tilert.ops.linear import ADD
@@ -255,6 +257,9 @@ def _resolve(record: Any, program: Program, run: Run, at: list[int]) -> None:
         record["x"], record["y"] = at[op.bins], at[op.totals]
     elif isinstance(op, Combine):
         record["x"], record["y"] = at[op.part], at[op.y]
+    elif isinstance(op, Survey | Report):
+        record["w"], record["x"], record["x2"] = at[op.controls], at[op.logits], at[op.part]
+        record["y" if isinstance(op, Survey) else "x3"] = at[op.survey]
     elif isinstance(op, Adjust | Bins | Sift | Draw):
         _resolve_sampling(record, op, at)
 
