@@ -45,7 +45,7 @@ from gpu_chain import FIRST, time_chain
 from gpu_peers import NotMeasured, output_of
 
 from tilert.backends.cuda import open_device
-from tilert.backends.cuda.backend import CudaBackend, Memory
+from tilert.backends.cuda.backend import CudaBackend
 from tilert.backends.cuda.runtime import CudaRuntime, GpuDevice, Pieces
 from tilert.compiler import Limits
 from tilert.compiler.units import with_units
@@ -225,22 +225,20 @@ class RandomModel(CudaRuntime):
         for each in (self.decode, self.prompt):
             each.state["pages"][0] = np.arange(self.num_pages)
 
-    def _load(self, program: Program) -> dict[str, Memory]:
+    def _load(self, program: Program) -> None:
         """Random bytes instead of those of `arrays`, laid out as the program's buffers are."""
-        tensors: dict[str, Memory] = {}
         for buffer in (b for b in program.buffers if b.kind is Kind.WEIGHT):
             memory, begin = self.device.allocate(buffer.bytes), 0
             self.weights[buffer.name] = memory
             for part in buffer.parts:
                 array = self.arrays[part]
-                tensors[part] = memory.part(begin, array.nbytes)
+                self.tensors[part] = memory.part(begin, array.nbytes)
                 begin += array.nbytes
                 if part == ROPE_TABLE:
-                    tensors[part].write(array)
+                    self.tensors[part].write(array)
                 else:
                     rows, cols = array.shape
-                    fill(tensors[part], rows, cols, DType.of(array))
-        return tensors
+                    fill(self.tensors[part], rows, cols, DType.of(array))
 
     def first_token(self, ids: Sequence[int]) -> int:
         """The greedy token after a prompt, whose keys and values go into the cache."""

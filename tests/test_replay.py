@@ -14,6 +14,7 @@ from test_cuda_kernel import begin, compiled, loaded, rewrite
 
 from tilert.backends import hang
 from tilert.backends.cuda import backend as cuda
+from tilert.backends.cuda import tables
 from tilert.backends.cuda.backend import CudaBackend, LaunchError
 from tilert.backends.hang import BY_TAG, Hang
 from tilert.backends.protocol import Protocol, Stuck
@@ -117,7 +118,7 @@ def test_a_signal_that_the_device_lost_is_its_own_fault(
     made, _ = loaded(program, weights, device)
     place = next(i for i, r in enumerate(program.queues[1]) if r.signal >= 0)
     lost = program.queues[1][place].signal
-    made.runs[1]["signal"][place] = cuda.NO_SIGNAL
+    made.runs[1]["signal"][place] = tables.NO_SIGNAL
     rewrite(made)
     _, path = failed(made)
     said = replayed(path, capsys)
