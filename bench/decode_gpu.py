@@ -45,7 +45,7 @@ from gpu_chain import FIRST, time_chain
 from gpu_peers import NotMeasured, output_of
 
 from tilert.backends.cuda import open_device
-from tilert.backends.cuda.backend import CudaBackend, Memory
+from tilert.backends.cuda.backend import CudaBackend
 from tilert.backends.cuda.runtime import CudaRuntime, GpuDevice, Pieces
 from tilert.compiler import Limits
 from tilert.compiler.units import with_units

@@ -193,12 +193,13 @@ class Parts:
         """What computes prompts, over the memory of the device."""
         from tilert.backends.cuda.prompt import over_memory
 
-        tensors: dict[str, tuple[Memory, np.ndarray]] = {}
+        tensors: dict[str, tuple[Memory, tuple[int, ...], DType]] = {}
         for buffer in (b for b in self.program("decode").buffers if b.kind is Kind.WEIGHT):
             begin = 0
             for part in buffer.parts:
-                array = self.array(part)
-                tensors[part] = self.weights[buffer.name].part(begin, array.nbytes), array
+                array, whole = self.array(part), self.weights[buffer.name]
+                own = whole.part(begin, array.nbytes)
+                tensors[part] = own, array.shape, DType.of(array)
                 begin += array.nbytes
         caches = {n: (m, self.shapes[n], self.types[n]) for n, m in self.caches.items()}
         return over_memory(self.graph, tensors, caches, {})

@@ -110,8 +110,8 @@ struct Shared {
   u64 fetched[kEntries ? kEntries : 1];  // of entries of the queue
   u32 verdict;                           // told to all threads of the block
   u32 listed;  // lists of chosen rows that have been made so far in this launch
-  // Where entries are fetched: runs in this launch whose waits have held, and that the loader has
-  // left behind.
+  // Where entries are fetched, or a step has several passes: runs in this launch whose waits have
+  // held; and where they are fetched those that the loader has left behind.
   u32 progress, streamed;
   // 1 + runs in this launch before that in which the loader lost a unit, or in which a warp stopped
   // to wait for one; 0: none.
