@@ -239,14 +239,11 @@ class Pieces(_Rows):
 
     def __init__(self, made: CudaBackend, rows: int) -> None:
         super().__init__(made, rows)
-        self.kept: dict[
-            int, np.ndarray
-        ] = {}  # logits by row, of all launches of a step but the last
+        # Of all launches of a step but the last: logits by row, and hidden states.
+        self.kept: dict[int, np.ndarray] = {}
+        self.hidden: list[np.ndarray] = []
         self.begin = 0  # first row of the last launch
-        program, self.hidden = (
-            made.program,
-            list[np.ndarray](),
-        )  # of all launches of a step but the last
+        program = made.program
         self.has_hidden = "hidden" in program.buffer_ids
         # They may be of the rows that have logits alone, and then stand in their order.
         self.of_outputs = any(
