@@ -311,7 +311,7 @@ def test_any_order_of_threads_gives_the_same_bits(name: str, devices: Devices) -
 
 
 BARRIER = """  sync_consumers();
-  if constexpr (kTrace) b.started = cycles();
+  if constexpr (kTrace) b.started = timestamp();
 """
 
 
