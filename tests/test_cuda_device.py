@@ -354,7 +354,7 @@ def test_what_a_prompt_took_is_given_back_behind_it(monkeypatch: pytest.MonkeyPa
         def warm_up(self) -> None:
             held["reserved"] = 900 << 20
 
-        def run(self, tokens: Any, begin: int, pages: Any, outputs: list[int]) -> list[int]:
+        def run(self, _: Any, begin: int, pages: Any, outputs: list[int], given: Any) -> list[int]:
             said.append(f"run {begin}")
             return outputs
 
