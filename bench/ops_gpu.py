@@ -2,8 +2,8 @@
 
     python bench/ops_gpu.py --model Qwen3-30B-A3B [--input 1024] [--rows 1,4] [--out FILE]
 
-Random weights at true shapes, as in decode_gpu.py. Ops stand in a chain, so an op takes the time from the
-end of the op before it, of its last worker, to its own end, and the times of all ops add up to the step.
+Random weights at true shapes, as in decode_gpu.py. Ops stand in a chain, so an op takes the time from
+when all ops before it have ended to its own end, of its last worker, and the times of all add up to the step.
 A kind of op is a row, the median over its layers and over steps:
 
     takes    microseconds of the step
@@ -53,7 +53,7 @@ def timed(program: Program, steps: Sequence[Timeline], ceiling: float) -> list[d
         for op, own in spans.items():
             end = max(span.end for span in own)
             row = found[names[op][0]]
-            row["takes"].append(end - before)
+            row["takes"].append(max(end - before, 0.0))
             row["first"].append(min(span.start for span in own) - before)
             row["begin"].append(statistics.median(span.start for span in own) - before)
             row["work"].append(statistics.median(span.end - span.start for span in own))

@@ -108,7 +108,9 @@ def test_kernels_compile_for_every_target(name: str, arch: str, tmp_path: Path) 
     )
     used = cubin.resources[KERNEL]
     assert used.registers <= 168
-    mixture = "num_experts" in SHAPES[name] or "num_local_experts" in SHAPES[name]
+    mixture = (
+        name.startswith("deepseek") or {"num_experts", "num_local_experts"} & SHAPES[name].keys()
+    )
     assert max(used.stack, used.spill_stores) <= (512 if mixture else 256), used
 
 
@@ -165,7 +167,7 @@ OF_TOKENS = {
     r"Route|false, false, \d|InTurn": 0,
     "SideBySide": 256,
 }
-# sm_120a has too little memory for a step of four of the larger one.
+# On sm_120a the larger one has too little memory, and `down` of the other spills 328 bytes.
 FOUR_TOKENS = [
     ("deepseek-v3.2", "sm_90a"),
     ("qwen3-30b-a3b", "sm_90a"),
