@@ -171,7 +171,7 @@ OF_TOKENS = {
 FOUR_TOKENS = [
     ("deepseek-v3.2", "sm_90a"),
     ("qwen3-30b-a3b", "sm_90a"),
-    ("qwen3-30b-a3b", "sm_120a"),
+    ("qwen3-30b-a3b", "sm_100a"),
 ]
 
 
