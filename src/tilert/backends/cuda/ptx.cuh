@@ -292,5 +292,6 @@ __device__ __forceinline__ u64 nanoseconds() {
   asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(t));
   return t;
 }
-// The same, for what is recorded: where waits count polls instead (tests/emulator.h), it is another.
+// The same, for what is recorded: where waits count polls instead (tests/emulator.h), it is
+// another.
 __device__ __forceinline__ u64 timestamp() { return nanoseconds(); }
