@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -114,12 +115,20 @@ def test_kernels_compile_for_every_target(name: str, arch: str, tmp_path: Path) 
     assert max(used.stack, used.spill_stores) <= (512 if mixture else 256), used
 
 
+def resources(source: Source, numbers: Sequence[str], arch: str, cache: Path) -> jit.Resources:
+    """What a kernel of some of a source's variants takes."""
+    cases = " ".join(f"X({number})" for number in numbers)
+    some = re.sub(r"(?<=VARIANTS\(X\)).*", f" {cases}", source.headers["variants.h"])
+    headers = {**source.headers, "variants.h": some}
+    cubin = compile_cubin(source.text, name=KERNEL, arch=arch, headers=headers, cache=cache)
+    return cubin.resources[KERNEL]
+
+
 @pytest.mark.parametrize("name", SHAPES)
 def test_no_op_spills_in_its_loops(name: str, tmp_path: Path) -> None:
     """A kernel of one variant has no values to keep for others, so all that it spilled would be its own."""
     source = source_of(name, "sm_90a")
-    variants = source.headers["variants.h"]
-    kinds = dict(re.findall(r"using V(\d+) = (.*);", variants))
+    kinds = dict(re.findall(r"using V(\d+) = (.*);", source.headers["variants.h"]))
     own = re.compile(
         "Route|InTurn|SideBySide|Latent|Index|Select|Blocks|Adjust|Bins|Totals|Sift|Draw|Survey|Report"
     )
@@ -131,12 +140,7 @@ def test_no_op_spills_in_its_loops(name: str, tmp_path: Path) -> None:
     for number, kind in kinds.items():
         if name != "llama-1b" and alike.match(kind):
             continue
-        alone = re.sub(r"(?<=VARIANTS\(X\)).*", f" X({number})", variants)
-        cubin = compile_cubin(
-            source.text, name=KERNEL, arch="sm_90a", headers={**source.headers, "variants.h": alone},
-            cache=tmp_path,
-        )  # fmt: skip
-        used = cubin.resources[KERNEL]
+        used = resources(source, [number], "sm_90a", tmp_path)
         assert used.stack == used.spill_stores == used.spill_loads == 0, (number, used)
 
 
@@ -147,16 +151,10 @@ def test_what_verifies_and_makes_guesses_does_not_spill(tmp_path: Path) -> None:
     target = with_units(graph, replace(machine.H200, workers_per_device=16), dtypes)
     program = build(Speculation(graph, layer, 3), target, Limits(4, 4, 1, 8192), dtypes)
     source = generate(program, fitting(program, TARGETS["sm_90a"]))
-    variants = source.headers["variants.h"]
-    kinds = re.findall(r"using V(\d+) = (Norm|Accept|Guess)<", variants)
+    kinds = re.findall(r"using V(\d+) = (Norm|Accept|Guess)<", source.headers["variants.h"])
     assert {kind for _, kind in kinds} == {"Norm", "Accept", "Guess"}
     for number, _ in kinds:
-        alone = re.sub(r"(?<=VARIANTS\(X\)).*", f" X({number})", variants)
-        cubin = compile_cubin(
-            source.text, name=KERNEL, arch="sm_90a", headers={**source.headers, "variants.h": alone},
-            cache=tmp_path,
-        )  # fmt: skip
-        used = cubin.resources[KERNEL]
+        used = resources(source, [number], "sm_90a", tmp_path)
         assert used.stack == used.spill_stores == used.spill_loads == 0, (number, used)
 
 
@@ -179,17 +177,13 @@ FOUR_TOKENS = [
 def test_steps_of_four_tokens_compile(name: str, arch: str, tmp_path: Path) -> None:
     """As when three guesses are verified."""
     source = source_of(name, arch, tokens=4)
-    variants = source.headers["variants.h"]
-    kinds = re.findall(r"using V(\d+) = (.*);", variants)
+    kinds = re.findall(r"using V(\d+) = (.*);", source.headers["variants.h"])
     for own, stack in OF_TOKENS.items():
         numbers = [number for number, kind in kinds if re.search(own, kind)]
         if not numbers:
             continue
-        cases = " ".join(f"X({number})" for number in numbers)
-        some = re.sub(r"(?<=VARIANTS\(X\)).*", f" {cases}", variants)
-        headers = {**source.headers, "variants.h": some}
-        cubin = compile_cubin(source.text, name=KERNEL, arch=arch, headers=headers, cache=tmp_path)
-        assert cubin.resources[KERNEL].stack <= stack, (own, cubin.resources[KERNEL])
+        used = resources(source, numbers, arch, tmp_path)
+        assert used.stack <= stack, (own, used)
 
 
 @pytest.mark.parametrize(

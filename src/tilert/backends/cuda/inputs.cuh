@@ -50,24 +50,20 @@ __device__ __forceinline__ u32 first_visible(u32 position, u32 window) {
   return window && position + 1 > window ? position + 1 - window : 0;
 }
 
-// The number of shares, from the first on, that hold something of a token, and how many a thread
-// with few elements takes at once.
+// The number of shares, from the first on, that hold something of a token.
 template <int kAttnWindow>
 struct PastPages {  // of Attend: the positions before the token's own, which the first share has
-  static constexpr int kAtOnce = 2;
   static __device__ __forceinline__ int count(const Block& b, u32 token, int splits) {
     const u32 hi = b.position(token);
     return max(1u, active_shares(first_visible(hi, kAttnWindow), hi, splits));
   }
 };
 struct SeenPages {  // of LatentAttention: all positions up to the token's own
-  static constexpr int kAtOnce = 8;
   static __device__ __forceinline__ int count(const Block& b, u32 token, int splits) {
     return active_shares(0, b.position(token) + 1, splits);
   }
 };
 struct EveryShare {  // of LatentAttention over chosen positions: empty shares say so
-  static constexpr int kAtOnce = 8;
   static __device__ __forceinline__ int count(const Block&, u32, int splits) { return splits; }
 };
 
@@ -226,7 +222,7 @@ struct Inputs {
       from[r] = b.at(run.x) + first_x +
                 (head / kGroup * kSplits * kGroup + head % kGroup) * kPitch + at % kHeadDim;
     }
-    constexpr int kAtOnce = kRounds * kWide > 32 ? 1 : kRounds * kWide > 8 ? 2 : Active::kAtOnce;
+    constexpr int kAtOnce = kRounds * kWide > 32 ? 1 : kRounds * kWide > 8 ? 2 : 8;
     for (int first = 0; first < shares; first += kAtOnce) {
       float2 top[kAtOnce][kRounds];  // maximum and sum of a share
       float v[kAtOnce][kRounds][kWide];

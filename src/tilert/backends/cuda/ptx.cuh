@@ -58,6 +58,7 @@ __device__ __forceinline__ bool barrier_test(u64* b, u32 parity) {
 }
 
 // Copies `bytes` (a multiple of 16, both ends aligned to 16) and announces them at the barrier.
+// They leave L2 first, for each is read once in a step: code and activations stay there.
 __device__ __forceinline__ void copy_bulk(void* to, const void* from, u32 bytes, u64* b) {
   u64 policy;
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));

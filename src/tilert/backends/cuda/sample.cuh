@@ -118,6 +118,18 @@ __device__ __forceinline__ Best best_of_row(const Block& b, const Run& run, u32 
   return warp_best(best);
 }
 
+// Of each token, a warp for each; behind a barrier, and in memory that the next op may use.
+template <int kChunks>
+__device__ __forceinline__ const u32* best_of_rows(Block& b, const Run& run) {
+  u32* found = reinterpret_cast<u32*>(b.scratch);
+  if (warp() < kTokens) {
+    const Best best = best_of_row<kChunks>(b, run, warp());
+    if (lane() == 0) found[warp()] = best.index;
+  }
+  sync_consumers();
+  return found;
+}
+
 // The best of all chunks, for each token. Only for one token stop ids are looked at: of several the
 // host knows which belongs to whom.
 template <int kChunks>
@@ -129,12 +141,7 @@ struct NextToken {
     const u32 stop =
         kTokens == 1 && thread() < kMaxStops ? __ldg(b.params.stop_ids + thread()) : 0xffffffffu;
     if (!wait_for_inputs<false>(b, run)) return false;
-    u32* found = reinterpret_cast<u32*>(b.scratch);
-    if (warp() < kTokens) {
-      const Best best = best_of_row<kChunks>(b, run, warp());
-      if (lane() == 0) found[warp()] = best.index;
-    }
-    sync_consumers();
+    const u32* found = best_of_rows<kChunks>(b, run);
     if (warp() == 0) {
       // Where the logits are no numbers nothing was found, which ends the launch as well.
       const bool stops = __any_sync(~0u, stop == found[kTokens == 1 ? 0 : lane() % kTokens]);
@@ -164,12 +171,7 @@ struct Accept {
   static __device__ __forceinline__ bool consume(Block& b, const Run& run) {
     const u32 cancelled = thread() == 0 ? load_system(b.params.cancel) : 0;
     if (!wait_for_inputs<false>(b, run)) return false;
-    u32* found = reinterpret_cast<u32*>(b.scratch);
-    if (warp() < kTokens) {
-      const Best best = best_of_row<kChunks>(b, run, warp());
-      if (lane() == 0) found[warp()] = best.index;
-    }
-    sync_consumers();
+    const u32* found = best_of_rows<kChunks>(b, run);
     if (thread() == 0) accept(b, run, found, cancelled);
     sync_consumers();
     return load_shared(&b.shared.verdict) == 0;
