@@ -11,7 +11,7 @@ SHELL := /bin/bash
 bin := $(VENV)/bin
 pip := $(bin)/python -m pip --disable-pip-version-check
 native := $(wildcard src/tilert/backends/cpu/*.cpp src/tilert/backends/cpu/*.h)
-device := $(wildcard src/tilert/backends/cuda/*.cu*) tests/emulator.h tests/emulator.cpp
+device := $(wildcard src/tilert/backends/cuda/*.cu* bench/*.cu*) tests/emulator.h tests/emulator.cpp
 declarations := $(wildcard src/tilert/ir/*.py src/tilert/ops/*.py)
 
 demo: $(VENV)/installed

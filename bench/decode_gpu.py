@@ -477,10 +477,10 @@ def environment(device: GpuDevice, script: str, commit: str | None) -> dict[str,
     }  # fmt: skip
 
 
-def results_file(device_name: str) -> Path:
+def results_file(device_name: str, kind: str = "decode-gpu") -> Path:
     """Where the results of a device are kept: 'NVIDIA H200' is h200."""
     words = re.sub("[^a-z0-9]+", "-", device_name.lower().replace("nvidia", "")).strip("-")
-    return RESULTS / f"decode-gpu-{words}.json"
+    return RESULTS / f"{kind}-{words}.json"
 
 
 def comma_list(text: str) -> list[str]:
