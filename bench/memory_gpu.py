@@ -1,19 +1,19 @@
-"""Which step of a process takes how much of a GPU's memory: one line of JSON for each, in MB.
+"""Which step of a process takes how much of a GPU's memory, in MB, under each of several limits of the stack.
 
-    python bench/memory_gpu.py [--model NAME] [--context N] [--out FILE]
+    python bench/memory_gpu.py [--stack-limits 1024,128] [--model NAME] [--context N] [--out FILE]
 
 The steps are those of a process that loads a model, makes tokens and works on prompts: the context, weights
-(zeros: the memory is the same) and cache, copies to them, each program's kernel, tables and first launch,
-the trace, PyTorch from its import to its first product and attention, prompts of 1,024 tokens as the engine
-gives them and at once; at last what can be given back. `step_mb`: what the driver says that the step has
-taken, of which `known_mb` was asked for by name. `beyond_mb`: all in use so far but weights and cache, which
-is what start_gpu.py reports of a whole process. Behind PyTorch's import each line has what its allocator
-holds.
+(zeros: the memory is the same) and cache, copies to them, a program's kernel, its tables and first launch,
+PyTorch from its import to its first product and attention, prompts of 1,024 tokens, sampled tokens; at last
+what could be given back. `step_mb`: what the driver says that the step has taken, of which `known_mb` was
+asked for by name. `beyond_mb`: all in use so far but weights and cache, which is what start_gpu.py reports of
+a whole process. Behind PyTorch's import each line has what its allocator holds.
 
-What PyTorch reads from the environment (PYTORCH_CUDA_ALLOC_CONF, CUBLAS_WORKSPACE_CONFIG,
-TORCH_CUDNN_SDPA_PREFERRED) can be set for one run; the last line says what was. A kernel's stack
-(`local_size_bytes`) is reserved for all threads that the GPU could hold, 270,000 of them on an H100; setting
-the context's limit anew makes the driver reserve again what is needed then.
+--stack-limits: bytes of a thread's stack that a context begins with, a process for each; by default the
+driver's own, 1,024, and ours (STACK of device.py). The driver reserves them for all threads that the GPU
+could hold, 270,000 of them on an H100, and more when a kernel takes more (`local_size_bytes` of ours). What
+PyTorch reads from the environment (PYTORCH_CUDA_ALLOC_CONF, CUBLAS_WORKSPACE_CONFIG, ...) can be set for a
+run; the results say what was.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from decode_gpu import MODELS, compiled, config_of, environment, shape_alone, stored
+from decode_gpu import MODELS, comma_list, compiled, config_of, environment, shape_alone, stored
 from start_gpu import used_by_others
 
 from tilert.backends.cuda import open_device
 from tilert.backends.cuda.backend import CudaBackend, Memory, cache_shapes
 from tilert.backends.cuda.late import give_back
-from tilert.backends.cuda.limits import step_rows
 from tilert.backends.cuda.source import Source
 from tilert.engine.runner import PROMPT as CHUNK
 from tilert.engine.runner import TOKENS
@@ -47,6 +47,9 @@ from tilert.models import load_config
 from tilert.models.decoder import build as build_graph
 
 PROMPT, STEPS = 1024, 64
+TIMEOUT = 240.0  # seconds of a process
+WHOLE = "all of a process"
+DRIVERS = 1024  # bytes of a thread's stack that the driver would give
 SETTINGS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "CUBLAS_WORKSPACE_CONFIG",
             "CUBLASLT_WORKSPACE_SIZE", "CUDA_MODULE_LOADING", "CUDA_DEVICE_MAX_CONNECTIONS",
             "TORCH_CUDNN_SDPA_PREFERRED")  # fmt: skip
@@ -106,13 +109,6 @@ def limits(device: Any) -> dict[str, int]:
 
     which = {name.lower(): getattr(driver.CUlimit, f"CU_LIMIT_{name}") for name in LIMITS}
     return {name: int(device.context(driver.cuCtxGetLimit, w)) for name, w in which.items()}
-
-
-def set_stack(device: Any, size: int) -> None:
-    """The limit of a thread's stack, which the driver then reserves anew."""
-    from cuda.bindings import driver  # type: ignore[attr-defined]
-
-    device.context(driver.cuCtxSetLimit, driver.CUlimit.CU_LIMIT_STACK_SIZE, size)
 
 
 class Watched(CudaBackend):
@@ -215,6 +211,9 @@ def with_torch(parts: Parts, note: Note) -> Any:
     """PyTorch, one piece of it after another; the runner of prompts."""
     import torch
     from torch.nn import functional
+    from torch.nn.attention import sdpa_kernel
+
+    from tilert.backends.cuda.prompt import ATTENTION
 
     note("import torch")
     place = next(iter(parts.weights.values())).tensor.device
@@ -223,7 +222,8 @@ def with_torch(parts: Parts, note: Note) -> Any:
     functional.linear(x, x).float().cpu()
     note("PyTorch's first product")
     heads = x.view(1, 8, 128, 64)
-    functional.scaled_dot_product_attention(heads, heads, heads, is_causal=True).cpu()
+    with sdpa_kernel(ATTENTION):  # cuDNN's would bring libraries that prompts do without
+        functional.scaled_dot_product_attention(heads, heads, heads, is_causal=True).cpu()
     note("PyTorch's first attention")
     del x, heads
     runner = parts.runner()
@@ -234,9 +234,7 @@ def with_torch(parts: Parts, note: Note) -> Any:
 
 
 def prompts(parts: Parts, runner: Any, note: Note) -> None:
-    """Prompts in pieces and whole, twice each, what is given back behind them, and what could be."""
-    import torch
-
+    """Prompts as the engine gives them and whole, twice each, and what is given back behind them."""
     pages = list(range(parts.context // PAGE))
     for size in dict.fromkeys((min(CHUNK, PROMPT), PROMPT)):
         label = f"prompt of {PROMPT}, {size} at a time"
@@ -247,6 +245,12 @@ def prompts(parts: Parts, runner: Any, note: Note) -> None:
             note(f"{label}, {turn}")
         give_back()
         note(f"{label}: behind it")
+
+
+def what_could_be_given_back(note: Note) -> None:
+    """Of what PyTorch holds behind a prompt."""
+    import torch
+
     torch.cuda.empty_cache()
     note("all of PyTorch's idle blocks given back")
     if clear := getattr(torch._C, "_cuda_clearCublasWorkspaces", None):
@@ -255,25 +259,25 @@ def prompts(parts: Parts, runner: Any, note: Note) -> None:
     note("workspaces of cuBLAS given back")
 
 
-def measure(name: str, context: int, device: Any, meter: Meter) -> list[Watched]:
-    """All steps in turn, behind the context; the programs."""
+def measure(name: str, context: int, device: Any, meter: Meter) -> None:
+    """All steps in turn, behind the context."""
     parts = Parts(name, context, device, meter)
     decode = parts.made("decode")
-    rows = step_rows(decode.program, device.shared_bytes)
-    few = [kind for kind, count in TOKENS.items() if "few" in kind and count == rows]
-    kept = [parts.made(kind) for kind in (*few, "sampled")]
-    stamps = 24 * STEPS * sum(map(len, decode.program.queues))
-    for on, label in ((True, "traced"), (False, "traced no more")):
-        decode.label = label
-        decode.trace(on)
-        parts.launch(decode)
-        meter.note(f"{label}: launch", stamps * on)
     runner = with_torch(parts, meter.note)
     prompts(parts, runner, meter.note)
-    for backend in (decode, *kept):
+    sampled = parts.made("sampled")
+    for backend in (decode, sampled):
         parts.launch(backend)
-    meter.note("launches again")
-    return [decode, *kept]
+    meter.note(WHOLE)
+    what_could_be_given_back(meter.note)
+
+
+def loading() -> str:
+    """Whether the driver loads kernels when they are first launched (LAZY) or all at once (EAGER)."""
+    from cuda.bindings import driver  # type: ignore[attr-defined]
+
+    error, mode = driver.cuModuleGetLoadingMode()
+    return mode.name.rsplit("_", 2)[1] if error == driver.CUresult.CUDA_SUCCESS else "unknown"
 
 
 def settings() -> Mapping[str, str | None]:
@@ -281,42 +285,95 @@ def settings() -> Mapping[str, str | None]:
     return {name: os.environ[name] for name in SETTINGS if name in os.environ}
 
 
-def main() -> int:
-    """Print a line for each step and write them as JSON; 2 without a GPU."""
+def in_process(limit: int, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The lines of a process whose context begins with such stacks, as it prints them; those that came, where
+    it fails or takes too long, and then one of what it failed with."""
+    command = [sys.executable, __file__, "--stack-limit", str(limit), "--model", args.model]
+    child = subprocess.Popen(
+        [*command, "--context", str(args.context)], stdout=subprocess.PIPE, text=True
+    )
+    timer = threading.Timer(TIMEOUT, child.kill)
+    timer.start()
+    assert child.stdout is not None, "it was asked for"
+    lines: list[dict[str, Any]] = []
+    for text in child.stdout:
+        print(f"stack {limit}: {text.strip()}", flush=True)
+        if text.startswith("{"):  # not what a library says
+            lines.append(json.loads(text))
+    code = child.wait()
+    timer.cancel()
+    return lines + [{"step": "failed", "code": code}] * bool(code)
+
+
+def alone(args: argparse.Namespace) -> None:
+    """The lines of this process, printed. Raises UserError without a GPU."""
+    from tilert.backends.cuda import device as module
+
+    before = used_by_others()
+    module.STACK = args.stack_limit
+    device = open_device()
+    if device.torch is not None:
+        device.torch.get()  # a thread loads PyTorch's libraries, whose kernels then are known
+    meter = Meter(partial(used, device), before)
+    meter.note("context", limits=limits(device), before_mb=mb(before))
+    measure(args.model, args.context, device, meter)
+
+
+def side_by_side(found: Mapping[int, Sequence[Mapping[str, Any]]]) -> str:
+    """What each step took under each limit; below, all of a process beyond weights and cache."""
+    steps = dict.fromkeys(line["step"] for lines in found.values() for line in lines)
+    by_step = [{line["step"]: line for line in lines} for lines in found.values()]
+    rows = [("MB of the step", [f"stack {limit}" for limit in found])]
+    for step in steps:
+        rows.append((step, [str(own.get(step, {}).get("step_mb", "")) for own in by_step]))
+    whole = [str(own.get(WHOLE, {}).get("beyond_mb", "")) for own in by_step]
+    rows.append((f"{WHOLE}, beyond weights and cache", whole))
+    return "\n".join(f"{name:<52}" + "".join(f"{c:>14}" for c in cells) for name, cells in rows)
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", default="Llama-3.2-1B", choices=[*MODELS])
+    dense = [name for name, config in MODELS.items() if "num_experts" not in config]
+    parser.add_argument("--stack-limits", type=comma_list, default=[], help="bytes, with commas")
+    parser.add_argument("--model", default="Llama-3.2-1B", choices=dense)
     parser.add_argument("--context", type=int, default=2048, help="positions of the cache")
     parser.add_argument("--commit", help="of the code, where it is no git checkout")
     parser.add_argument("--out", type=Path, help="file of the results")
+    parser.add_argument("--stack-limit", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.context < PROMPT or args.context % PAGE:
         parser.error(f"--context accepts multiples of {PAGE} from {PROMPT} on")
+    if not all(limit.isdecimal() for limit in args.stack_limits):
+        parser.error("--stack-limits accepts numbers of bytes, with commas")
+    return args
+
+
+def main() -> int:
+    """Print a line for each step and write them as JSON; 2 without a GPU, 1 when a process has failed."""
+    args = arguments()
     try:
-        before = used_by_others()
-    except (OSError, subprocess.CalledProcessError):  # without a GPU the device says so below
-        before = None
-    try:
+        if args.stack_limit is not None:
+            alone(args)
+            return 0
         device = open_device()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if device.torch is not None:
-        device.torch.get()  # a thread loads PyTorch's libraries, whose kernels then are known
-    meter = Meter(partial(used, device), before or 0)
-    meter.note("context", limits=limits(device))
-    kept = measure(args.model, args.context, device, meter)
-    set_stack(device, limits(device)["stack_size"])
-    meter.note("stacks reserved anew", programs=len(kept))
-    about = {
-        **environment(device, "memory_gpu.py", args.commit), "settings": settings(),
-        "before_mb": None if before is None else mb(before), "context": args.context,
+    from tilert.backends.cuda.device import STACK
+
+    result: dict[str, Any] = {
+        **environment(device, "memory_gpu.py", args.commit), "model": args.model,
+        "context": args.context, "settings": settings(), "loading": loading(), "stack_limits": {},
     }  # fmt: skip
-    print(json.dumps(about))
-    if args.out:
-        args.out.write_text(json.dumps({**about, "steps": meter.lines}, indent=1) + "\n")
-    return 0
+    for limit in dict.fromkeys(map(int, args.stack_limits or (DRIVERS, STACK))):
+        result["stack_limits"][limit] = in_process(limit, args)
+        if args.out:  # a run that is cut short leaves these
+            args.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(side_by_side(result["stack_limits"]))
+    return int(any(lines[-1]["step"] == "failed" for lines in result["stack_limits"].values()))
 
 
 if __name__ == "__main__":

@@ -100,14 +100,47 @@ def test_memory_is_taken_apart(
     steps = {line["step"]: line for line in meter.lines}
     assert len(steps) == len(meter.lines)
     assert {line["step_mb"] for line in meter.lines} == {1.0}
-    for kind in ("decode", "few", "sampled"):
+    for kind in ("decode", "sampled"):
         assert steps[f"{kind}: kernel"]["local_size_bytes"] == 8
         assert {f"{kind}: tables, arena", f"{kind}: launch"} <= steps.keys()
     held = sum(steps[name]["known_mb"] for name in ("weights", "cache"))
     last = meter.lines[-1]
     assert last["beyond_mb"] == pytest.approx(len(steps) - held, abs=0.11)
-    assert last["step"] == "launches again"
     assert "prompt of 128, 128 at a time, again" in steps
+    left = last["beyond_mb"] - steps[script.WHOLE]["beyond_mb"]  # the last two steps give back
+    assert left == pytest.approx(2.0)
+
+
+def test_memory_under_limits_of_the_stack_stands_side_by_side(
+    bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Two processes that are played, of which one fails behind its first line."""
+    script = importlib.import_module("memory_gpu")
+    play = tmp_path / "play.py"
+    play.write_text(
+        "import json, sys\n"
+        "limit = int(sys.argv[sys.argv.index('--stack-limit') + 1])\n"
+        "print('said by a library')\n"
+        "print(json.dumps({'step': 'context', 'step_mb': limit / 4, 'beyond_mb': limit / 4}))\n"
+        "if limit == 64: sys.exit(3)\n"
+        "print(json.dumps({'step': 'all of a process', 'step_mb': 1.0, 'beyond_mb': 9.5}))\n"
+    )
+    device = SimpleNamespace(name="NVIDIA H100", machine=machine.by_name("h100"))
+    monkeypatch.setattr(script, "__file__", str(play))
+    monkeypatch.setattr(script, "open_device", lambda: device)
+    monkeypatch.setattr(script, "loading", lambda: "LAZY")
+    out = tmp_path / "x.json"
+    for given, code in (([], 0), (["--stack-limits", "64,2048"], 1)):
+        monkeypatch.setattr(sys, "argv", ["memory_gpu.py", "--out", str(out), *given])
+        assert script.main() == code
+    found = json.loads(out.read_text())["stack_limits"]
+    assert [line["step"] for line in found["64"]] == ["context", "failed"]
+    assert found["64"][-1]["code"] == 3
+    printed = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert "MB of the step stack 1024 stack 128" in printed
+    assert "context 256.0 32.0" in printed
+    assert "all of a process, beyond weights and cache 9.5 9.5" in printed
+    assert "context 16.0 512.0" in printed
 
 
 def test_shapes_are_read_as_they_are_meant(bench: Any) -> None:

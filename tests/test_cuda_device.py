@@ -30,6 +30,7 @@ class Driver:
 
     CUresult, CUdevice_attribute = real.CUresult, real.CUdevice_attribute
     CUevent_flags, CUstream_flags = real.CUevent_flags, real.CUstream_flags
+    CUlimit = real.CUlimit
     CU_MEMHOSTALLOC_PORTABLE, CU_MEMHOSTALLOC_DEVICEMAP = 1, 2
 
     def __init__(self, count: int, version: int, state: Any, gpu: dict[str, Any]) -> None:
@@ -37,6 +38,7 @@ class Driver:
         self.memory: dict[int, Any] = {}  # what is allocated, by address
         self.late: dict[int, list[tuple[int, int, int]]] = {}  # copies under way, by stream
         self.threads = threading.local()  # the context of each
+        self.stacks: dict[int, int] = {}  # of contexts that are there: bytes of a thread
         self.failing: dict[str, Any] = {}  # errors by name of a call
         self.ids = iter(range(1, 10000))
 
@@ -62,8 +64,18 @@ class Driver:
         self.threads.context = context
         return (OK,)
 
+    def cuDevicePrimaryCtxGetState(self, gpu: int) -> Any:
+        return OK, 0, int(100 + gpu in self.stacks)
+
     def cuDevicePrimaryCtxRetain(self, gpu: int) -> Any:
+        self.stacks.setdefault(100 + gpu, 1024)
         return self.failing.get("cuDevicePrimaryCtxRetain", OK), 100 + gpu
+
+    def cuCtxSetLimit(self, which: Any, value: int) -> Any:
+        assert which == real.CUlimit.CU_LIMIT_STACK_SIZE
+        assert not self.memory, "what is there already would be waited for"
+        self.stacks[self.threads.context] = value
+        return (self._checked("cuCtxSetLimit"),)
 
     def cuDeviceGet(self, number: int) -> Any:
         return OK, number
@@ -195,6 +207,19 @@ def test_the_gpu_that_the_thread_uses_already_is_taken(monkeypatch: pytest.Monke
     driver.cuCtxSetCurrent(105)
     assert open_device(said.append).context.handle == 105
     assert said == ["using GPU 5 (NVIDIA H200) of 8; CUDA_VISIBLE_DEVICES chooses another"]
+
+
+def test_stacks_are_small_but_in_a_context_of_somebody_else(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    driver = pretend(monkeypatch, count=2)
+    open_device()
+    assert driver.stacks == {100: module.STACK}
+    driver.stacks[101] = 4096  # PyTorch or whoever has it already
+    driver.cuCtxSetCurrent(101)
+    assert open_device().context.handle == 101
+    open_device().allocate(8)
+    assert driver.stacks == {100: module.STACK, 101: 4096}
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,10 @@ STREAM = 0  # the default stream, which waits for what was queued before
 # Weights are copied by so many threads with two buffers each. Allocating pinned memory takes about 0.3 ms
 # per MB, so the buffers are small; smaller ones would ask for the interpreter's lock more often.
 LANES, BUFFER = 8, 4 << 20
+# Bytes of a thread's stack that a new context is given. The driver reserves them for all threads that the GPU
+# can hold, 270,000 on an H100: its own 1,024 are 277 MB. A program's kernel takes 0 to 500. A launch whose kernel
+# takes more than there is makes the driver reserve that, once.
+STACK = 128
 
 
 def _dotted(version: int) -> str:
@@ -55,8 +59,11 @@ class Context:
     """The primary context of a GPU, the one that PyTorch uses too. Calling it calls the driver."""
 
     def __init__(self, gpu: Any) -> None:
+        _, active = _call(driver.cuDevicePrimaryCtxGetState(gpu))
         self.handle = _call(driver.cuDevicePrimaryCtxRetain(gpu))
         self._make_current = driver.cuCtxSetCurrent
+        if not active:  # else it is as somebody else in this process wants it
+            self(driver.cuCtxSetLimit, driver.CUlimit.CU_LIMIT_STACK_SIZE, STACK)
 
     def __call__(self, function: Callable[..., tuple[Any, ...]], *arguments: Any) -> Any:
         """The value of a call of the driver."""
