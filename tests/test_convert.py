@@ -237,8 +237,15 @@ def test_one_device_is_a_plain_folder(tmp_path: Path) -> None:
 
 def test_the_parts_of_several_devices_are_not_a_model(checkpoint: Path, tmp_path: Path) -> None:
     make(checkpoint, tmp_path, 2)
-    with pytest.raises(UserError, match="is converted for 2 devices, each of which holds a part"):
-        LLM(tmp_path, skip_tokenizer_init=True)
+    for folder, what in (
+        (tmp_path, "is"),
+        (tmp_path / "rank-1-of-2", "is what one device gets of"),
+    ):
+        message = (
+            f"^{folder} {what} a model converted for 2 devices, each of which holds a part of the"
+        )
+        with pytest.raises(UserError, match=message):
+            LLM(folder, skip_tokenizer_init=True)
 
 
 def interrupted(source: Path, out: Path, devices: int, at: float) -> None:

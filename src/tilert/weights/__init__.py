@@ -65,6 +65,8 @@ def read_config(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         raise UserError(f"there is no model folder {folder}")
     config, generation = folder / "config.json", folder / "generation_config.json"
     if not os.path.exists(config):
+        if os.path.exists(folder.resolve().parent / MANIFEST):
+            _refuse_parts(folder, folder.resolve().parent, "is what one device gets of")
         files = sorted(folder.glob("*.gguf"))
         hint = f"; give its file {files[0].name} instead" if files else ""
         if os.path.exists(folder / JOURNAL):
@@ -79,11 +81,17 @@ def _check_whole(folder: Path) -> None:
     weights = ("model.safetensors", "model.safetensors.index.json")
     if not os.path.exists(folder / MANIFEST) or any(os.path.exists(folder / w) for w in weights):
         return
-    devices = read_manifest(folder).tensor_parallel
+    _refuse_parts(folder, folder, "is")
+
+
+def _refuse_parts(named: Path, converted: Path, what: str) -> None:
+    """UserError for what the user named, when the folder `converted` is for several devices."""
+    devices = read_manifest(converted).tensor_parallel
     if devices > 1:
         raise UserError(
-            f"{folder} is converted for {devices} devices, each of which holds a part of the weights, and"
-            " tilert runs on one device; accepted is the checkpoint itself or its conversion for one device"
+            f"{named} {what} a model converted for {devices} devices, each of which holds a part of the"
+            " weights, and tilert runs on one device; accepted is the checkpoint itself or its conversion"
+            " for one device"
         )
 
 

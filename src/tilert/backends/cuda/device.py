@@ -37,8 +37,8 @@ STREAM = 0  # the default stream, which waits for what was queued before
 # per MB, so the buffers are small; smaller ones would ask for the interpreter's lock more often.
 LANES, BUFFER = 8, 4 << 20
 # Bytes of a thread's stack that a new context is given. The driver reserves them for all threads that the GPU
-# can hold, 270,000 on an H100: its own 1,024 are 277 MB. A program's kernel takes 0 to 500. A launch whose kernel
-# takes more than there is makes the driver reserve that, once.
+# can hold, 270,000 on an H100: its own 1,024 are 277 MB. A program's kernel takes 0 to 500. A launch whose
+# kernel takes more than there is makes the driver reserve that, once.
 STACK = 128
 
 
