@@ -305,9 +305,7 @@ def open_all() -> list[Any]:
     Raises UserError with fewer than two, and where a pair has no such access.
     """
     first = open_device()
-    from cuda.bindings import driver  # type: ignore[attr-defined]
-
-    from tilert.backends.cuda.device import Context, _call
+    from tilert.backends.cuda.device import Context, _call, driver  # type: ignore[attr-defined]
 
     count = min(_call(driver.cuDeviceGetCount()), MOST)
     if count < 2:

@@ -18,7 +18,9 @@ from typing import Any
 import emulator
 import pytest
 from emulator import SUPPORTED, EmulatedDevice
+from test_cuda_device import OK, Driver, pretend
 
+from tilert.backends.cuda import device as module
 from tilert.backends.cuda.jit import compile_cubin
 from tilert.backends.cuda.source import Source
 
@@ -92,9 +94,9 @@ class Emulated(EmulatedDevice):
 
 @pytest.fixture
 def gpus(bench: Any, kernels: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Two, of which no wait is in vain: the emulator's clock counts polls, and a thread may sleep."""
+    """Three, of which no wait is in vain: the emulator's clock counts polls, and a thread may sleep."""
     monkeypatch.setattr(bench, "PATIENCE", 1e9)
-    made = [bench.Gpu(Emulated(kernels, n), 6 * bench.UNIT, ROWS) for n in range(2)]
+    made = [bench.Gpu(Emulated(kernels, n), 6 * bench.UNIT, ROWS) for n in range(3)]
     for gpu in made:
         gpu.stream.clear()
     return made
@@ -107,6 +109,7 @@ def test_sums_are_those_of_numpy(bench: Any, gpus: list[Any], way: str) -> None:
         bench.Case(way, 1, 1, True),
         bench.Case(way, 1, 2, False),
         bench.Case(way, 2, 2, True),
+        bench.Case(way, 3, 3, False),
     ):
         used = gpus[: case.gpus]
         took, rate = bench.sum_once(used, case, rounds=4, warm=1)
@@ -120,7 +123,7 @@ def test_sums_are_those_of_numpy(bench: Any, gpus: list[Any], way: str) -> None:
 @emulated
 @pytest.mark.parametrize("order", ["relaxed", "ordered"])
 def test_a_word_goes_to_and_fro(bench: Any, gpus: list[Any], order: str) -> None:
-    for used in (gpus[:1], gpus):
+    for used in (gpus[:1], gpus[:2]):
         assert bench.ping_once(used, order, stream=True, rounds=5, warm=2) > 0
         words = used[-1].state.read(bench.WORD, bench.LINE // 4, "u4")
         assert 5 in words.tolist()
@@ -230,6 +233,44 @@ def test_the_report_adds_up(
     assert len(printed) == len(trips) + len(sums)
     assert "4 parts on 4 GPU(s)" in printed[-1]
     assert "+9.00 to one GPU   +6.00 to its parts local" in printed[-1]
+
+
+class Peers(Driver):
+    """GPUs of one host, each of which reaches the memory of those in `near`."""
+
+    near: tuple[tuple[int, int], ...] = ((0, 1), (1, 0))
+
+    def cuDeviceCanAccessPeer(self, gpu: int, other: int) -> Any:
+        return OK, int((gpu, other) in self.near)
+
+    def cuCtxEnablePeerAccess(self, context: int, flags: int) -> Any:
+        self.enabled = [*getattr(self, "enabled", []), (self.threads.context, context)]
+        return (OK,)
+
+
+def test_gpus_reach_each_other(bench: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """All of them, each with its own context; one that is alone or out of reach ends in a sentence."""
+    pretend(monkeypatch)
+    driver = Peers(2, 13000, OK, {})
+    monkeypatch.setattr(module, "driver", driver)
+    assert [device.context.handle for device in bench.open_all()] == [100, 101]
+    assert driver.enabled == [(100, 101), (101, 100)]
+    monkeypatch.setattr(sys, "argv", ["handoff_gpu.py"])
+    for made, message in (
+        (
+            Peers(1, 13000, OK, {}),
+            "there is one CUDA device (NVIDIA H200); a hand-off needs two of one",
+        ),
+        (
+            Peers(3, 13000, OK, {}),
+            "GPU 0 cannot reach the memory of GPU 2; accepted are GPUs with NVLink",
+        ),
+    ):
+        monkeypatch.setattr(module, "driver", made)
+        assert bench.main() == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: {message}")
+        assert error.count("\n") == 1
 
 
 def test_without_gpus_it_says_so() -> None:
