@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from tilert.compiler.depend import depend
 from tilert.compiler.guess import lower_speculation
+from tilert.compiler.levels import arrange
 from tilert.compiler.lower import lower
 from tilert.compiler.lowering import Limits
 from tilert.compiler.memory import place
@@ -36,9 +37,10 @@ def build(
         buffers, ops = lower_speculation(graph, machine, limits, dtypes, scales or {})
     else:
         buffers, ops = lower(graph, machine, limits, dtypes, scales or {})
+    ops, levels = arrange(machine, buffers, ops)
     tagged = taggable(buffers, ops) if machine.slots else ()
-    buffers, ops = place(buffers, ops, {value.name for value in graph.outputs}, tagged)
-    queues = schedule(machine, buffers, ops)
+    buffers, ops = place(buffers, ops, levels, {value.name for value in graph.outputs}, tagged)
+    queues = schedule(machine, buffers, ops, levels)
     program = Program(
         machine, limits.tokens, limits.outputs, limits.sequences, limits.context,
         buffers, ops, (), (),

@@ -10,7 +10,7 @@ own: the host reads them.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from tilert.ir.dtype import DType
@@ -24,15 +24,17 @@ ALIGN = 64  # bytes; a cache line, and more than any vector load needs
 def place(
     buffers: list[Buffer],
     ops: list[Op],
+    levels: Sequence[int],
     outputs: Collection[str] = (),
     tagged: Collection[Buf] = (),
 ) -> tuple[tuple[Buffer, ...], tuple[Op, ...]]:
     """Share, drop and number buffers again, give offsets, and rename the ops' operands.
 
+    levels: of each op; those of one run at the same time, so none takes storage that another still reads.
     outputs: names of buffers that the host reads besides the logits. tagged: buffers whose words can have
     tags (ir/tags.py).
     """
-    target = _share(buffers, ops, outputs, tagged)
+    target = _share(buffers, ops, levels, outputs, tagged)
     kept: list[Buffer] = []
     number: dict[Buf, Buf] = {NONE: NONE}
     offset = 0
@@ -55,20 +57,24 @@ def _operand_names(op: Op) -> list[str]:
 
 
 def _share(
-    buffers: list[Buffer], ops: list[Op], names: Collection[str], tagged: Collection[Buf]
+    buffers: list[Buffer],
+    ops: list[Op],
+    levels: Sequence[int],
+    names: Collection[str],
+    tagged: Collection[Buf],
 ) -> dict[Buf, Buf]:
     """For each buffer the one whose storage it takes (itself when it opens new storage)."""
     first: dict[Buf, int] = {}
     last: dict[Buf, int] = {}
-    for i, op in enumerate(ops):
+    for level, op in zip(levels, ops, strict=True):
         for buf in (getattr(op, name) for name in _operand_names(op)):
-            first.setdefault(buf, i)
-            last[buf] = i
+            first.setdefault(buf, level)
+            last[buf] = level
     target = {Buf(i): Buf(i) for i in range(len(buffers))}
     outputs = {op.logits for op in ops if isinstance(op, Argmax | Adjust)}
     outputs |= {op.peaks for op in ops if isinstance(op, Adjust)}
     outputs |= {buf for buf in first if buf != NONE and buffers[buf].name in names}
-    free: list[tuple[int, Buf]] = []  # (last op that uses the storage, storage)
+    free: list[tuple[int, Buf]] = []  # (last level that uses the storage, storage)
     work = [b for b in first if b != NONE and buffers[b].kind is Kind.WORK]
     for buf in sorted(work, key=lambda b: (first[b], b)):
         if buf in outputs:

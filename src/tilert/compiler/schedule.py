@@ -8,53 +8,91 @@ and where weights are chosen at run time, for nobody can stream past a choice th
 
 from __future__ import annotations
 
-from itertools import pairwise
+from collections.abc import Sequence
+from itertools import groupby, pairwise
 
 import numpy as np
 
+from tilert.compiler.balance import Work, dealt_by_op, shares, tile_seconds, uniform, work
 from tilert.ir.machine import Machine
-from tilert.ir.program import NONE, Buffer, Op, Program, Run
-
-TYPICAL_PAST = 512  # positions assumed in the cache when costs are weighed
+from tilert.ir.program import Buffer, Op, Program, Run
 
 
-def tile_seconds(op: Op, lo: int, hi: int, itemsize: int, machine: Machine) -> float:
-    """Estimated time of tiles [lo, hi) on one worker while all workers are busy."""
-    cost = op.cost(lo, hi, itemsize, TYPICAL_PAST)
-    share = machine.read_bandwidth / machine.workers_per_device
-    return max((cost.bytes + cost.cache_bytes) / share, cost.flops / machine.worker_flops) + 1e-9
+def schedule(
+    machine: Machine, buffers: tuple[Buffer, ...], ops: tuple[Op, ...], levels: Sequence[int]
+) -> list[list[Run]]:
+    """Queues of runs without waits, in op order, with their ring tickets; levels: of each op."""
+    deal = _Deal(machine, buffers, ops)
+    for _, numbered in groupby(enumerate(ops), key=lambda each: levels[each[0]]):
+        deal.level(list(numbered))
+    return deal.queues
 
 
-def schedule(machine: Machine, buffers: tuple[Buffer, ...], ops: tuple[Op, ...]) -> list[list[Run]]:
-    """Queues of runs without waits, in op order, with their ring tickets."""
-    sizes = Program(machine, 1, 1, 1, 1, buffers, ops, (), ())  # only to ask for operand sizes
-    tickets = [0 if machine.slots else -1] * machine.workers
-    load = np.zeros(machine.workers)
-    queues: list[list[Run]] = [[] for _ in range(machine.workers)]
-    chosen = machine.slots > 0 and any(op.choice != NONE for op in ops)
-    for index, op in enumerate(ops):
-        itemsize = sizes.weight_itemsize(op)
-        seconds = np.asarray([tile_seconds(op, t, t + 1, itemsize, machine) for t in _samples(op)])
-        if len(seconds) < op.tiles:  # a long uniform op: all tiles but the last cost the same
-            seconds = np.append(np.full(op.tiles - 1, seconds[0]), seconds[-1])
-        # A tile without weights takes mostly latency, which its bytes and flops do not tell: two of them
-        # on one worker would take twice as long.
-        alone = machine.slots and op.tiles <= machine.workers and not _uniform(op)
-        even = alone or machine.even or chosen
-        ranges = _evenly(op.tiles, load) if even else _ranges(seconds, load)
+class _Deal:
+    """Queues under construction, and how much every worker has so far."""
+
+    def __init__(self, machine: Machine, buffers: tuple[Buffer, ...], ops: tuple[Op, ...]) -> None:
+        self.machine = machine
+        # Only to ask for operand sizes.
+        self.sizes = Program(machine, 1, 1, 1, 1, buffers, ops, (), ())
+        self.by_op = dealt_by_op(machine, ops)
+        self.tickets = [0 if machine.slots else -1] * machine.workers
+        self.load = np.zeros(machine.workers)
+        self.queues: list[list[Run]] = [[] for _ in range(machine.workers)]
+        # Of levels of several ops: who does what. Workers meet the same code in every layer then, and
+        # have it at hand if it fits.
+        self.known: dict[tuple[Work, ...], list[list[tuple[int, int]]]] = {}
+
+    def level(self, ops: list[tuple[int, Op]]) -> None:
+        """Deal out the ops of a level."""
+        seconds = [self._seconds(op) for _, op in ops]
+        works = tuple(work(op, self.sizes.weight_itemsize(op), self.machine) for _, op in ops)
+        counts = shares(works, self.machine.workers) if len(ops) > 1 else ()
+        if counts and works not in self.known:
+            self.known[works] = self._beside(works, counts)
+        for i, (index, op) in enumerate(ops):
+            if counts:
+                ranges = self.known[works][i]
+            else:
+                # A tile without weights takes mostly latency: two of them on one worker would take twice
+                # as long.
+                alone = self.machine.slots and op.tiles <= self.machine.workers and not uniform(op)
+                even = alone or self.by_op
+                ranges = _evenly(op.tiles, self.load) if even else _ranges(seconds[i], self.load)
+            self._put(index, op, ranges, seconds[i])
+
+    def _seconds(self, op: Op) -> np.ndarray:
+        """Of each tile."""
+        itemsize = self.sizes.weight_itemsize(op)
+        found = [tile_seconds(op, t, t + 1, itemsize, self.machine) for t in _samples(op)]
+        if len(found) < op.tiles:  # a long uniform op: all tiles but the last cost the same
+            found = [found[0]] * (op.tiles - 1) + [found[-1]]
+        return np.asarray(found)
+
+    def _put(self, index: int, op: Op, ranges: list[tuple[int, int]], seconds: np.ndarray) -> None:
         for worker, (lo, hi) in enumerate(ranges):
             if lo < hi:
-                queues[worker].append(Run(index, lo, hi, ring=tickets[worker]))
-                if machine.slots:
-                    tickets[worker] += sizes.ring_units(op, lo, hi)
-                load[worker] += seconds[lo:hi].sum()
-        load -= load.min()
-    return queues
+                self.queues[worker].append(Run(index, lo, hi, ring=self.tickets[worker]))
+                if self.machine.slots:
+                    self.tickets[worker] += self.sizes.ring_units(op, lo, hi)
+                self.load[worker] += seconds[lo:hi].sum()
+        self.load -= self.load.min()
 
+    def _beside(
+        self, works: tuple[Work, ...], counts: tuple[int, ...]
+    ) -> list[list[tuple[int, int]]]:
+        """Ranges of tiles by worker for each op of a level, every worker with tiles of one op at most.
 
-def _uniform(op: Op) -> bool:
-    """True for ops whose tiles all cost the same and mostly read weights."""
-    return op.weight_rows(0, 1) > 0
+        The op whose workers have most to do takes the least loaded ones.
+        """
+        each = [w.tiles * w.longest / n for w, n in zip(works, counts, strict=True)]
+        free = np.argsort(self.load, kind="stable")
+        found = [[(0, 0)] * len(free) for _ in works]
+        for i in sorted(range(len(works)), key=lambda i: -each[i]):
+            mine, free = np.sort(free[: counts[i]]), free[counts[i] :]
+            for worker, tiles in zip(mine, _evenly(works[i].tiles, self.load[mine]), strict=True):
+                found[i][worker] = tiles
+        return found
 
 
 def _evenly(tiles: int, load: np.ndarray) -> list[tuple[int, int]]:
@@ -66,7 +104,7 @@ def _evenly(tiles: int, load: np.ndarray) -> list[tuple[int, int]]:
 
 
 def _samples(op: Op) -> list[int]:
-    return [0, op.tiles - 1] if _uniform(op) and op.tiles > 2 else list(range(op.tiles))
+    return [0, op.tiles - 1] if uniform(op) and op.tiles > 2 else list(range(op.tiles))
 
 
 def _ranges(seconds: np.ndarray, load: np.ndarray) -> list[tuple[int, int]]:

@@ -1,0 +1,122 @@
+"""What ops cost, and how many workers each op of a level gets.
+
+A *level* is a few consecutive ops of which none needs another. Where every op pays much before its first
+byte (its code comes from memory, it reads x, its workers meet), a worker had better run one op of a level
+than a part of each: then the level pays once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from tilert.ir.machine import Machine
+from tilert.ir.program import NONE, Op
+
+TYPICAL_PAST = 512  # positions assumed in the cache when costs are weighed
+# Positions at which a level is weighed: below what an indexer selects, where its ops do nothing, and beyond.
+PASTS = (TYPICAL_PAST, 32768)
+OPENING = 4e-6  # seconds of an op before its first byte, where a step's code is cold (docs/log.md)
+LATENCY = 1e-6  # seconds of a tile without weights, which its bytes and flops do not tell
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """An op as far as dealing goes: its tiles, and seconds of one at each of PASTS."""
+
+    tiles: int
+    seconds: tuple[float, ...]
+
+    @property
+    def longest(self) -> float:
+        """Seconds of a tile at the past that costs most."""
+        return max(self.seconds)
+
+
+def dealt_by_op(machine: Machine, ops: Sequence[Op]) -> bool:
+    """True when each op is dealt out evenly for itself, as hand-offs decide what a step takes: where the
+    machine says so, and where weights are chosen at run time, past which nobody can stream."""
+    return machine.even or (machine.slots > 0 and any(op.choice != NONE for op in ops))
+
+
+def tile_seconds(
+    op: Op, lo: int, hi: int, itemsize: int, machine: Machine, past: int = TYPICAL_PAST
+) -> float:
+    """Estimated time of tiles [lo, hi) on one worker while all workers are busy."""
+    cost = op.cost(lo, hi, itemsize, past)
+    share = machine.read_bandwidth / machine.workers_per_device
+    return max((cost.bytes + cost.cache_bytes) / share, cost.flops / machine.worker_flops) + 1e-9
+
+
+def uniform(op: Op) -> bool:
+    """True for ops whose tiles all cost the same and mostly read weights."""
+    return op.weight_rows(0, 1) > 0
+
+
+def work(op: Op, itemsize: int, machine: Machine) -> Work:
+    """The op's tiles and what one of them takes, in the mean."""
+    latency = 0.0 if uniform(op) else LATENCY
+    each = (tile_seconds(op, 0, op.tiles, itemsize, machine, past) / op.tiles for past in PASTS)
+    return Work(op.tiles, tuple(max(seconds, latency) for seconds in each))
+
+
+@lru_cache(4096)
+def shares(level: tuple[Work, ...], workers: int) -> tuple[int, ...]:
+    """How many workers each op of a level gets so that the last one ends soonest; empty when that takes
+    longer than one op after another, each on all workers."""
+    counts = _fewest(level, workers)
+    if len(level) == 1 or not counts or _beside(level, counts) >= _in_turn(level, workers):
+        return ()
+    for _ in range(workers - sum(counts)):  # who is left over helps where most is to do
+        short = [i for i, w in enumerate(level) if counts[i] < w.tiles]
+        if not short:
+            break
+        most = max(short, key=lambda i: level[i].tiles * level[i].longest / counts[i])
+        counts[most] += 1
+    return tuple(counts)
+
+
+@lru_cache(4096)
+def level_seconds(level: tuple[Work, ...], workers: int) -> float:
+    """Seconds of a level, summed over PASTS, as it is dealt out."""
+    counts = shares(level, workers)
+    return _beside(level, counts) if counts else _in_turn(level, workers)
+
+
+def _fewest(level: tuple[Work, ...], workers: int) -> list[int]:
+    """As few workers for each op as let all of them end as soon as possible; empty when there are too few.
+
+    The level ends when some worker has done a whole number of tiles: the least such time for which the
+    workers suffice.
+    """
+    if len(level) > workers:
+        return []
+    ends = sorted({n * w.longest for w in level for n in range(1, w.tiles + 1)})
+    low, high = 0, len(ends) - 1
+    while low < high:
+        middle = (low + high) // 2
+        if sum(_needed(w, ends[middle]) for w in level) <= workers:
+            high = middle
+        else:
+            low = middle + 1
+    return [int(_needed(w, ends[low])) for w in level]
+
+
+def _needed(work: Work, end: float) -> float:
+    """Workers that do all tiles until `end`."""
+    each = math.floor(end / work.longest * (1 + 1e-9))
+    return -(-work.tiles // each) if each else math.inf
+
+
+def _beside(level: tuple[Work, ...], counts: Sequence[int]) -> float:
+    most = [-(-w.tiles // n) for w, n in zip(level, counts, strict=True)]
+    return sum(
+        OPENING + max(n * w.seconds[i] for w, n in zip(level, most, strict=True))
+        for i in range(len(PASTS))
+    )
+
+
+def _in_turn(level: tuple[Work, ...], workers: int) -> float:
+    return sum(OPENING + -(-w.tiles // workers) * s for w in level for s in w.seconds)
