@@ -4,7 +4,9 @@
 
 Random weights at true shapes, as in decode_gpu.py. Ops stand in a chain, so an op takes the time from
 when all ops before it have ended to its own end, of its last worker, and the times of all add up to the step.
-A kind of op is a row, the median over its layers and over steps:
+Ops that other workers run at the same time (compiler/levels.py) share a row, and below it each has one of
+its own, in which all times count from when the ops before the level have ended.
+A kind of op, or of level, is a row, the median over its layers and over steps:
 
     takes    microseconds of the step
     first    until its first worker begins, from the end of the op before (less than 0: they overlap)
@@ -30,46 +32,65 @@ from decode_gpu import FIRST, FP8, MODELS, RandomModel, capacity, comma_list, en
 
 from tilert.backends.cuda import open_device
 from tilert.backends.cuda.backend import CudaBackend
+from tilert.compiler.levels import side_by_side
+from tilert.compiler.simulate import Span
 from tilert.errors import UserError
 from tilert.ir.program import Program, Run
 from tilert.serve.trace import Timeline, moved, op_names, timelines
 
 STEPS, SKIPPED = 24, 4  # of a launch; the first ones are not counted
 COLUMNS = ("takes", "first", "begin", "work", "longest")
+Samples = defaultdict[str, list[float]]  # of a kind of op: of every layer and step
 
 
 def timed(program: Program, steps: Sequence[Timeline], ceiling: float) -> list[dict[str, Any]]:
-    """A row for each kind of op, in the order in which a step comes to them; times in us.
+    """A row for each kind of level, in the order in which a step comes to them; times in us. One of several
+    ops has their rows in `beside`.
 
     ceiling: bytes per second.
     """
-    found: defaultdict[str, defaultdict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    names = op_names(program)
+    found: dict[tuple[str, ...], list[Samples]] = {}
+    names, levels = op_names(program), side_by_side(program)
     for step in steps:
-        spans: dict[int, list[Any]] = {op: [] for op in range(len(program.ops))}
+        spans: dict[int, list[Span]] = {op: [] for op in range(len(program.ops))}
         for span in step.spans:
             spans[program.queues[span.worker][span.index].op].append(span)
         before = 0.0
-        for op, own in spans.items():
-            end = max(span.end for span in own)
-            row = found[names[op][0]]
-            row["takes"].append(max(end - before, 0.0))
-            row["first"].append(min(span.start for span in own) - before)
-            row["begin"].append(statistics.median(span.start for span in own) - before)
-            row["work"].append(statistics.median(span.end - span.start for span in own))
-            row["longest"].append(max(span.end - span.start for span in own))
-            row["bytes"].append(moved(program, Run(op, 0, program.ops[op].tiles), step.context))
-            before = max(before, end)
+        for level in levels:
+            kinds = tuple(names[op][0] for op in level)
+            rows = found.setdefault(kinds, [defaultdict(list) for _ in range(1 + len(level))])
+            for row, ops in zip(rows, (level, *([op] for op in level)), strict=True):
+                size = sum(
+                    moved(program, Run(op, 0, program.ops[op].tiles), step.context) for op in ops
+                )
+                _sample(row, [span for op in ops for span in spans[op]], before, size)
+            before = max(before, *(span.end for op in level for span in spans[op]))
     return [
-        {
-            "op": kind, "times": len(row["takes"]) // len(steps),
-            **{name: statistics.median(row[name]) * 1e6 for name in COLUMNS},
-            "step": sum(row["takes"]) / len(steps) * 1e6,  # of one step, all ops of the kind
-            "bytes": statistics.median(row["bytes"]),
-            "bytes_us": statistics.median(row["bytes"]) / ceiling * 1e6,
-        }
-        for kind, row in found.items()
+        _row(" | ".join(kinds), whole, len(steps), ceiling)
+        | ({"beside": [_row(kind, own, len(steps), ceiling)
+                       for kind, own in zip(kinds, each, strict=True)]} if len(kinds) > 1 else {})
+        for kinds, (whole, *each) in found.items()
     ]  # fmt: skip
+
+
+def _sample(row: Samples, spans: Sequence[Span], before: float, size: int) -> None:
+    """Note what the runs of an op or a level took in one step. before: when all ops before had ended."""
+    row["takes"].append(max(max(span.end for span in spans) - before, 0.0))
+    row["first"].append(min(span.start for span in spans) - before)
+    row["begin"].append(statistics.median(span.start for span in spans) - before)
+    row["work"].append(statistics.median(span.end - span.start for span in spans))
+    row["longest"].append(max(span.end - span.start for span in spans))
+    row["bytes"].append(size)
+
+
+def _row(name: str, samples: Samples, steps: int, ceiling: float) -> dict[str, Any]:
+    size = statistics.median(samples["bytes"])
+    return {
+        "op": name, "times": len(samples["takes"]) // steps,
+        **{column: statistics.median(samples[column]) * 1e6 for column in COLUMNS},
+        "step": sum(samples["takes"]) / steps * 1e6,  # of one step, all ops of the kind
+        "bytes": size, "bytes_us": size / ceiling * 1e6,
+    }  # fmt: skip
 
 
 def recorded(
@@ -93,16 +114,20 @@ def recorded(
 def table(rows: Sequence[dict[str, Any]], ms: float) -> str:
     """The rows as text, and the step's time over them."""
     lines = [f"step {ms:.4f} ms, {sum(r['bytes_us'] * r['times'] for r in rows):.1f} us of bytes"]
+    width = max(len(row["op"]) for row in rows) + 2
     lines += [
-        f"{'op':<16}{'times':>6}"
+        f"{'op':<{width}}{'times':>6}"
         + "".join(f"{c:>9}" for c in COLUMNS)
         + f"{'step':>9}{'MB':>9}{'us':>8}"
     ]
     for row in rows:
-        lines.append(
-            f"{row['op']:<16}{row['times']:>6}" + "".join(f"{row[c]:>9.2f}" for c in COLUMNS)
-            + f"{row['step']:>9.1f}{row['bytes'] / 1e6:>9.2f}{row['bytes_us']:>8.2f}"
-        )  # fmt: skip
+        for each in (row, *row.get("beside", ())):
+            step = f"{row['step']:>9.1f}" if each is row else " " * 9
+            lines.append(
+                f"{'  ' * (each is not row) + each['op']:<{width}}{each['times']:>6}"
+                + "".join(f"{each[c]:>9.2f}" for c in COLUMNS)
+                + f"{step}{each['bytes'] / 1e6:>9.2f}{each['bytes_us']:>8.2f}"
+            )
     return "\n".join(lines)
 
 

@@ -84,6 +84,25 @@ def test_ops_of_a_step_add_up_to_it(bench: Any, monkeypatch: pytest.MonkeyPatch)
     assert ops.table(rows, 1.0).count("\n") == 1 + len(rows)
 
 
+def test_ops_beside_each_other_share_a_row(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a level takes is counted once, and each of its ops is told from the level's begin on."""
+    rank = importlib.import_module("rank_gpu")
+    ops = importlib.import_module("ops_gpu")
+    program = rank.compiled(rank.Asked("DeepSeek-V3.2", 8, 4, 8320, 0), machine.H200, 1)
+    step = simulated(program, 20, 3e12, 4e10)
+    rows = ops.timed(program, [step], 1e9)
+    assert sum(row["step"] for row in rows) == pytest.approx(step.seconds * 1e6)
+    shared = [row for row in rows if "beside" in row]
+    assert {row["op"] for row in shared} >= {"Route | gate_proj"}
+    for row in shared:
+        each = row["beside"]
+        assert " | ".join(r["op"] for r in each) == row["op"]
+        assert max(r["takes"] for r in each) == pytest.approx(row["takes"])
+        assert sum(r["bytes"] for r in each) == pytest.approx(row["bytes"])
+    lines = ops.table(rows, 1.0).splitlines()
+    assert len(lines) == 2 + len(rows) + sum(len(row["beside"]) for row in shared)
+
+
 @emulated
 def test_memory_is_taken_apart(
     tiny: EmulatedDevice, bench: Any, monkeypatch: pytest.MonkeyPatch

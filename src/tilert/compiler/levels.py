@@ -73,6 +73,26 @@ def needed(buffers: Sequence[Buffer], ops: Sequence[Op]) -> list[set[int]]:
     return found
 
 
+def side_by_side(program: Program) -> list[list[int]]:
+    """The ops of a program in groups that run at the same time: neighbours in the table of which none needs
+    another, and no worker runs two. What only fills a cache stands for itself, beside whatever it is."""
+    workers = [set[int]() for _ in program.ops]
+    kinds = [{program.buffers[r.buffer].kind for r in op.writes(0, op.tiles)} for op in program.ops]
+    for worker, queue in enumerate(program.queues):
+        for run in queue:
+            workers[run.op].add(worker)
+    groups: list[list[int]] = []
+    for op, needs in enumerate(needed(program.buffers, program.ops)):
+        last = groups[-1] if groups else []
+        filling = any(kinds[each] == {Kind.CACHE} for each in (op, *last))
+        apart = filling or any(other in needs or workers[other] & workers[op] for other in last)
+        if last and not apart:
+            last.append(op)
+        else:
+            groups.append([op])
+    return groups
+
+
 def _inside(a: Region, b: Region) -> bool:
     return (
         b.row_lo <= a.row_lo
