@@ -1,7 +1,7 @@
 """What ops cost, and how many workers each op of a level gets.
 
 A *level* is a few consecutive ops of which none needs another. Where every op pays much before its first
-byte (its code comes from memory, it reads x, its workers meet), a worker had better run one op of a level
+tile (its code comes from memory, it makes x, its workers meet), a worker had better run one op of a level
 than a part of each: then the level pays once.
 """
 
@@ -13,26 +13,38 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from tilert.ir.machine import Machine
-from tilert.ir.program import NONE, Op
+from tilert.ir.program import NONE, Kind, Op, Program
 
 TYPICAL_PAST = 512  # positions assumed in the cache when costs are weighed
 # Positions at which a level is weighed: below what an indexer selects, where its ops do nothing, and beyond.
 PASTS = (TYPICAL_PAST, 32768)
-OPENING = 4e-6  # seconds of an op before its first byte, where a step's code is cold (docs/log.md)
-LATENCY = 1e-6  # seconds of a tile without weights, which its bytes and flops do not tell
+# What an op takes beside its bytes, in seconds, where a step's code is cold; from the stamps of one rank of
+# DeepSeek-V3.2, for one token and for four (docs/log.md).
+OPENING = 3.5e-6  # of a run of a product that is made, before its first tile
+WORD = 0.5e-9  # more of it for each word of x, which every worker makes for itself
+SHORT_OPENING = 1e-6  # of any other run
+LATENCY = 2e-6  # of a tile without weights
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """An op as far as dealing goes: its tiles, and seconds of one at each of PASTS."""
+    """An op as far as dealing goes: its tiles, and at each of PASTS the seconds of a run's opening and of a
+    tile."""
 
     tiles: int
-    seconds: tuple[float, ...]
+    times: tuple[tuple[float, float], ...]
 
-    @property
-    def longest(self) -> float:
-        """Seconds of a tile at the past that costs most."""
-        return max(self.seconds)
+    def end(self, tiles: int) -> float:
+        """Seconds of a run of so many tiles, at the past where they take longest."""
+        return max(opening + tiles * each for opening, each in self.times)
+
+    def until(self, end: float) -> int:
+        """Tiles of a run that takes no longer."""
+        return min(math.floor((end - opening) / each + 1e-6) for opening, each in self.times)
+
+    def seconds(self, tiles: int) -> list[float]:
+        """Seconds of a run of so many tiles, at each past."""
+        return [opening + tiles * each for opening, each in self.times]
 
 
 def dealt_by_op(machine: Machine, ops: Sequence[Op]) -> bool:
@@ -55,11 +67,19 @@ def uniform(op: Op) -> bool:
     return op.weight_rows(0, 1) > 0
 
 
-def work(op: Op, itemsize: int, machine: Machine) -> Work:
-    """The op's tiles and what one of them takes, in the mean."""
-    latency = 0.0 if uniform(op) else LATENCY
-    each = (tile_seconds(op, 0, op.tiles, itemsize, machine, past) / op.tiles for past in PASTS)
-    return Work(op.tiles, tuple(max(seconds, latency) for seconds in each))
+def work(op: Op, program: Program) -> Work:
+    """The op's tiles, and what they take in the mean. program: tells of operands and the machine."""
+    itemsize, machine = program.weight_itemsize(op), program.machine
+    each = [tile_seconds(op, 0, op.tiles, itemsize, machine, past) / op.tiles for past in PASTS]
+    if not uniform(op):
+        return Work(op.tiles, tuple((SHORT_OPENING, max(s, LATENCY)) for s in each))
+    words = sum(
+        (r.row_hi - r.row_lo) * (r.col_hi - r.col_lo)
+        for r in op.reads(0, 1) if program.buffers[r.buffer].kind is Kind.WORK
+    )  # fmt: skip
+    nothing = [op.cost(0, op.tiles, itemsize, past).bytes == 0 for past in PASTS]
+    openings = [SHORT_OPENING if idle else OPENING + WORD * words for idle in nothing]
+    return Work(op.tiles, tuple(zip(openings, each, strict=True)))
 
 
 @lru_cache(4096)
@@ -73,7 +93,7 @@ def shares(level: tuple[Work, ...], workers: int) -> tuple[int, ...]:
         short = [i for i, w in enumerate(level) if counts[i] < w.tiles]
         if not short:
             break
-        most = max(short, key=lambda i: level[i].tiles * level[i].longest / counts[i])
+        most = max(short, key=lambda i: level[i].end(-(-level[i].tiles // counts[i])))
         counts[most] += 1
     return tuple(counts)
 
@@ -93,7 +113,7 @@ def _fewest(level: tuple[Work, ...], workers: int) -> list[int]:
     """
     if len(level) > workers:
         return []
-    ends = sorted({n * w.longest for w in level for n in range(1, w.tiles + 1)})
+    ends = sorted({w.end(n) for w in level for n in range(1, w.tiles + 1)})
     low, high = 0, len(ends) - 1
     while low < high:
         middle = (low + high) // 2
@@ -106,17 +126,14 @@ def _fewest(level: tuple[Work, ...], workers: int) -> list[int]:
 
 def _needed(work: Work, end: float) -> float:
     """Workers that do all tiles until `end`."""
-    each = math.floor(end / work.longest * (1 + 1e-9))
-    return -(-work.tiles // each) if each else math.inf
+    each = work.until(end)
+    return -(-work.tiles // each) if each > 0 else math.inf
 
 
 def _beside(level: tuple[Work, ...], counts: Sequence[int]) -> float:
-    most = [-(-w.tiles // n) for w, n in zip(level, counts, strict=True)]
-    return sum(
-        OPENING + max(n * w.seconds[i] for w, n in zip(level, most, strict=True))
-        for i in range(len(PASTS))
-    )
+    ends = [w.seconds(-(-w.tiles // n)) for w, n in zip(level, counts, strict=True)]
+    return sum(max(each) for each in zip(*ends, strict=True))
 
 
 def _in_turn(level: tuple[Work, ...], workers: int) -> float:
-    return sum(OPENING + -(-w.tiles // workers) * s for w in level for s in w.seconds)
+    return sum(sum(w.seconds(-(-w.tiles // workers))) for w in level)

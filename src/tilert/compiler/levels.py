@@ -34,7 +34,7 @@ def arrange(
     if not (machine.slots and dealt_by_op(machine, ops)):
         return list(ops), list(range(len(ops)))
     sizes = Program(machine, 1, 1, 1, 1, tuple(buffers), tuple(ops), (), ())
-    works = [work(op, sizes.weight_itemsize(op), machine) for op in ops]
+    works = [work(op, sizes) for op in ops]
     needs, level, first = needed(buffers, ops), [0] * len(ops), 0
     for lo, hi in pairwise(_borders(ops)):
         found = _Pass([{n - lo for n in needs[i] if n >= lo} for i in range(lo, hi)],

@@ -46,13 +46,10 @@ class _Deal:
     def level(self, ops: list[tuple[int, Op]]) -> None:
         """Deal out the ops of a level."""
         seconds = [self._seconds(op) for _, op in ops]
-        works = tuple(work(op, self.sizes.weight_itemsize(op), self.machine) for _, op in ops)
-        counts = shares(works, self.machine.workers) if len(ops) > 1 else ()
-        if counts and works not in self.known:
-            self.known[works] = self._beside(works, counts)
+        beside = self._ranges_beside([op for _, op in ops]) if len(ops) > 1 else []
         for i, (index, op) in enumerate(ops):
-            if counts:
-                ranges = self.known[works][i]
+            if beside:
+                ranges = beside[i]
             else:
                 # A tile without weights takes mostly latency: two of them on one worker would take twice
                 # as long.
@@ -78,20 +75,26 @@ class _Deal:
                 self.load[worker] += seconds[lo:hi].sum()
         self.load -= self.load.min()
 
-    def _beside(
-        self, works: tuple[Work, ...], counts: tuple[int, ...]
-    ) -> list[list[tuple[int, int]]]:
-        """Ranges of tiles by worker for each op of a level, every worker with tiles of one op at most.
+    def _ranges_beside(self, ops: list[Op]) -> list[list[tuple[int, int]]]:
+        """Ranges of tiles by worker for each op of a level, every worker with tiles of one op at most; none
+        where that would take longer.
 
         The op whose workers have most to do takes the least loaded ones.
         """
-        each = [w.tiles * w.longest / n for w, n in zip(works, counts, strict=True)]
+        works = tuple(work(op, self.sizes) for op in ops)
+        if works in self.known:
+            return self.known[works]
+        counts = shares(works, self.machine.workers)
+        if not counts:
+            return []
+        seconds = [w.end(-(-w.tiles // n)) for w, n in zip(works, counts, strict=True)]
         free = np.argsort(self.load, kind="stable")
         found = [[(0, 0)] * len(free) for _ in works]
-        for i in sorted(range(len(works)), key=lambda i: -each[i]):
+        for i in sorted(range(len(works)), key=lambda i: -seconds[i]):
             mine, free = np.sort(free[: counts[i]]), free[counts[i] :]
             for worker, tiles in zip(mine, _evenly(works[i].tiles, self.load[mine]), strict=True):
                 found[i][worker] = tiles
+        self.known[works] = found
         return found
 
 
