@@ -52,7 +52,7 @@ SHARED: dict[str, Any] = {
 # The widths of DeepSeek-V3.2, of which one of eight devices has a part.
 WIDE: dict[str, Any] = {
     **SPARSE, "hidden_size": 7168, "intermediate_size": 18432, "vocab_size": 1024,
-    "num_hidden_layers": 3, "num_attention_heads": 128, "num_key_value_heads": 128,
+    "num_hidden_layers": 2, "num_attention_heads": 128, "num_key_value_heads": 128,
     "q_lora_rank": 1536, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64,
     "v_head_dim": 128, "n_routed_experts": 256, "num_experts_per_tok": 8, "n_group": 8,
     "topk_group": 4, "moe_intermediate_size": 2048, "index_n_heads": 64, "index_head_dim": 128,
