@@ -21,6 +21,7 @@
 #define __noinline__ __attribute__((noinline))
 #define __launch_bounds__(...)
 #define __grid_constant__
+#define __constant__
 
 using u8 = unsigned char;
 using u16 = unsigned short;

@@ -50,9 +50,13 @@ CASES: dict[str, tuple[ExpertsConfig, int, DType, tuple[int, int], dict[str, int
     "shared-with-gate": (replace(SMALL, rules=QWEN2, shared_intermediate_size=96), 64, DType.BF16,
                          (0, 0), {"slots": 2, "window": 1}),
     "grouped": (GROUPED, 64, DType.F32, (0, 0), {}),
+    "groups-of-32": (replace(GROUPED, num_experts=128, n_group=4), 64, DType.F32, (0, 0), {}),
     # Units of two experts and of the third alone; scales that change within a run.
     "fp8": (replace(SMALL, moe_intermediate_size=192), 128, DType.F8E4M3, (32, 64),
             {"slots": 8, "window": 3}),
+    # All parts of a row in one unit.
+    "fp8-side-by-side": (replace(SMALL, moe_intermediate_size=64, num_experts_per_tok=2), 256,
+                         DType.F8E4M3, (32, 64), {"slots": 8, "window": 3, "slot_bytes": 2048}),
     # A scale for each row, or for all.
     "fp8-rows": (replace(SMALL, moe_intermediate_size=192), 128, DType.F8E4M3, (1, 0),
                  {"slots": 8, "window": 3}),
@@ -125,7 +129,9 @@ def test_logits_equal_the_interpreter(name: str, devices: Devices) -> None:
         assert np.abs(logits - wanted).max() < 5e-3 * np.abs(wanted).max(), token
 
 
-@pytest.mark.parametrize(("name", "rows"), [("odd-f16", 2), ("grouped", 4), ("fp8", 4)])
+@pytest.mark.parametrize(
+    ("name", "rows"), [("odd-f16", 2), ("grouped", 4), ("groups-of-32", 4), ("fp8", 4)]
+)
 def test_each_token_has_experts_of_its_own(name: str, rows: int, devices: Devices) -> None:
     """In steps full or not: logits as the interpreter's, and bit for bit those of each token alone."""
     program, weights = compiled(name, tokens=rows)

@@ -106,6 +106,9 @@ MODELS: dict[str, tuple[dict[str, Any], DType, int, dict[str, int]]] = {
     "latent-512": ({**LATENT, "num_hidden_layers": 1, "num_attention_heads": 32,
                     "num_key_value_heads": 32, "kv_lora_rank": 512, "qk_rope_head_dim": 64},
                    DType.BF16, 5, {"slots": 9, "slot_bytes": 20480, "window": 3}),
+    "fp8-latent": ({**LATENT, "hidden_size": 128, "intermediate_size": 192, "q_lora_rank": 64,
+                    "kv_lora_rank": 64, "qk_nope_head_dim": 64, "v_head_dim": 64},
+                   DType.F8E4M3, 3, {"slots": 8}),
     "qwen3-moe": ({"model_type": "qwen3_moe", **EXPERTS}, DType.BF16, 4, {}),
 }  # fmt: skip
 
@@ -135,7 +138,8 @@ def compiled(
         if dtype is DType.F8E4M3 and (value.rows == 1 or "embed" in weight):
             stored = DType.BF16
         elif dtype is DType.F8E4M3:
-            blocks = {"blocks": (32, 32), "wide-blocks": (32, 64), "rows": (1, value.cols),
+            blocks = {"blocks": (32, 32), "wide-blocks": (32, 64), "latent": (64, 64),
+                      "rows": (1, value.cols),
                       "parts-of-rows": (1, 64)}  # fmt: skip
             block = blocks.get(name[4:], (value.rows, value.cols))
             scales[weight] = Scale(f"{weight}_scale", block)

@@ -39,7 +39,7 @@ struct OfChosen : Straight {
     return !kOfToken || token == only;
   }
   static __device__ __forceinline__ bool ready(Loader& l, const Run& run) {
-    return l.template choose<kCount * kTokens>(run);
+    return l.choose(run, kCount * kTokens);
   }
   static __device__ __forceinline__ u32 expert(const Block& b, u32 token, u32 slot) {
     return load_shared(&b.shared.chosen[token * kCount + slot]);
@@ -137,7 +137,8 @@ struct Route {
     else
       __syncwarp();
     if (thread() == 0) signal<false>(b, run);
-    if constexpr (kTokens == 1 && kNGroup > 1) sync_consumers();  // the scratch memory is free
+    if constexpr (kTokens == 1 && kNGroup > 1 && kGroupSize != 32)
+      sync_consumers();  // the scratch memory is free
     return true;
   }
 
@@ -151,6 +152,10 @@ struct Route {
   static __device__ __forceinline__ u32 rising(float v) {
     const u32 bits = __float_as_uint(v + 0.0f);  // both zeros are one
     return bits >> 31 ? ~bits : bits | 0x80000000u;
+  }
+
+  static __device__ __forceinline__ float risen(u32 key) {  // the float of it
+    return __uint_as_float(key >> 31 ? key & 0x7fffffffu : ~key);
   }
 
   static __device__ __forceinline__ void load_logits(Block& b, const Run& run, u32 token,
@@ -199,22 +204,38 @@ struct Route {
     return __reduce_min_sync(~0u, own == most ? u32(expert(at)) : 0xffffffffu);
   }
 
-  // Takes out the experts of all but the best groups: lane g adds up the two best of group g.
-  static __device__ __forceinline__ void keep_groups(Block& b, u32 token, const float (&v)[kEach],
-                                                     u32 (&keys)[kEach]) {
+  // The two best of group `lane`.
+  static __device__ __forceinline__ void find_two(Block& b, u32 token, const float (&v)[kEach],
+                                                  float& first, float& second) {
     float* all = reinterpret_cast<float*>(b.scratch) + token * kExperts;
     __syncwarp();
 #pragma unroll
     for (int i = 0; i < kEach; ++i)
       if (inside(i)) all[expert(i)] = v[i];
     __syncwarp();
-    float first = -infinity(), second = -infinity();
     const int group = min(lane(), kNGroup - 1);
 #pragma unroll 4
     for (int i = 0; i < kGroupSize; ++i) {
       const float v = all[group * kGroupSize + (i + lane()) % kGroupSize];  // another bank each
       second = fmaxf(second, fminf(first, v));
       first = fmaxf(first, v);
+    }
+  }
+
+  // Takes out the experts of all but the best groups: lane g adds up the two best of group g.
+  static __device__ __forceinline__ void keep_groups(Block& b, u32 token, const float (&v)[kEach],
+                                                     u32 (&keys)[kEach]) {
+    float first = -infinity(), second = -infinity();
+    if constexpr (kGroupSize == 32) {  // group g is what all lanes have as their g-th
+#pragma unroll
+      for (int g = 0; g < kNGroup; ++g) {
+        const u32 key = rising(v[g]), most = __reduce_max_sync(~0u, key);
+        const u32 taken = __reduce_min_sync(~0u, key == most ? u32(lane()) : 0xffffffffu);
+        const u32 next = __reduce_max_sync(~0u, u32(lane()) == taken ? 0 : key);
+        if (lane() == g) first = risen(most), second = risen(next);
+      }
+    } else {
+      find_two(b, token, v, first, second);
     }
     u32 left = lane() < kNGroup ? rising(first + second) : 0, kept = 0;
 #pragma unroll

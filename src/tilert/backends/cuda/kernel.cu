@@ -5,14 +5,8 @@
 #include "index.cuh"
 #include "logprobs.cuh"
 #include "norm.cuh"
+#include "shapes.cuh"
 #include "variants.h"
-
-__device__ __forceinline__ u32 pass_of(const Run& run) {
-  return kPasses > 1 ? run.variant >> kPassShift : 0;
-}
-__device__ __forceinline__ u32 variant_of(const Run& run) {
-  return kPasses > 1 ? run.variant & ((1u << kPassShift) - 1) : run.variant;
-}
 
 __device__ __forceinline__ void load_weights(Block& b) {
   Loader loader{b};

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tilert.backends.cuda import shapes
+from tilert.backends.cuda.shapes import PRODUCTS, WARPS, matrices
 from tilert.errors import UserError
 from tilert.ir.dtype import DType
-from tilert.ir.program import NONE, Op, Program
+from tilert.ir.program import Op, Program
 from tilert.ops import (
     Attend,
     Draw,
-    ExpertDown,
-    ExpertGate,
     IndexRope,
     IndexScore,
     LatentAttention,
     LatentRope,
-    Linear,
     Route,
     Select,
 )
@@ -27,7 +26,7 @@ INDEX_BYTES = 8448  # Select's Scratch, which is larger than IndexScore's
 RUN_BYTES, WAIT_BYTES = 96, 8  # struct Run, struct Wait
 ENTRIES = 16  # of a queue that does not fit: about as many runs as a layer has
 MIN_SLOTS = 2
-THREADS, WARPS = 256, 8  # that compute
+THREADS = 32 * WARPS  # that compute
 HELD_WORDS = 128  # of x' in the registers of a thread: half of them; the rest is in shared memory
 PLAIN_WORDS = 160  # of x' and of sums, where products do without the matrix units
 ENOUGH_SLOTS = 4  # of the ring that a step of several tokens must leave
@@ -35,7 +34,6 @@ UNIT_ROWS = 16  # of a latent cache, in a slot
 MAX_UNITS = 4  # of a latent cache that are taken together
 MAX_CHOSEN = MAX_GROUPS = 32  # experts of a token, groups of experts: one for each lane of a warp
 MAX_ROWS = 32  # of query heads, of all tokens of a step: two blocks of 16 for the matrix units
-PRODUCTS = Linear | ExpertGate | ExpertDown
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +58,7 @@ def step_rows(program: Program, available: int) -> int:
         rows for rows in (8, 4, 2, 1)
         if rows == 1 or (
             all(_holds(program, op, rows) for op in program.ops)
-            and scratch_bytes(program, rows) + shared_struct_bytes(rows) <= room
+            and scratch_bytes(program, rows) + shared_struct_bytes(program, rows) <= room
         )
     )  # fmt: skip
 
@@ -93,8 +91,8 @@ class _Cut:
 
     @staticmethod
     def of(program: Program, op: PRODUCTS) -> _Cut:
-        parts = op.top_k if isinstance(op, ExpertDown) else 1
-        rows, slot = op.tile_rows * _matrices(op), program.machine.slot_bytes
+        parts = shapes.parts(op)
+        rows, slot = op.tile_rows * matrices(op), program.machine.slot_bytes
         row_bytes = op.k * program.weight_itemsize(op)
         if rows * row_bytes <= slot:
             together = min(slot // (rows * row_bytes), parts)
@@ -107,10 +105,6 @@ class _Cut:
         """Of so many bytes at once, in which a row is taken."""
         last = self.cycle_bytes - (self.cycle - 1) * self.piece
         return (self.pieces - 1) * -(-self.piece // at_once) + -(-last // at_once)
-
-
-def _matrices(op: PRODUCTS) -> int:
-    return 1 if isinstance(op, ExpertDown) or op.w_up == NONE else 2
 
 
 def kept_bytes(program: Program, op: PRODUCTS, tokens: int) -> int:
@@ -133,18 +127,28 @@ def _plain_words(program: Program, op: PRODUCTS, tokens: int) -> int:
     warps = next(n for n in (8, 4, 2, 1) if chunks >= 32 * n or n == 1)
     own = cut.steps(32 * warps * wide * itemsize)
     rows = -(-cut.unit_rows * warps // WARPS)
-    return tokens * (own * wide + rows) + own * _matrices(op)
+    return tokens * (own * wide + rows) + own * matrices(op)
 
 
-def shared_struct_bytes(tokens: int) -> int:
+def shared_struct_bytes(program: Program, tokens: int) -> int:
     """At least sizeof(Shared), and alignment; a static_assert compares them."""
     chunk_rows = 32 if tokens == 1 else 16
-    return 1024 + 4 * tokens * (8 + MAX_CHOSEN + 2 * 2 * chunk_rows * 9)
+    return (
+        1024
+        + 4 * shapes.kept_scales(program, tokens)
+        + 4 * tokens * (8 + MAX_CHOSEN + 2 * 2 * chunk_rows * 9)
+    )
 
 
 def scratch_bytes(program: Program, tokens: int) -> int:
     """Bytes that one op has for itself in steps of so many tokens."""
-    sizes = [_scratch(program, op, tokens) for op in program.ops]
+    shared = shapes.shares_code(program)
+    sizes = [
+        shapes.scratch_bytes(program, op, tokens)
+        if shared and isinstance(op, PRODUCTS) and shapes.has_shape(program, op)
+        else _scratch(program, op, tokens)
+        for op in program.ops
+    ]
     return -(-max([256, *sizes]) // 16) * 16
 
 
@@ -216,7 +220,7 @@ def queue_bytes(program: Program, entries: int) -> int:
 def shared_bytes(program: Program, layout: Layout) -> int:
     """Dynamic shared memory of a block."""
     ring = layout.slots * (program.machine.slot_bytes + SLOT_PAD)
-    own = scratch_bytes(program, program.tokens) + shared_struct_bytes(program.tokens)
+    own = scratch_bytes(program, program.tokens) + shared_struct_bytes(program, program.tokens)
     return ring + own + queue_bytes(program, layout.entries)
 
 

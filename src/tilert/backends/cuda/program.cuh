@@ -27,7 +27,7 @@ constexpr u16 kLagged = 0x8000;
 
 // One run of the queue, with everything that its op needs resolved to addresses. 96 bytes.
 struct Run {
-  u16 variant;  // which specialisation of which op; from kPassShift on the pass that it belongs to
+  u16 variant;  // which specialisation of which op, its shape (shapes.cuh), and its pass: see below
   u16 wait_begin, wait_count;  // begin: from the run itself, in sizes of a wait
   u16 signal;                  // counter, or kNoSignal
   u32 first, count;            // linear: output rows; other ops: tiles
@@ -51,7 +51,16 @@ struct Run {
 };
 constexpr u16 kNoSignal = 0xffff;
 static_assert(kEntryBytes >= sizeof(Run) && kEntryBytes % 16 == 0, "an entry begins with its run");
-constexpr int kPassShift = 12;
+constexpr int kShapeShift = 6, kPassShift = 12;
+__device__ __forceinline__ u32 variant_of(const Run& run) {
+  return run.variant & ((1u << kShapeShift) - 1);
+}
+__device__ __forceinline__ u32 shape_of(const Run& run) {
+  return run.variant >> kShapeShift & ((1u << (kPassShift - kShapeShift)) - 1);
+}
+__device__ __forceinline__ u32 pass_of(const Run& run) {
+  return kPasses > 1 ? run.variant >> kPassShift : 0;
+}
 
 // What a block was waiting for when it gave up; the host finds the cause among all of them.
 struct Failure {
@@ -118,6 +127,7 @@ struct Shared {
   u32 lost, stopped;
   Pass passes[2][kPasses];           // of this step and the next or the one before
   u32 chosen[kTokens * kMaxChosen];  // what the loader knows: experts of the run that it streams
+  float scales[kShapeScales ? kShapeScales : 1];  // see AnyShape
   float squares[kWarps][kTokens];
   float partial[2][kTokens][2 * kChunkRows * kPartialPitch];
 };
@@ -245,8 +255,7 @@ __device__ __forceinline__ bool wait_for_run(const Block& b) {
 // One warp polls all waits of a run, a lane for each; the others stay at the barrier. False: the
 // launch has ended. What producers wrote before their signals can be read afterwards, but where all
 // inputs are tagged: those say themselves whether they are there.
-template <bool kTagged>
-__device__ __forceinline__ bool wait_for_inputs(Block& b, const Run& run) {
+__device__ __forceinline__ bool wait_for_inputs(Block& b, const Run& run, bool tagged) {
   if (warp() == kPollWarp) {
     for (u32 first = 0; first < run.wait_count; first += 32) {
       u32 at = first + lane(), want = 0;
@@ -262,7 +271,7 @@ __device__ __forceinline__ bool wait_for_inputs(Block& b, const Run& run) {
       }
       u64 since = 0;
       for (u32 spins = 1;; ++spins) {
-        u32 have = !counter ? want : kTagged ? load_relaxed(counter) : load_acquire(counter);
+        u32 have = !counter ? want : tagged ? load_relaxed(counter) : load_acquire(counter);
         if (__all_sync(~0u, static_cast<int>(have - want) >= 0)) break;
         if (spins % 64 == 0) {
           if (!since) since = nanoseconds();
@@ -275,11 +284,10 @@ __device__ __forceinline__ bool wait_for_inputs(Block& b, const Run& run) {
         }
       }
     }
-    constexpr bool kNotes = kPasses > 1 && !kTagged, kTells = kPasses > 1 || kEntries > 0;
-    if constexpr (kTells) {
+    if constexpr (kPasses > 1 || kEntries > 0) {
       __syncwarp();  // the other threads of the block may rely on what any lane has acquired
       if (lane() == 0) {
-        if constexpr (kNotes) {
+        if (kPasses > 1 && !tagged) {
           const Pass& pass = b.passes().at[b.pass];
           store_shared(&b.here().first, load_relaxed(&pass.first));
           store_shared(&b.here().count, load_relaxed(&pass.count));
@@ -292,14 +300,21 @@ __device__ __forceinline__ bool wait_for_inputs(Block& b, const Run& run) {
   if constexpr (kTrace) b.started = timestamp();
   return load_shared(&b.shared.verdict) == 0;
 }
+template <bool kTagged>
+__device__ __forceinline__ bool wait_for_inputs(Block& b, const Run& run) {
+  return wait_for_inputs(b, run, kTagged);
+}
 
 // By one thread, after a barrier (of its warp or block) behind all stores of the run. Silent: what
 // was stored has tags, so the signal need not wait until it is seen.
-template <bool kSilent>
-__device__ __forceinline__ void signal(const Block& b, const Run& run) {
+__device__ __forceinline__ void signal(const Block& b, const Run& run, bool silent) {
   if (run.signal == kNoSignal) return;
   u32* counter = b.params.counters + run.signal * kCounterPitch;
-  kSilent ? add_relaxed(counter) : add_release(counter);
+  silent ? add_relaxed(counter) : add_release(counter);
+}
+template <bool kSilent>
+__device__ __forceinline__ void signal(const Block& b, const Run& run) {
+  signal(b, run, kSilent);
 }
 
 // Rounded to the bits that a tag leaves; a NaN stays one.
@@ -493,23 +508,22 @@ struct Loader {
     while (arrived < issued)
       if (!land()) return;
   }
-  // Until there is the choice of the weights of a run, kCount numbers, which are left in
+  // Until there is the choice of the weights of a run, `count` numbers, which are left in
   // shared.chosen; at once where they are there from an earlier run. False: the launch has ended.
-  template <int kCount>
-  __device__ __forceinline__ bool choose(const Run& run) {
+  __device__ __forceinline__ bool choose(const Run& run, u32 count) {
     if (run.x3 == 0) return true;
     for (u32 at = 0; at < run.x3; ++at)
       if (!holds(run.waits()[at])) return false;
-    constexpr int kBatch = kCount < 8 ? kCount : 8;  // loads that are under way together
+    constexpr int kBatch = 8;  // loads that are under way together
     const u32* chosen = reinterpret_cast<const u32*>(run.bias_up);
 #pragma unroll 1
-    for (int first = 0; first < kCount; first += kBatch) {
+    for (u32 first = 0; first < count; first += kBatch) {
       u32 v[kBatch];
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i) v[i] = load_relaxed(chosen + min(first + i, kCount - 1));
+      for (u32 i = 0; i < kBatch; ++i) v[i] = load_relaxed(chosen + min(first + i, count - 1));
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i)
-        if (first + i < kCount) store_shared(&b.shared.chosen[first + i], v[i]);
+      for (u32 i = 0; i < kBatch; ++i)
+        if (first + i < count) store_shared(&b.shared.chosen[first + i], v[i]);
     }
     return true;
   }

@@ -10,6 +10,7 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
+from tilert.backends.cuda import shapes
 from tilert.backends.cuda.limits import (
     HELD_WORDS,
     MAX_CHOSEN,
@@ -58,14 +59,19 @@ FOLDER = Path(__file__).parent
 HEADERS = (
     "ptx.cuh", "program.cuh", "tile.cuh", "inputs.cuh", "products.cuh", "linear.cuh", "heads.cuh",
     "attend.cuh", "sample.cuh", "draw.cuh", "logprobs.cuh", "experts.cuh", "mla.cuh", "index.cuh",
-    "norm.cuh",
+    "norm.cuh", "shape.cuh", "shapes.cuh",
 )  # fmt: skip
 KERNEL = "tilert_program"
+SHAPE_SHIFT, PASS_SHIFT = (
+    6,
+    12,
+)  # kShapeShift, kPassShift: a run's variant has 6 bits, its shape too
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """What the compiler is given, and for each op of the program the number of its variant."""
+    """What the compiler is given, and for each op of the program the number of its variant, from
+    SHAPE_SHIFT on that of its shape."""
 
     text: str
     headers: dict[str, str]
@@ -78,9 +84,19 @@ def generate(program: Program, layout: Layout, *, trace: bool = False) -> Source
     Raises UserError for heads that the kernel has no form of, AssertionError for an op that the compiler
     never emits for such machines.
     """
-    known: dict[str, int] = {}
-    tags = derive(program)
-    variants = [known.setdefault(_type(program, op, tags), len(known)) for op in program.ops]
+    known, table = dict[str, int](), dict[str, int]()
+    tags, shared = derive(program), shapes.shares_code(program)
+
+    def variant(op: Op) -> int:
+        if not (shared and isinstance(op, shapes.PRODUCTS) and shapes.has_shape(program, op)):
+            return known.setdefault(_type(program, op, tags), len(known))
+        code = known.setdefault("AnyShape", len(known))
+        shape = table.setdefault(shapes.initializer(program, op, tags), len(table))
+        return code | shape << SHAPE_SHIFT
+
+    variants = [variant(op) for op in program.ops]
+    most = 1 << SHAPE_SHIFT, 1 << PASS_SHIFT - SHAPE_SHIFT
+    assert len(known) <= most[0] and len(table) <= most[1], "a run has bits for no more"
     names = "\n".join(f"using V{i} = {name};" for name, i in known.items())
     cases = " ".join(f"X({i})" for i in known.values())
     machine, slots = program.machine, layout.slots
@@ -90,16 +106,19 @@ def generate(program: Program, layout: Layout, *, trace: bool = False) -> Source
         "kScratchBytes": scratch_bytes(program, program.tokens),
         "kEntries": layout.entries, "kEntryBytes": entry_bytes(program, layout.entries),
         "kTurn": tags.stride % TAGS, "kTokens": program.tokens,
-        "kSharedBytes": shared_struct_bytes(program.tokens),
+        "kSharedBytes": shared_struct_bytes(program, program.tokens),
         "kHeldWords": HELD_WORDS, "kVariants": len(known),
         "kPasses": passes(program)[-1], "kTakenUnits": layout.units,
         "kMost": MOST, "kSurveyWords": SURVEY_WORDS, "kReportWords": REPORT_WORDS,
+        "kShapeScales": shapes.kept_scales(program, program.tokens),
     }  # fmt: skip
     headers = {name: (FOLDER / name).read_text(encoding="utf-8") for name in HEADERS}
     headers["constants.h"] = "#pragma once\n" + "".join(
         f"constexpr int {name} = {value};\n" for name, value in constants.items()
     )
     headers["constants.h"] += f"constexpr bool kTrace = {'true' if trace else 'false'};\n"
+    rows = ",\n".join(f"    {{{shape}}}" for shape in table or ["0"])
+    headers["shapes.h"] = f"#pragma once\n__constant__ const Shape kShapes[] = {{\n{rows}}};\n"
     headers["variants.h"] = f"#pragma once\n{names}\n#define TILERT_VARIANTS(X) {cases}\n"
     return Source((FOLDER / "kernel.cu").read_text(encoding="utf-8"), headers, variants)
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from tilert.backends.cuda.limits import RUN_BYTES, WAIT_BYTES, Layout, entry_bytes
-from tilert.backends.cuda.source import attend_of, passes
+from tilert.backends.cuda.source import PASS_SHIFT, attend_of, passes
 from tilert.ir.program import NONE, Buf, Kind, Op, Program, Run
 from tilert.ir.tags import TAGS, Tags, derive
 from tilert.ops import (
@@ -44,7 +44,6 @@ from tilert.ops.linear import ADD
 
 NO_SIGNAL = 0xFFFF
 RANK_SHIFT = 24  # kRankShift
-PASS_SHIFT = 12  # kPassShift
 RUN = np.dtype(  # struct Run
     [(name, "<u2") for name in ("variant", "wait_begin", "wait_count", "signal")]
     + [(name, "<u4") for name in ("first", "count")]

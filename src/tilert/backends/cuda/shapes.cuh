@@ -1,0 +1,581 @@
+// Products of all shapes by one body of code, for weights in e4m3 with scales for blocks. A program
+// of many shapes does not fit the instruction cache when each has code of its own (linear.cuh):
+// then every op begins by waiting for its instructions. Here the shape is read from a table, loops
+// are not unrolled over it, and x' lies in shared memory, once for all warps.
+//
+// The products are those of Matrix: 16 rows of 16 weights, rows cut into segments where a unit has
+// fewer of them, k in blocks of 64 bytes, sums of all warps added up by the warps that finish a
+// chunk of rows. Columns of B are segments of tokens, so a token's sums are the same bits however
+// many tokens there are.
+#pragma once
+#include "experts.cuh"
+#include "shape.cuh"
+
+struct AnyShape {
+  static constexpr int kLane = 16, kBlock = 4 * kLane;  // elements of a block, of it in a lane
+  static constexpr int kProducts = kLane / 4, kHalf = kBlock / 2;
+  static constexpr float kInputFactor = 1 / 16.0f, kSumFactor = 16;  // of x' in f16
+  static constexpr int kTogether =
+      kTokens == 1 ? 4 : 2;                     // tiles whose products hide each other's waits
+  static constexpr int kMostColumns = kTokens;  // blocks of 8 columns: 8 segments of each token
+  static constexpr u32 kPad = 32;  // elements behind each token's x: no two in the same banks
+
+  // What a lane is in all products of an op, and where in a unit, in x' and among a tile's scales
+  // it begins: it goes on by the same steps through all of them.
+  struct Lane : Here {
+    u32 quad, column;
+    u32 segments, block_rows;     // block_rows: blocks of 64 bytes in a row of weights
+    u32 segment[2], unit_row[2];  // of its rows of A: column, column + 8
+    u32 weights[2], scale[2], x[kMostColumns];
+    __device__ __forceinline__ explicit Lane(const Shape& s)
+        : quad(lane % 4),
+          column(lane / 4),
+          segments(1u << s.segment_shift),
+          block_rows(s.elements() / kBlock) {
+#pragma unroll
+      for (u32 h = 0; h < 2; ++h) {
+        segment[h] = (h * 8 + column) & (segments - 1);
+        unit_row[h] = (h * 8 + column) >> s.segment_shift;
+        const u32 block = warp * segments + segment[h], part = quotient(block, s.block_inverse);
+        weights[h] =
+            (part * s.unit_rows() + unit_row[h]) * s.k + block * 64 - part * s.k + quad * 16;
+        scale[h] = (unit_row[h] >= s.tile_rows ? s.columns : 0) + (block >> s.column_shift);
+      }
+#pragma unroll
+      for (u32 m = 0; m < kMostColumns; ++m) {
+        // Columns that have no segment, and blocks that are not there, take any number.
+        const u32 segment = min((m * 8 + column) / kTokens, segments - 1);
+        x[m] = place(min(warp * segments + segment, block_rows - 1), quad);
+      }
+    }
+  };
+
+  static __device__ __forceinline__ const Shape& shape(const Run& run) {
+    return kShapes[shape_of(run)];
+  }
+  static __device__ __forceinline__ bool left_out(const Block& b, const Shape& s) {
+    if (s.beyond == 0) return false;
+    bool wanted = false;
+    for (u32 t = 0; t < (kTokens == 1 ? 1 : b.params.count); ++t)
+      wanted |= b.position(t) >= s.beyond;
+    return !wanted;
+  }
+
+  // The loader's side. False: the launch has ended.
+  static __device__ __forceinline__ bool stream(Loader& l, const Run& run) {
+    const Shape& s = shape(run);
+    if (left_out(l.b, s)) return true;
+    if (s.chosen() && !l.choose(run, s.count * kTokens)) return false;
+    const bool of_token = kTokens > 1 && s.chosen();
+    const u32 tokens = of_token ? l.count() : 1;
+    for (u32 begin = 0, span = 0; begin < run.count;) {
+      if (begin == span) span = span_end(run, s, begin);
+      const u32 end = of_token ? min(begin + kChunkRows, span) : span;
+#pragma unroll 1
+      for (u32 token = 0; token < tokens; ++token)
+#pragma unroll 1
+        for (u32 row = begin; row < end; row += s.tile_rows)
+          if (!stream_tile(l, run, s, row, token)) return false;
+      begin = end;
+    }
+    return true;
+  }
+
+  static __device__ __forceinline__ bool consume(Block& b, const Run& run) {
+    const Shape& s = shape(run);
+    const bool silent = s.tagged_x && !s.chosen();  // all inputs say whether they are there
+    if (left_out(b, s)) {
+      if (!wait_for_inputs(b, run, false)) return false;
+      if (thread() == 0) signal(b, run, false);
+      return true;
+    }
+    const Lane me(s);
+    const bool known = !s.chosen() || run.x3 == 0;  // what is chosen: whose the scales are
+    Scales scales;
+#pragma unroll 1
+    for (int turn = 0; turn < 2; ++turn) {  // in a loop, so that both orders have one code
+      if (known == (turn == 0))
+        fetch_scales(me, run, s, 0, scales);
+      else if (!wait_for_inputs(b, run, silent))
+        return false;
+    }
+#pragma unroll 1
+    for (u32 first = 0; first < run.count;) {
+      const u32 end = span_end(run, s, first);
+      if (first > 0) fetch_scales(me, run, s, first, scales);
+      keep_scales(me, b, s, scales);
+      if (first == 0 || s.rows == kDiagonal) make(me, b, run, s, first);
+      sync_consumers();
+      multiply_rows(me, b, run, s, first, end);
+      first = end;
+    }
+    return true;
+  }
+
+ private:
+  static __device__ __forceinline__ bool stream_tile(Loader& l, const Run& run, const Shape& s,
+                                                     u32 row, u32 token) {
+    if (!l.acquire()) return false;
+    const u32 row_bytes = s.k;
+    const u32 bytes = min(s.tile_rows, run.count - row) * row_bytes;
+    l.expect(bytes * s.matrices * s.parts);
+    u32 at = row, pitch = s.tile_rows * row_bytes;
+    if (s.rows == kInTurn) {
+      const u32 in_all = run.first + row, slot = quotient(in_all, s.bank_inverse);
+      at = in_all - slot * s.bank_rows + expert(l.b, s, token, slot) * s.bank_rows;
+    }
+#pragma unroll 1
+    for (u32 i = 0; i < s.matrices * s.parts; ++i) {
+      if (s.rows == kSideBySide) at = expert(l.b, s, token, i) * s.bank_rows + run.first + row;
+      const u8* from = i && s.matrices > 1 ? run.w_up : run.w;
+      l.copy(i * pitch, from + u64(at) * row_bytes, bytes);
+    }
+    l.next();
+    return true;
+  }
+  static __device__ __forceinline__ u32 expert(const Block& b, const Shape& s, u32 token,
+                                               u32 slot) {
+    return load_shared(&b.shared.chosen[token * s.count + slot]);
+  }
+
+  // Scales. Rows of one group have the same ones; those of all groups of a span lie in shared
+  // memory, for each token whose rows are its own: [token][group][matrix or part][columns].
+
+  static __device__ __forceinline__ u32 group(const Run& run, const Shape& s, u32 row) {
+    u32 at = run.first + row, before = 0;
+    if (s.rows == kInTurn) {
+      const u32 slot = quotient(at, s.bank_inverse);
+      at -= slot * s.bank_rows, before = slot * s.groups;
+    }
+    return before + (at >> s.row_shift);
+  }
+  static __device__ __forceinline__ u32 tables(const Shape& s) {
+    return kTokens > 1 && s.chosen() ? kTokens : 1;
+  }
+  // Groups of a span.
+  static __device__ __forceinline__ u32 groups(const Run& run, const Shape& s, u32 first) {
+    return min(group(run, s, run.count - 1) - group(run, s, first) + 1, s.fitting);
+  }
+  // The end of the rows from `first` on that have the same x, and whose scales are kept together.
+  static __device__ __forceinline__ u32 span_end(const Run& run, const Shape& s, u32 first) {
+    u32 at = run.first + first, end = run.first + run.count;
+    const u32 of_bank = quotient(at, s.bank_inverse) * s.bank_rows;
+    if (s.rows == kDiagonal) end = min(end, of_bank + s.bank_rows);
+    u32 matrix = s.rows == kInTurn ? of_bank : 0;
+#pragma unroll 1
+    for (u32 left = s.fitting; left && at < end; --left) {
+      at = matrix + ((((at - matrix) >> s.row_shift) + 1) << s.row_shift);
+      if (s.rows == kInTurn && at >= matrix + s.bank_rows) at = matrix += s.bank_rows;
+    }
+    return min(at, end) - run.first;
+  }
+
+  // A warp fetches some items, a group's scales for one matrix or part each, and keeps them behind
+  // the barrier of the wait for inputs.
+  static constexpr int kItems = kTokens > 1 ? kTokens : 2, kColumnRounds = 2;
+  struct Scales {
+    float v[kItems][kColumnRounds];
+    u32 items;  // of all warps
+  };
+  static __device__ __forceinline__ void fetch_scales(const Lane& me, const Run& run,
+                                                      const Shape& s, u32 begin, Scales& to) {
+    const u32 first = group(run, s, begin), each = s.matrices * s.parts;
+    const u32 of_token = groups(run, s, begin) * each;
+    to.items = of_token * tables(s);
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) {
+      u32 item = me.warp + i * kWarps, token = 0;
+      if (item >= to.items) break;
+      for (; kTokens > 1 && item >= of_token; ++token) item -= of_token;
+      const u32 of_group = quotient(item, s.part_inverse), part = item - of_group * each;
+      u32 row = first + of_group;
+      if (s.chosen()) {
+        u32 slot = part;
+        if (s.rows == kInTurn) slot = quotient(row, s.group_inverse), row -= slot * s.groups;
+        const u32* chosen = reinterpret_cast<const u32*>(run.bias_up) + token * s.count;
+        row += load_relaxed(chosen + slot) * s.groups;
+      }
+      const float* from = part && s.matrices > 1 ? run.scale_up : run.scale;
+#pragma unroll
+      for (int n = 0; n < kColumnRounds; ++n)
+        to.v[i][n] = __ldg(from + u64(row) * s.columns + min(u32(me.lane + 32 * n), s.columns - 1));
+    }
+  }
+  static __device__ __forceinline__ void keep_scales(const Lane& me, Block& b, const Shape& s,
+                                                     const Scales& from) {
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) {
+      const u32 item = me.warp + i * kWarps;
+      if (item >= from.items) break;
+#pragma unroll
+      for (int n = 0; n < kColumnRounds; ++n)
+        if (u32(me.lane + 32 * n) < s.columns)
+          b.shared.scales[item * s.columns + me.lane + 32 * n] = from.v[i][n];
+    }
+  }
+
+  // x', in shared memory: of each token a 16th of its elements in f16. A block's
+  // elements lie as lanes read them: 8 of each quad, then the other 8, and in every other block the
+  // two halves are exchanged, so that lanes of two segments read from all banks.
+
+  static __device__ __forceinline__ u16* x(Block& b) { return reinterpret_cast<u16*>(b.scratch); }
+  static __device__ __forceinline__ u32 place(u32 block, u32 quad) {
+    return block * kBlock + (block & 1) * kHalf + quad * 8;  // the other half: exclusive or kHalf
+  }
+  static __device__ __forceinline__ u32 pack(float low, float high) {
+    return pack_f16(low * kInputFactor, high * kInputFactor);
+  }
+
+  static __device__ __forceinline__ void make(const Lane& me, Block& b, const Run& run,
+                                              const Shape& s, u32 first) {
+    const u32 first_x =
+        s.rows == kDiagonal ? quotient(run.first + first, s.bank_inverse) * s.x_stride : 0;
+    const u32 elements = s.elements(), tag = b.tag(run.x), checked = s.tagged_x ? kTagMask : 0;
+#pragma unroll 1
+    for (u32 token = 0; token < kTokens; ++token) {
+      const float* from = b.at(run.x) + first_x + token * s.x_pitch;
+      u16* to = x(b) + token * (elements + kPad);
+      float sum = 0;
+#pragma unroll 1
+      for (u32 at = me.thread * 4; at < elements; at += kBatch * 4 * kThreads)
+        sum += make_some(b, run, s, token, at, from, to, tag, checked);
+      if (!s.normed) continue;
+      sum = warp_sum(sum);
+      if (me.lane == 0) b.shared.squares[me.warp][token] = sum;
+    }
+  }
+
+  // The elements that a thread fetches at once, four at a place; returned is the sum of squares.
+  static constexpr int kBatch = 8;
+  static __device__ __forceinline__ float make_some(const Block& b, const Run& run, const Shape& s,
+                                                    u32 token, u32 first, const float* from,
+                                                    u16* to, u32 tag, u32 checked) {
+    const u32 elements = s.elements();
+    float4 v[kBatch];
+    uint2 norm[kBatch];
+    float weight[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const u32 at = min(first + i * 4 * kThreads, elements - 4);
+      if (s.normed) norm[i] = __ldg(reinterpret_cast<const uint2*>(run.norm + 2 * at));
+      if (s.weighted)
+        weight[i] = load_float(reinterpret_cast<const float*>(run.bias) + token * s.count +
+                               quotient(at, s.k_inverse));
+    }
+    Retry retry;
+    for (u32 other = 1; other;) {
+      other = 0;
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i)
+        v[i] = load_float4(from + min(first + i * 4 * kThreads, elements - 4));
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i)
+        other |= differs(v[i].x, tag) | differs(v[i].y, tag) | differs(v[i].z, tag) |
+                 differs(v[i].w, tag);
+      other &= checked;
+      if (other && retry.in_vain(b, tag)) break;
+    }
+    float sum = 0;
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const u32 at = first + i * 4 * kThreads;
+      if (at >= elements) break;
+      float e[4] = {bare(v[i].x, checked), bare(v[i].y, checked), bare(v[i].z, checked),
+                    bare(v[i].w, checked)};
+      if (s.normed) {
+        const u32 words[2] = {norm[i].x, norm[i].y};
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          sum = fmaf(e[j], e[j], sum);
+          e[j] *= BF16::widen(u16(words[j / 2] >> 16 * (j % 2)));
+        }
+      }
+      if (s.weighted)
+#pragma unroll
+        for (int j = 0; j < 4; ++j) e[j] *= weight[i];
+      const u32 in_lane = at % kLane;
+      *reinterpret_cast<uint2*>(to + (place(at / kBlock, at / kLane % 4) ^ in_lane / 8 * kHalf) +
+                                in_lane % 8) = {pack(e[0], e[1]), pack(e[2], e[3])};
+    }
+    return sum;
+  }
+  static __device__ __forceinline__ u32 differs(float v, u32 tag) {
+    return __float_as_uint(v) ^ tag;
+  }
+  static __device__ __forceinline__ float bare(float v, u32 checked) {
+    return __uint_as_float(__float_as_uint(v) & ~checked);
+  }
+
+  // Products.
+
+  struct Sums {
+    float c[kMostColumns][4];
+  };
+
+  // Rows [first, last) of the run.
+  static __device__ __forceinline__ void multiply_rows(const Lane& me, Block& b, const Run& run,
+                                                       const Shape& s, u32 first, u32 last) {
+    const bool of_token = kTokens > 1 && s.chosen();
+    // One token leaves room for twice the rows where there is one matrix.
+    const u32 more = kTokens == 1 && s.matrices == 1, chunk = kChunkRows << more;
+    const u32 finishers = (kChunkRows * kTokens / 32) << more;
+#pragma unroll 1
+    for (u32 begin = first; begin < last; begin += chunk) {
+      const u32 finisher = (me.warp - begin / kChunkRows * (kChunkRows * kTokens / 32)) % kWarps;
+      const bool mine = finisher < finishers;
+      const u32 end = min(begin + chunk, last);
+      const Place at(me, run, s, begin, finisher, end);
+      Rest rest;
+      if (mine) rest = fetch_rest(b, run, s, at);
+      const u32 tokens = of_token ? b.count() : 1;
+#pragma unroll 1
+      for (u32 token = 0; token < tokens; ++token)
+#pragma unroll 1
+        for (u32 row = begin; row < end; row += kTogether * s.tile_rows)
+          multiply_tiles(me, b, run, s, first, row, begin, end, of_token ? token : kTokens);
+      sync_consumers();
+      if (mine) {
+        finish(b, run, s, at, rest);
+        if (end == run.count) tell(me, b, run, s, finisher, finishers);
+      }
+      ++b.chunk;
+    }
+  }
+
+  // Up to kTogether tiles from `row` on, of a span that begins at `first` and a chunk that begins
+  // at `begin`. only: the token whose rows these are, or kTokens.
+  static __device__ __forceinline__ void multiply_tiles(const Lane& me, Block& b, const Run& run,
+                                                        const Shape& s, u32 first, u32 row,
+                                                        u32 begin, u32 end, u32 only) {
+    const u8* slots[kTogether];
+    const float* scale[kTogether];
+    const u32 before = group(run, s, first), tokens_before = only < kTokens ? only : 0;
+    Cursor unit = b.cursor;
+#pragma unroll
+    for (int t = 0; t < kTogether; ++t) {
+      const u32 at = row + t * s.tile_rows;
+      slots[t] = b.slot(), scale[t] = b.shared.scales;  // of a tile that is not there: any
+      if (t > 0 && at >= end) continue;
+      wait_full(b, unit);
+      slots[t] = b.slot(unit);
+      u32 index = group(run, s, at) - before;
+      if (tokens_before) index += tokens_before * groups(run, s, first);
+      scale[t] = b.shared.scales + index * s.matrices * s.parts * s.columns;
+      unit.advance();
+    }
+    Sums sums[kTogether] = {};
+    const u32 stride = kWarps << s.segment_shift;
+    Lane at = me;  // moves on
+#pragma unroll 1
+    for (u32 from = me.warp << s.segment_shift; from < me.block_rows; from += stride) {
+      add(at, b, from, slots, scale, sums);
+#pragma unroll
+      for (int h = 0; h < 2; ++h)
+        at.weights[h] += s.weight_step, at.scale[h] += stride >> s.column_shift;
+#pragma unroll
+      for (int m = 0; m < kMostColumns; ++m) at.x[m] += stride * kBlock;
+    }
+    __syncwarp();
+    bool there[kTogether];
+#pragma unroll
+    for (int t = 0; t < kTogether; ++t) {
+      there[t] = row + t * s.tile_rows < end;
+      if (!there[t]) continue;
+      if (me.lane == 0) barrier_arrive(&b.shared.empty[b.cursor.slot]);
+      b.cursor.advance();
+    }
+    kTokens == 1 ? leave_one(me, b, s, row - begin, there, sums)
+                 : leave(me, b, s, row - begin, only, there, sums);
+  }
+
+  // Blocks [from, from + segments) of all rows of the tiles.
+  static __device__ __forceinline__ void add(const Lane& at, Block& b, u32 from,
+                                             const u8* const (&slots)[kTogether],
+                                             const float* const (&scale)[kTogether],
+                                             Sums (&sums)[kTogether]) {
+    uint4 weights[kTogether][2];
+    float factor[kTogether][2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+#pragma unroll
+      for (int t = 0; t < kTogether; ++t) {
+        const bool inside = from + at.segment[h] < at.block_rows;
+        weights[t][h] =
+            inside ? *reinterpret_cast<const uint4*>(slots[t] + at.weights[h]) : uint4{0, 0, 0, 0};
+        factor[t][h] = inside ? scale[t][at.scale[h]] : 0;
+      }
+#pragma unroll
+    for (int m = 0; m < kMostColumns; ++m) {
+      if (m > 0 && u32(m * 8) >= at.segments * kTokens) break;
+      const u32 column = m * 8 + at.column, segment = min(column / kTokens, at.segments - 1);
+      const u32 here = from + segment < at.block_rows ? at.x[m] : 0;
+      const u16* of_token = x(b) + column % kTokens * (at.block_rows * kBlock + kPad);
+      u32 words[2 * kProducts];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const uint4 four = *reinterpret_cast<const uint4*>(of_token + (here ^ half * kHalf));
+        words[4 * half] = four.x, words[4 * half + 1] = four.y;
+        words[4 * half + 2] = four.z, words[4 * half + 3] = four.w;
+      }
+#pragma unroll
+      for (int t = 0; t < kTogether; ++t)
+        multiply_block(weights[t], words, factor[t], sums[t].c[m]);
+    }
+  }
+
+  static __device__ __forceinline__ void multiply_block(const uint4 (&w)[2],
+                                                        const u32 (&words)[2 * kProducts],
+                                                        const float (&factor)[2], float (&c)[4]) {
+    const u32 low[4] = {w[0].x, w[0].y, w[0].z, w[0].w};
+    const u32 high[4] = {w[1].x, w[1].y, w[1].z, w[1].w};
+    float own[2][4] = {};  // two sums that do not wait for each other
+#pragma unroll
+    for (int p = 0; p < kProducts; ++p) {
+      u32 a[4];
+      halves_of_e4m3(low[p], a[0], a[2]);
+      halves_of_e4m3(high[p], a[1], a[3]);
+      multiply_f16(own[p % 2], a, words[2 * p], words[2 * p + 1]);
+    }
+#pragma unroll
+    for (int e = 0; e < 4; ++e) c[e] = fmaf(own[0][e] + own[1][e], factor[e / 2], c[e]);
+  }
+
+  // A lane has sums of two columns. Those that count stand where a row's segment meets its own
+  // column; they are added up over the segments of a row.
+  static __device__ __forceinline__ u32 place_in_chunk(const Shape& s, u32 unit_row) {
+    return (unit_row & (s.tile_rows - 1)) + (unit_row >= s.tile_rows ? kChunkRows : 0);
+  }
+  // Each lane of a quad takes over a half of the rows of one of two tiles.
+  static __device__ __forceinline__ void leave_one(const Lane& me, Block& b, const Shape& s,
+                                                   u32 first, const bool (&there)[kTogether],
+                                                   const Sums (&sums)[kTogether]) {
+    const bool odd = me.quad & 1, upper = me.quad & 2;
+    float half[kTogether], v[kTogether / 2];
+#pragma unroll
+    for (int t = 0; t < kTogether; ++t) {
+      float own[2];
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const float sum = me.segment[h] % 2 ? sums[t].c[0][2 * h + 1] : sums[t].c[0][2 * h];
+        own[h] = me.segment[h] / 2 == me.quad ? sum : 0;
+      }
+      half[t] = (odd ? own[1] : own[0]) + __shfl_xor_sync(~0u, odd ? own[0] : own[1], 1);
+    }
+#pragma unroll
+    for (int i = 0; i < kTogether / 2; ++i)
+      v[i] = (upper ? half[2 * i + 1] : half[2 * i]) +
+             __shfl_xor_sync(~0u, upper ? half[2 * i] : half[2 * i + 1], 2);
+#pragma unroll
+    for (int o = 1; o < 8; o *= 2)
+#pragma unroll
+      for (int i = 0; i < kTogether / 2; ++i) {
+        const float other = __shfl_xor_sync(~0u, v[i], 4 * o);
+        v[i] += u32(o) < me.segments ? other : 0;
+      }
+    const u32 row = first + place_in_chunk(s, odd ? me.unit_row[1] : me.unit_row[0]);
+#pragma unroll
+    for (int i = 0; i < kTogether / 2; ++i)
+      if (me.segment[0] == 0 && (upper ? there[2 * i + 1] : there[2 * i]))
+        *part_of_sum(b, row + (2 * i + upper) * s.tile_rows, me.warp, 0) = v[i] * kSumFactor;
+  }
+  static __device__ __forceinline__ void leave(const Lane& me, Block& b, const Shape& s, u32 first,
+                                               u32 only, const bool (&there)[kTogether],
+                                               const Sums (&sums)[kTogether]) {
+    constexpr int kOwn = kTokens > 1 ? 2 : 1;              // tokens of a lane
+    constexpr int kLanes = kTokens > 1 ? kTokens / 2 : 1;  // that have all tokens of a segment
+#pragma unroll
+    for (int i = 0; i < 2 * kTogether; ++i) {
+      const int t = i / 2, h = i % 2;
+      float own[kOwn] = {};
+#pragma unroll
+      for (int m = 0; m < kMostColumns; ++m)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const u32 column = m * 8 + me.quad * 2 + e;
+          if (column / kTokens == me.segment[h]) own[e % kOwn] = sums[t].c[m][2 * h + e];
+        }
+      const u32 row = first + t * s.tile_rows + place_in_chunk(s, me.unit_row[h]);
+#pragma unroll
+      for (int n = 0; n < kOwn; ++n) {
+        float v = own[n];
+#pragma unroll
+        for (int o = kLanes; o < 4; o *= 2) v += __shfl_xor_sync(~0u, v, o);
+#pragma unroll
+        for (int o = 1; o < 8; o *= 2) {
+          const float other = __shfl_xor_sync(~0u, v, 4 * o);
+          v += u32(o) < me.segments ? other : 0;
+        }
+        const u32 token = me.quad * kOwn + n;
+        if (there[t] && me.segment[h] == 0 && token < kTokens && (only == kTokens || only == token))
+          *part_of_sum(b, row, me.warp, token) = v * kSumFactor;
+      }
+    }
+  }
+
+  // One output of a chunk, for a lane of a finishing warp.
+  struct Place {
+    u32 token, in_chunk, y;  // y: element of the output buffer
+    bool inside;
+    __device__ __forceinline__ Place(const Lane& me, const Run& run, const Shape& s, u32 begin,
+                                     u32 finisher, u32 last) {
+      const u32 index = finisher * 32 + me.lane;
+      token = kTokens == 1 ? 0 : index / kChunkRows;
+      in_chunk = kTokens == 1 ? index : index % kChunkRows;
+      inside = begin + in_chunk < last;
+      y = token * s.y_pitch + run.first + begin + in_chunk;
+    }
+  };
+
+  // The residual that a sum is added to, fetched before the sum is there.
+  using Rest = float;
+  static __device__ __forceinline__ Rest fetch_rest(const Block& b, const Run& run, const Shape& s,
+                                                    const Place& at) {
+    if (!at.inside || s.epilogue != kAdd) return 0;
+    const float* const old[1] = {b.at(run.y) + at.y};
+    if (!s.tagged_y) return load_float(old[0]);
+    const u32 tag[1] = {b.tag(run.x2)};
+    float v[1];
+    load_tagged(b, old, tag, v);
+    return v[0];
+  }
+
+  static __device__ __forceinline__ float add_up(Block& b, int row, int token) {
+    const float* from = part_of_sum(b, row, 0, token);
+    float sum = 0;
+#pragma unroll
+    for (int i = 0; i < kWarps; ++i) sum += from[i];
+    return sum;
+  }
+
+  static __device__ __forceinline__ void finish(Block& b, const Run& run, const Shape& s,
+                                                const Place& at, Rest rest) {
+    if (!at.inside) return;
+    float factor = 1;
+    if (s.normed) {
+      float sum = 0;
+#pragma unroll
+      for (int i = 0; i < kWarps; ++i) sum += b.shared.squares[i][at.token];
+      factor = inverse_root(fmaf(sum, s.inverse, s.eps));
+    }
+    float y = add_up(b, at.in_chunk, at.token) * factor;
+    if (s.epilogue == kGate)
+      y = y / (1 + exp2_fast(-y * kLog2e)) *
+          (add_up(b, kChunkRows + at.in_chunk, at.token) * factor);
+    y += rest;
+    const u32 tag = b.tag(run.y);
+    if (s.narrow_y)
+      store_output<false, true>(b.at(run.y), at.y, y, tag);
+    else
+      store_float(b.at(run.y) + at.y, s.tagged_y ? tagged(y, tag) : y);
+  }
+
+  // By the warps that have finished the last chunk of a run.
+  static __device__ __forceinline__ void tell(const Lane& me, const Block& b, const Run& run,
+                                              const Shape& s, u32 finisher, u32 finishers) {
+    if (kTokens == 1 && finishers == 1)
+      __syncwarp();
+    else
+      sync_threads<2, kTokens == 1 ? 64 : kChunkRows * kTokens>();
+    if (finisher == 0 && me.lane == 0) signal(b, run, s.tagged_y);
+  }
+};
