@@ -421,14 +421,11 @@ def latent_draft(machine: Machine, tokens: int, splits: int, topk: int = 16) -> 
     d.op(Select(scores, selected, at, counts, tokens, topk, 2, 64))
     d.op(LatentAttention(queries, q, latents, selected, shares, *paged, heads, 2, nope, rope, lora, 0,
                          topk, splits, max(1, tokens // 2), 2, 2, 0.4))  # fmt: skip
-    if splits > 1 and tokens > 1:
+    if splits > 1:
         d.op(Combine(shares, mixed, counts, tokens, heads, heads, lora, splits, 0))
     down = linear(mixed, d.weight("down", HIDDEN, lora), values, counts, k=lora, n=HIDDEN, tile=3,
                   rows=tokens)  # fmt: skip
-    down = replace(down, groups=heads, x_stride=lora)
-    if splits > 1 and tokens == 1:  # the product merges the shares
-        down = replace(down, x=shares, splits=splits, head_dim=lora)
-    d.op(down)
+    d.op(replace(down, groups=heads, x_stride=lora))
     d.op(linear(values, d.weight("wo", HIDDEN, HIDDEN), x, counts, k=HIDDEN, n=HIDDEN, tile=4,
                 rows=tokens, epilogue=ADD))  # fmt: skip
     choose(d, x, counts, ids, tokens)

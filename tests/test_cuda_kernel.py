@@ -109,6 +109,10 @@ MODELS: dict[str, tuple[dict[str, Any], DType, int, dict[str, int]]] = {
     "fp8-latent": ({**LATENT, "hidden_size": 128, "intermediate_size": 192, "q_lora_rank": 64,
                     "kv_lora_rank": 64, "qk_nope_head_dim": 64, "v_head_dim": 64},
                    DType.F8E4M3, 3, {"slots": 8}),
+
+    # So many shares that all warps merge them, and heads that are merged in parts.
+    "latent-shares": ({**INDEX, "num_hidden_layers": 1, "indexer_types": ["full"], "index_topk": 150,
+                       "kv_lora_rank": 128}, DType.BF16, 5, {"splits": 12, "slot_bytes": 8704}),
     "qwen3-moe": ({"model_type": "qwen3_moe", **EXPERTS}, DType.BF16, 4, {}),
 }  # fmt: skip
 
@@ -232,7 +236,7 @@ TOGETHER = [
     *product(SEVERAL, [step for step in STEPS if step != "one-of-two"]),
     *product(OF_TOKENS, ["over-a-page-border", "drafts-in-a-batch"]),
     *product(["llama", "fp8-wide-blocks", "latent-indexed"], ["one-of-two"]),
-    *product(["llama-f16", "latent-indexed-128"], ["over-a-page-border"]),
+    *product(["llama-f16", "latent-indexed-128", "latent-shares"], ["over-a-page-border"]),
 ]
 
 

@@ -23,6 +23,7 @@ from tilert.errors import UserError
 from tilert.ir import machine
 from tilert.ir.dtype import DType
 from tilert.ir.program import PAGE
+from tilert.ir.tags import derive
 from tilert.models.decoder import build as build_graph
 from tilert.models.derived import HeadPart
 from tilert.models.load import bind
@@ -286,8 +287,8 @@ def ring_runner(folder: Path, target: machine.Machine) -> Runner:
 def test_programs_for_rings_compute_the_same(
     target: machine.Machine, tolerance: float, tmp_path: Path
 ) -> None:
-    """Products side by side, shares that a block-diagonal product merges; with rounded caches all
-    positions are selected, so that rounding decides nothing."""
+    """Products side by side, shares of attention; with rounded caches all positions are selected, so that
+    rounding decides nothing."""
     topk = 8 if target is machine.NULL else 64
     model = families.make("deepseek_v32", tmp_path, **SMALL, index_topk=topk)
     runner, tokens = ring_runner(tmp_path, target), tokens_for(14)
@@ -302,11 +303,12 @@ def test_programs_for_rings_compute_the_same(
     assert {f"{prefix}.q_b_proj.weight", f"{prefix}.indexer.wq_b.weight"} <= names
     spared = [op for op in ops if isinstance(op, Linear) and op.beyond]
     assert [op.beyond for op in spared] == [topk] * 2
-    attention = next(op for op in ops if isinstance(op, LatentAttention))
-    merging = [op for op in ops if isinstance(op, Linear) and op.groups > 1 and op.splits > 1]
-    assert [op.splits for op in merging] == [attention.splits] * 2
-    assert not any(isinstance(op, Combine) for op in ops)
-    assert any(isinstance(op, Combine) for op in runner.program("few").ops)
+    for program in (runner.program("decode"), runner.program("few")):
+        attention = next(op for op in program.ops if isinstance(op, LatentAttention))
+        merging = [op for op in program.ops if isinstance(op, Combine)]
+        assert [op.splits for op in merging] == [attention.splits] * 2
+        tagged = derive(program).writers
+        assert {attention.y, *(op.y for op in merging)} <= tagged.keys()
 
 
 # --- the engine on top ------------------------------------------------------------------------------

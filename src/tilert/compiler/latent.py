@@ -1,7 +1,7 @@
 """Latent attention and the indexer of sparse attention to ops.
 
 On machines with rings many workers share the heads and positions of few tokens: each tile has as many
-heads as one matrix instruction has rows, and the block-diagonal product that follows merges the shares.
+heads as one matrix instruction has rows, and as many workers merge the shares, each some columns of a head.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from tilert.ir.program import NONE, PAGE, Buf, Kind
 from tilert.ops import Combine, IndexRope, IndexScore, LatentAttention, LatentRope, Select
 
 HEADS = 16  # of a tile on machines with rings: rows of a matrix instruction
-MAX_SPLITS = 32  # each share has at least a page then, of 2048 selected positions
+MAX_SPLITS = 32  # each share has a page then, of 2048 selected positions
+PART = 64  # columns of a head that a worker merges, where heads are so wide
 
 
 def _paged(low: Lowering) -> tuple[Buf, Buf, Buf, Buf]:
@@ -67,13 +68,9 @@ def _lower_latent_attention(low: Lowering, node: Node) -> None:
     layer, heads, lora, nope = (int(node.attrs[n]) for n in ("layer", "heads", "lora", "nope"))
     lim, rope = low.limits, rotated.cols // heads - nope
     group, splits = _heads_and_splits(low, heads)
-    # Of one token the product that follows merges the shares; for more it would read too much.
-    deferred = low.fused and lim.tokens == 1
-    width = heads * splits * (lora + 2)
-    y = low.work(node.output, width if deferred else None)
-    part = y
-    if splits > 1 and not deferred:
-        name = f"{node.output.name}.part"
+    y = part = low.work(node.output)
+    if splits > 1:
+        name, width = f"{node.output.name}.part", heads * splits * (lora + 2)
         part = low.buffer(name, Kind.WORK, DType.F32, lim.tokens, width)
     op = LatentAttention(
         low.home[q], low.home[rotated], low.cache("latent", layer, lora + rope),
@@ -84,10 +81,11 @@ def _lower_latent_attention(low: Lowering, node: Node) -> None:
         node.attrs["scale"],
     )  # fmt: skip
     low.ops.append(op)
-    if deferred:
-        low.attends[node.output] = op
-    elif splits > 1:
-        low.ops.append(Combine(part, y, op.counts, op.rows, heads, heads, lora, splits, window=0))
+    if splits > 1:
+        parts = lora // PART if low.fused and lora % PART == 0 else 1
+        low.ops.append(
+            Combine(part, y, op.counts, op.rows, heads, heads, lora, splits, window=0, parts=parts)
+        )
 
 
 def _index_caches(low: Lowering, layer: int, cols: int) -> tuple[Buf, Buf]:

@@ -270,8 +270,7 @@ def _emit_linear(
         eps = maker.attrs["eps"]
         gather = low.state("output_rows") if x.rows == OUTPUTS else NONE
     n, k = sum(v.rows for v in w if isinstance(v.rows, int)), w[0].cols
-    rows, attend = low.rows(x), low.attends.get(x)
-    shares = (attend.splits, attend.group, attend.head_dim) if attend else (1, 1, 1)
+    rows = low.rows(x)
     dtype, matrices = low.dtypes.get(w[0].name, DType.F32), 2 if up else 1
     tile = tile_rows(low.machine, rows, k * dtype.bytes, matrices)
     beyond = wanted_beyond(low, nodes[0].output)
@@ -284,7 +283,7 @@ def _emit_linear(
                low.joined(biases) if biases else NONE, low.weight(up.inputs["bias"]) if up else NONE,
                norm, y, low.state("counts"), 1 if x.rows == OUTPUTS else 0, rows, k, n,
                0, tile, epilogue, eps,
-               gather, low.rows(source) if gather != NONE else 1, *shares,
+               gather, low.rows(source) if gather != NONE else 1,
                # What rounding moves across a border would send a token to another expert.
                DType.F32 if nodes[0].output in low.routing else _x_type(low, w[0], dtype),
                low.column.get(source, 0), *blocks, low.state("positions") if beyond else NONE, beyond)

@@ -10,7 +10,6 @@ from tilert.ir.dtype import DType
 from tilert.ir.graph import OUTPUTS, Graph, Node, Value
 from tilert.ir.machine import Machine
 from tilert.ir.program import JOIN, NONE, PAGE, Buf, Buffer, Kind, Op, Scale
-from tilert.ops import LatentAttention
 
 FEW_TOKENS = 8  # up to this many tokens a step is bound by reading weights
 MAX_SPLITS = 8  # that the rule takes: a product merges their partial results
@@ -51,8 +50,6 @@ class Lowering:
     column: dict[Value, int] = field(default_factory=dict[Value, int])  # in its home, if not 0
     uses: Tally[Value] = field(default_factory=Tally[Value])
     maker: dict[Value, Node] = field(default_factory=dict[Value, Node])
-    # The values that are shares of attention, which the product that reads them merges.
-    attends: dict[Value, LatentAttention] = field(default_factory=dict[Value, LatentAttention])
     chosen: dict[Value, Buf] = field(default_factory=dict[Value, Buf])  # by the output of a route
     routing: set[Value | None] = field(
         default_factory=set[Value | None]

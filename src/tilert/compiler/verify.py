@@ -148,6 +148,8 @@ def _sound_fields(has: dict[str, int], program: Program) -> Iterator[str]:
         yield f"{has['heads']} heads do not divide over {has['kv_heads']} kv heads"
     if "table" in has and "head_dim" in has and has["head_dim"] % 2:
         yield f"head_dim {has['head_dim']} is odd, it cannot be rotated in pairs"
+    if "parts" in has and has["head_dim"] % has["parts"]:
+        yield f"heads of {has['head_dim']} columns do not divide into {has['parts']} parts"
     if has.get("heads", 0) % has.get("tile_heads", 1):
         yield f"{has['heads']} heads do not divide into tiles of {has['tile_heads']}"
     if "rope" in has and (has["rope"] % 2 or has["rope"] > has.get("head_dim", has["rope"])):
@@ -162,7 +164,7 @@ def _sound_fields(has: dict[str, int], program: Program) -> Iterator[str]:
         yield f"{has['splits']} shares of {has['width']} scores for {program.context} positions"
     if "groups" in has:
         alone = has["norm"] == has["gather"] == has["w_up"] == NONE and has["epilogue"] == 0
-        if has["n"] % has["groups"] or (has["groups"] > 1 and not (alone and has["group"] == 1)):
+        if has["n"] % has["groups"] or (has["groups"] > 1 and not alone):
             yield f"{has['groups']} groups of {has['n']} rows, or with more than a product"
     if "epilogue" in has:
         if has["epilogue"] > 2 or has["count_index"] > 1:

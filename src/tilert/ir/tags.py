@@ -11,7 +11,8 @@ write covers it. An op that writes tagged buffers signals without ordering memor
 
 Words that nobody reads may be left out at run time (Op.leaves_out: shares of attention without positions).
 What is left out only shrinks in a launch; so where all writers of a buffer leave out the same, a word is
-either still zero or was written by each of them since somebody first read it.
+either still zero or was written by each of them since somebody first read it. Not so in steps of several
+passes, each of which has as many tokens as it finds.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from tilert.ir.dtype import DType
-from tilert.ir.program import Buf, Buffer, Kind, Op, Program
+from tilert.ir.program import Buf, Buffer, Kind, Op, Program, several_passes
 
 TAGS = 255  # 1 to 255
 MOST_TOKENS = 8  # of a step whose rows are all written, whether they hold tokens or not
@@ -78,6 +79,7 @@ def taggable(buffers: Sequence[Buffer], ops: Sequence[Op]) -> dict[Buf, list[int
     found: dict[Buf, list[int]] = {
         Buf(i): [] for i, b in enumerate(buffers) if b.kind is Kind.WORK and b.dtype is DType.F32
     }
+    several = several_passes(ops)
     for index, op in enumerate(ops):
         for buf in {r.buffer for r in op.writes(0, op.tiles)} & found.keys():
             if buf in op.tagging() and _whole(buffers[buf], op, Buf(buf)):
@@ -90,6 +92,7 @@ def taggable(buffers: Sequence[Buffer], ops: Sequence[Op]) -> dict[Buf, list[int
     return {
         buf: writers for buf, writers in found.items()
         if writers and len({ops[op].leaves_out for op in writers}) == 1
+        and not (several and ops[writers[0]].leaves_out)
     }  # fmt: skip
 
 

@@ -44,11 +44,6 @@ def empty_share(group: int, head_dim: int) -> np.ndarray:
     return empty.reshape(1, -1)
 
 
-def partial_width(width: int, head_dim: int, splits: int) -> int:
-    """Columns of the partial results of `width` columns of heads: values, maximum and sum per head."""
-    return width // head_dim * splits * (head_dim + 2)
-
-
 def merge(part: np.ndarray, group_width: int, head_dim: int, splits: int) -> np.ndarray:
     """[rows, group_width] from the partial results of one kv head's group of query heads.
 
@@ -178,7 +173,8 @@ class Attention(Op):
 
 @dataclass(frozen=True, slots=True)
 class Combine(Op):
-    """Merge the shares that Attention or Attend left. Tile t * heads + h: token t, query head h.
+    """Merge the shares that attention left. Tile (t * heads + h) * parts + p: token t, query head h, part
+    p of its columns.
 
     part [rows, heads * splits * (head_dim + 2)] f32, y [rows, heads * head_dim] f32. window: of the
     attention, for back ends that leave out shares without positions.
@@ -194,10 +190,11 @@ class Combine(Op):
     head_dim: int
     splits: int
     window: int
+    parts: int = 1
 
     @property
     def tiles(self) -> int:
-        return self.rows * self.heads
+        return self.rows * self.heads * self.parts
 
     @property
     def group(self) -> int:
@@ -211,14 +208,17 @@ class Combine(Op):
 
     def reads(self, lo: int, hi: int) -> list[Region]:
         out = [Region(self.counts, 0, 1, 0, 2)]
-        for t, first, last in self._groups(lo, hi):
-            for split in range(self.splits):
-                begin, width = self.share(first, split), (last - first) * (self.head_dim + 2)
+        for t, first, last in self._groups(lo // self.parts, -(-hi // self.parts)):
+            together = self.splits if self.group == 1 else 1  # shares that lie side by side
+            for split in range(0, self.splits, together):
+                width = (last - first) * together * (self.head_dim + 2)
+                begin = self.share(first, split)
                 out.append(Region(self.part, t, t + 1, begin, begin + width))
         return out
 
     def _groups(self, lo: int, hi: int) -> Iterator[tuple[int, int, int]]:
-        """(token, first head, end) of the tiles of each kv head, whose shares lie side by side."""
+        """(token, first head, end) of the heads [lo, hi) of all tokens, those of one kv head together:
+        their shares lie side by side."""
         while lo < hi:
             end = min(hi, (lo // self.group + 1) * self.group)
             t, first = divmod(lo, self.heads)
@@ -226,8 +226,14 @@ class Combine(Op):
             lo = end
 
     def writes(self, lo: int, hi: int) -> list[Region]:
-        d = self.head_dim
-        return [Region(self.y, t, t + 1, a * d, b * d) for t, a, b in self._groups(lo, hi)]
+        row, width = self.heads * self.parts, self.head_dim // self.parts
+        out: list[Region] = []
+        while lo < hi:
+            t, first = divmod(lo, row)
+            end = min(hi, lo + row - first)
+            out.append(Region(self.y, t, t + 1, first * width, (first + end - lo) * width))
+            lo = end
+        return out
 
     def tagging(self) -> tuple[Buf, ...]:
         return (self.y,)
@@ -236,15 +242,17 @@ class Combine(Op):
         return (self.part,)
 
     def cost(self, lo: int, hi: int, dtype_bytes: int, context: int) -> Cost:
-        return Cost(0, 0, 3 * (hi - lo) * self.splits * self.head_dim)
+        return Cost(0, 0, 3 * (hi - lo) * self.splits * self.head_dim // self.parts)
 
     def reference(self, mem: Memory, lo: int, hi: int) -> None:
         """The definition: rescale every share to the common maximum, add, divide."""
-        d, tokens = self.head_dim, count(mem, self.counts, 0)
-        for t, head in (divmod(tile, self.heads) for tile in range(lo, hi)):
+        d, tokens, width = self.head_dim, count(mem, self.counts, 0), self.head_dim // self.parts
+        for tile in range(lo, hi):
+            (t, head), first = divmod(tile // self.parts, self.heads), tile % self.parts * width
             if t < tokens:
                 at = [self.share(head, split) for split in range(self.splits)]
                 part = np.concatenate(
                     [mem.read(self.part, t, t + 1, a, a + d + 2) for a in at], axis=1
                 )
-                mem.write(self.y, t, head * d, merge(part, d, d, self.splits))
+                merged = merge(part, d, d, self.splits)[:, first : first + width]
+                mem.write(self.y, t, head * d + first, merged)

@@ -9,7 +9,6 @@ import numpy as np
 
 from tilert.ir.dtype import DType
 from tilert.ir.program import NONE, Buf, Cost, Op, Region
-from tilert.ops.attention import merge, partial_width
 from tilert.ops.memory import Memory, count
 from tilert.ops.norm import root_mean_square
 
@@ -27,9 +26,6 @@ class Linear(Op):
     [x_col + g * x_stride, + k) of x; no tile has rows of two blocks. Such a product has no norm and only
     stores.
     `gather`, when given, is an i32 buffer [1, rows]: row i of x' is made from x[gather[i]].
-    splits > 1: x holds the partial results of Attend, `group` query heads of `head_dim` for each kv
-    head, and x' is what Combine makes of them; block g of a block-diagonal product then takes head g,
-    which is k wide.
     beyond > 0: y is read only where a token of the step sees more than so many positions, of those that
     `when` holds, i32 [1, rows]. Where none does, a back end may leave the op out: y then holds anything.
     x_type: what the multiplier takes; x' is rounded to it (see rounded). With a norm, the root of the
@@ -55,9 +51,6 @@ class Linear(Op):
     eps: float
     gather: Buf = NONE
     x_rows: int = 1  # rows of x that `gather` may name
-    splits: int = 1
-    group: int = 1
-    head_dim: int = 1
     x_type: int = DType.F32
     x_col: int = 0
     groups: int = 1
@@ -87,15 +80,8 @@ class Linear(Op):
 
     def x_regions(self, lo: int, hi: int) -> list[tuple[int, int]]:
         """Columns [begin, end) of x that tiles [lo, hi) read, one piece after another."""
-        if self.splits == 1:
-            first = [self.x_col + g * self.x_stride for g in self.groups_of(lo, hi)]
-            return [(col, col + self.k) for col in first]
-        if self.groups == 1:
-            return [(0, partial_width(self.k, self.head_dim, self.splits))]
-        width = self.splits * (
-            self.head_dim + 2
-        )  # a group is a head, whose shares lie side by side
-        return [(g * width, (g + 1) * width) for g in self.groups_of(lo, hi)]
+        first = [self.x_col + g * self.x_stride for g in self.groups_of(lo, hi)]
+        return [(col, col + self.k) for col in first]
 
     def weight_rows(self, lo: int, hi: int) -> int:
         begin, end = self.span(lo, hi)
@@ -126,7 +112,7 @@ class Linear(Op):
         return (self.y,)
 
     def tag_checking(self) -> tuple[Buf, ...]:
-        return (self.y,) if self.splits > 1 else (self.x, self.y)  # y: the residual
+        return self.x, self.y  # y: the residual
 
     def cost(self, lo: int, hi: int, dtype_bytes: int, context: int) -> Cost:
         elements = self.weight_rows(lo, hi) * self.k
@@ -162,13 +148,6 @@ class Linear(Op):
         mem.write(self.y, 0, self.y_col + begin, y)
 
     def _input(self, mem: Memory, rows: int) -> np.ndarray:
-        if self.splits > 1:
-            part = mem.read(self.x, 0, rows, 0, partial_width(self.k, self.head_dim, self.splits))
-            kv_heads, width = self.k // (self.group * self.head_dim), self.group * self.head_dim
-            groups = np.split(part, kv_heads, axis=1)
-            return np.concatenate(
-                [merge(p, width, self.head_dim, self.splits) for p in groups], axis=1
-            )
         ((begin, end),) = self.x_regions(0, 1)
         if self.gather == NONE:
             return mem.read(self.x, 0, rows, begin, end)
@@ -179,8 +158,7 @@ class Linear(Op):
         """x of the group that a tile belongs to, [rows, k]."""
         rows = count(mem, self.counts, self.count_index)
         (columns,) = self.x_regions(tile, tile + 1)
-        x = mem.read(self.x, 0, rows, *columns)
-        return x if self.splits == 1 else merge(x, self.k, self.head_dim, self.splits)
+        return mem.read(self.x, 0, rows, *columns)
 
     def _product(
         self, mem: Memory, w: Buf, bias: Buf, x: np.ndarray, root: np.ndarray, begin: int, end: int

@@ -20,6 +20,7 @@ from tilert.ops.memory import Memory, count
 from tilert.ops.norm import rms_norm
 from tilert.ops.rope import halves, rotate
 
+CHOSEN_UNIT = 16  # chosen positions that no two shares have parts of
 CACHE_BYTES = 2  # of an element, where costs are weighed: caches of GPUs are bf16
 
 
@@ -124,9 +125,10 @@ class LatentAttention(Op):
     q [rows, heads * lora] f32: queries as latents; q_rope [rows, >= q_col + heads * (nope + rope)] f32:
     the buffer that LatentRope has rotated; both are rounded to the cache's type. selected [rows, topk]
     i32, when given: a token at position p attends to the first min(topk, p + 1) positions of its row,
-    and a share is an even part of those. Else it attends to all of [0, p], and a share has the pages
-    that page_share deals to it. y as of Attention with a kv head for each head and head_dim = lora, which
-    Combine, or a block-diagonal Linear, merges where splits > 1.
+    and a share is an even part of those, in units of CHOSEN_UNIT. Else it attends to all of [0, p], and a
+    share has the pages that page_share deals to it; back ends may leave out shares without positions then.
+    y as of Attention with a kv head for each head and head_dim = lora, which Combine merges where
+    splits > 1.
     """
 
     opcode: ClassVar[int] = 24
@@ -212,6 +214,13 @@ class LatentAttention(Op):
             for head in self.heads_of(g)
         ]
 
+    @property
+    def leaves_out(self) -> tuple[int, ...]:
+        return self.topk, self.splits
+
+    def tagging(self) -> tuple[Buf, ...]:
+        return (self.y,)
+
     def tag_checking(self) -> tuple[Buf, ...]:
         return (self.q,)
 
@@ -256,7 +265,9 @@ class LatentAttention(Op):
         visible = int(mem.read(self.positions, 0, 1, t, t + 1)[0, 0]) + 1
         if self.selected == NONE:
             return page_share(0, visible, split, self.splits)
-        begin, end = share(0, min(self.topk, visible), split, self.splits)
+        chosen = min(self.topk, visible)
+        units = share(0, -(-chosen // CHOSEN_UNIT), split, self.splits)
+        begin, end = (min(chosen, unit * CHOSEN_UNIT) for unit in units)
         if begin == end:
             return []
         chosen = mem.read(self.selected, t, t + 1, begin, end)[0]

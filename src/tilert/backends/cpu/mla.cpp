@@ -8,6 +8,8 @@
 namespace tilert {
 namespace {
 
+constexpr int kChosenUnit = 16;  // CHOSEN_UNIT of ops/mla.py
+
 class LatentRopeTask final : public Task {
  public:
   LatentRopeTask(const Operands& in, const LatentRopeFields& f, const Kernels& kernels)
@@ -134,10 +136,13 @@ class LatentAttentionTask final : public Task {
     }
   }
 
-  // An even part of the first `count` positions that were selected.
+  // An even part of the first `count` positions that were selected, in whole units.
   void chosen(const LatentArgs& args, int t, int count, int split, float* scratch) const {
     const int32_t *table = places_.pages(t), *positions = selected_ + int64_t{t} * f_.topk;
-    const auto border = [&](int64_t s) { return static_cast<int>(count * s / f_.splits); };
+    const int64_t units = ceil_div(count, kChosenUnit);
+    const auto border = [&](int64_t s) {
+      return std::min(count, static_cast<int>(units * s / f_.splits) * kChosenUnit);
+    };
     const float* rows[kPage];
     for (int i = border(split); i < border(split + 1);) {
       const int n = std::min(kPage, border(split + 1) - i);

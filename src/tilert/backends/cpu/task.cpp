@@ -18,8 +18,8 @@ class LinearTask final : public Task {
  public:
   LinearTask(const Operands& in, const LinearFields& f, const Kernels& kernels)
       : f_(f), kernels_(kernels), count_(in, f.counts, f.count_index, f.rows) {
-    in.require(f.gather < 0 && f.x_rows == 1 && f.splits == 1 && f.group == 1 && f.head_dim == 1,
-               "it gathers rows or merges shares, which only machines with rings are given");
+    in.require(f.gather < 0 && f.x_rows == 1,
+               "it gathers rows, which only machines with rings are given");
     in.require(f.tile_rows > 0 && f.y_col >= 0, "its tiles are not positive");
     in.require(f.epilogue >= 0 && f.epilogue <= 2, "its epilogue is unknown");
     in.require((f.epilogue == 2) == (f.w_up >= 0), "a gate has two matrices, others one");
@@ -311,6 +311,8 @@ class CombineTask final : public Task {
     in.require(f.kv_heads > 0 && f.heads > 0 && f.heads % f.kv_heads == 0,
                "its heads are no multiple of kv_heads");
     in.require(f.splits > 0 && f.head_dim > 0, "its shares are not positive");
+    in.require(f.parts == 1,
+               "its tiles are parts of heads, which only machines with rings are given");
     part_ = in.floats(f.part, f.rows, int64_t{f.heads} * f.splits * (f.head_dim + 2));
     y_ = in.floats(f.y, f.rows, int64_t{f.heads} * f.head_dim);
   }

@@ -14,6 +14,7 @@
 // those have arrived, for the cache may not have them yet. So a token finds the same bits whether
 // those before it were in its step or in earlier ones.
 #pragma once
+#include "combine.cuh"
 #include "heads.cuh"
 
 template <int kHeads, int kKvHeads, int kHeadDim, int kAttnWindow, int kSplits, bool kTagged,
@@ -504,83 +505,5 @@ struct Attend {
       for (Span span; span.next(b.params);) tile(b, run, held, i, span, scratch);
     if (thread() == 0) run.first < kTiles ? signal<kTagsOut>(b, run) : signal<false>(b, run);
     return true;
-  }
-};
-
-// Merges the shares that attention left; tile t * kHeads + h: query head h of token t. Rows without
-// a token get zeros, so that their tags are there.
-template <int kHeads, int kGroup, int kHeadDim, int kSplits, class Active, bool kTagsIn,
-          bool kTagged, bool kNarrow>
-struct Combine {
-  static constexpr int kAtOnce = kSplits < 16 ? kSplits : 16;
-  static constexpr int kPitch = kHeadDim + 2, kStride = kGroup * kPitch;  // of a head, of a share
-
-  static __device__ __forceinline__ bool stream(Loader&, const Run&) { return true; }
-  static __device__ __forceinline__ bool consume(Block& b, const Run& run) {
-    if (!wait_for_inputs<kTagsIn>(b, run)) return false;
-#pragma unroll 1
-    for (int i = thread(); i < int(run.count) * (kHeadDim / 2); i += kThreads) {
-      const u32 tile = run.first + i / (kHeadDim / 2), column = i % (kHeadDim / 2) * 2;
-      const float2 v = blended(b, run, tile, column);
-      const u32 at = tile * kHeadDim + column;
-      store_output<kTagged, kNarrow>(b.at(run.y), at, v.x, b.tag(run.y));
-      store_output<kTagged, kNarrow>(b.at(run.y), at + 1, v.y, b.tag(run.y));
-    }
-    sync_consumers();
-    if (thread() == 0) signal<kTagged>(b, run);
-    return true;
-  }
-
- private:
-  static __device__ __forceinline__ float2 blended(const Block& b, const Run& run, u32 tile,
-                                                   u32 column) {
-    const u32 token = tile / kHeads, head = tile % kHeads;
-    if (token >= b.count()) return {0, 0};
-    const int shares = Active::count(b, token, kSplits);
-    const float* from = b.at(run.x) + u64(token) * (kHeads * kSplits * kPitch) +
-                        head / kGroup * (kSplits * kStride) + head % kGroup * kPitch;
-    Blend blend;
-    float2 x = {0, 0};
-#pragma unroll 1
-    for (int first = 0; first < kSplits; first += kAtOnce) {
-      float2 top[kAtOnce], v[kAtOnce];
-      load(b, run, from + first * kStride, shares - first, column, top, v);
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        float fade, weight;
-        blend.join(top[i], fade, weight);
-        x.x = fmaf(x.x, fade, weight * v[i].x), x.y = fmaf(x.y, fade, weight * v[i].y);
-      }
-    }
-    const float inverse = blend.inverse();
-    return {rounded_for_tag(x.x * inverse), rounded_for_tag(x.y * inverse)};  // as Inputs
-  }
-
-  // Some shares, all loads under way at once; again while tags say that some are late.
-  static __device__ __forceinline__ void load(const Block& b, const Run& run, const float* from,
-                                              int shares, u32 column, float2 (&top)[kAtOnce],
-                                              float2 (&v)[kAtOnce]) {
-    const u32 tag = b.tag(run.x);
-    Retry retry;
-    for (u32 other = 1; other;) {
-      other = 0;
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        const float* share = from + i * kStride;
-        top[i] = load_float2_if(i < shares, share + kHeadDim, {-infinity(), 0});
-        v[i] = load_float2_if(i < shares, share + column, {0, 0});
-      }
-      if constexpr (!kTagsIn) return;
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        const u32 late = other_tag(top[i].x, tag) | other_tag(top[i].y, tag) |
-                         other_tag(v[i].x, tag) | other_tag(v[i].y, tag);
-        if (i >= shares) continue;
-        other |= late;
-        top[i] = {untagged(top[i].x), untagged(top[i].y)};
-        v[i] = {untagged(v[i].x), untagged(v[i].y)};
-      }
-      if (other && retry.in_vain(b, tag)) return;
-    }
   }
 };

@@ -1,5 +1,5 @@
-// How x', the input of a product, is made of what lies in the arena: copied, normed, or merged from
-// the shares of attention. Every block makes its own, each thread the elements that it will need.
+// How x', the input of a product, is made of what lies in the arena: copied, normed, or multiplied
+// by weights of a choice. Every block makes its own, each thread the elements that it will need.
 //
 // x' begins `first_x` floats behind run.x: a block-diagonal product takes another part for each
 // block. kPitch: from one token's x' to the next one's.
@@ -27,57 +27,6 @@ struct Normed {
 template <bool kChecked, int kEach, int kCount>
 struct Weighted {
   static constexpr bool kTagged = false, kNormed = false;  // the weights have no tags
-};
-// Active: which of the shares hold something; see below.
-template <int kSplits, int kGroup, int kHeadDim, class Active>
-struct Merged {
-  static constexpr bool kTagged = false, kNormed = false;
-};
-
-// Pages of the positions [lo, hi) are dealt out to the splits in rounds: page_share of
-// ops/attend.py. Only the first active_shares() can have some.
-__device__ __forceinline__ u32 active_shares(u32 lo, u32 hi, u32 splits) {
-  if (lo >= hi) return 0;
-  return lo < kPage ? min(splits, (hi + kPage - 1) / kPage) : splits;
-}
-__device__ __forceinline__ u32 page_of(u32 round, u32 split, u32 splits) {
-  return round * splits + (split + splits - round % splits) % splits;
-}
-__device__ __forceinline__ u32 split_of(u32 page, u32 splits) {
-  return (page + page / splits) % splits;
-}
-__device__ __forceinline__ u32 first_visible(u32 position, u32 window) {
-  return window && position + 1 > window ? position + 1 - window : 0;
-}
-
-// The number of shares, from the first on, that hold something of a token.
-template <int kAttnWindow>
-struct PastPages {  // of Attend: the positions before the token's own, which the first share has
-  static __device__ __forceinline__ int count(const Block& b, u32 token, int splits) {
-    const u32 hi = b.position(token);
-    return max(1u, active_shares(first_visible(hi, kAttnWindow), hi, splits));
-  }
-};
-struct SeenPages {  // of LatentAttention: all positions up to the token's own
-  static __device__ __forceinline__ int count(const Block& b, u32 token, int splits) {
-    return active_shares(0, b.position(token) + 1, splits);
-  }
-};
-struct EveryShare {  // of LatentAttention over chosen positions: empty shares say so
-  static __device__ __forceinline__ int count(const Block&, u32, int splits) { return splits; }
-};
-
-// Shares of attention join one after another: what is known fades, and the next one gets a weight.
-struct Blend {
-  float most = -infinity(), sum = 0;
-  __device__ __forceinline__ void join(float2 top, float& fade, float& weight) {
-    const float higher = fmaxf(most, top.x), base = higher == -infinity() ? 0 : higher;
-    fade = exp2_fast((most - base) * kLog2e);
-    weight = exp2_fast((top.x - base) * kLog2e);
-    most = higher;
-    sum = fmaf(sum, fade, weight * top.y);
-  }
-  __device__ __forceinline__ float inverse() const { return reciprocal(sum); }
 };
 
 template <class Layout>
@@ -203,58 +152,6 @@ struct Inputs {
     }
   };
 
-  // Adds up the shares of attention that Attend left: merge of ops/attention.py. Shares are taken a
-  // few at a time, all loads of those before the first use.
-  template <int kSplits, int kGroup, int kHeadDim, class Active>
-  static __device__ __forceinline__ void make(Block& b, const Run& run, u32 first_x,
-                                              Held<Merged<kSplits, kGroup, kHeadDim, Active>>&,
-                                              Operand& out) {
-    static_assert(kHeadDim % kWide == 0, "a piece lies in one head");
-    static_assert(kTokens == 1 || kSplits == 0, "several tokens are merged by Combine");
-    constexpr int kPitch = kHeadDim + 2, kStride = kGroup * kPitch;  // of a head, of a share
-    const int shares = Active::count(b, 0, kSplits);
-    Blend blend[kRounds];
-    float x[kRounds][kWide] = {};
-    const float* from[kRounds];
-#pragma unroll
-    for (int r = 0; r < kRounds; ++r) {
-      int at = Layout::inside(r) ? Layout::offset(r) : 0, head = at / kHeadDim;
-      from[r] = b.at(run.x) + first_x +
-                (head / kGroup * kSplits * kGroup + head % kGroup) * kPitch + at % kHeadDim;
-    }
-    constexpr int kAtOnce = kRounds * kWide > 32 ? 1 : kRounds * kWide > 8 ? 2 : 8;
-    for (int first = 0; first < shares; first += kAtOnce) {
-      float2 top[kAtOnce][kRounds];  // maximum and sum of a share
-      float v[kAtOnce][kRounds][kWide];
-#pragma unroll
-      for (int s = 0; s < kAtOnce; ++s)
-#pragma unroll
-        for (int r = 0; r < kRounds; ++r) {
-          const bool in = Layout::inside(r) && first + s < shares;
-          const float* share = from[r] + (first + s) * kStride;
-          const int column = Layout::offset(r) % kHeadDim;
-          top[s][r] = load_float2_if(in, share - column + kHeadDim, {-infinity(), 0});
-          load_pairs(in, share, v[s][r]);
-        }
-#pragma unroll
-      for (int s = 0; s < kAtOnce; ++s)
-#pragma unroll
-        for (int r = 0; r < kRounds; ++r) {
-          float fade, weight;
-          blend[r].join(top[s][r], fade, weight);
-#pragma unroll
-          for (int i = 0; i < kWide; ++i) x[r][i] = fmaf(x[r][i], fade, weight * v[s][r][i]);
-        }
-    }
-#pragma unroll
-    for (int r = 0; r < kRounds; ++r) {
-      const float inverse = Layout::inside(r) ? blend[r].inverse() : 0;
-#pragma unroll
-      for (int i = 0; i < kWide; ++i) x[r][i] = rounded_for_tag(x[r][i] * inverse);  // as Combine
-      Layout::put(out, r, x[r]);
-    }
-  }
-
  private:
   // The sum of a row over all lanes of a warp, for those that hold it. Parts are what lanes are
   // where there are fewer tokens, so the order of the sum is the same for any number of them.
@@ -321,20 +218,6 @@ struct Inputs {
     } else {
 #pragma unroll
       for (int i = 0; i < kWide; ++i) v[i] = load_float(at + i);
-    }
-  }
-
-  static __device__ __forceinline__ void load_pairs(bool in, const float* from,
-                                                    float (&to)[kWide]) {
-    if constexpr (kWide % 2 == 0) {
-#pragma unroll
-      for (int i = 0; i < kWide; i += 2) {
-        float2 two = load_float2_if(in, from + i, {0, 0});
-        to[i] = two.x, to[i + 1] = two.y;
-      }
-    } else {
-#pragma unroll
-      for (int i = 0; i < kWide; ++i) to[i] = in ? load_float(from + i) : 0;
     }
   }
 };

@@ -11,6 +11,7 @@ from tilert.ir.dtype import DType
 from tilert.ir.program import Op, Program
 from tilert.ops import (
     Attend,
+    Combine,
     Draw,
     IndexRope,
     IndexScore,
@@ -22,6 +23,8 @@ from tilert.ops import (
 
 SLOT_PAD = 128  # bytes behind a slot: rows that are not aligned arrive with their neighbours' bytes
 DRAW_BYTES = 13 << 10  # struct DrawScratch
+COMBINE_BYTES = 8192  # Combine's Scratch, of more than MOST_AT_ONCE shares
+MOST_AT_ONCE = 8  # shares that one warp merges
 INDEX_BYTES = 8448  # Select's Scratch, which is larger than IndexScore's
 RUN_BYTES, WAIT_BYTES = 96, 8  # struct Run, struct Wait
 ENTRIES = 16  # of a queue that does not fit: about as many runs as a layer has
@@ -158,6 +161,8 @@ def _scratch(program: Program, op: Op, tokens: int) -> int:
         return kept_bytes(program, op, tokens)
     if isinstance(op, Attend):
         return _attend_bytes(op.group, op.head_dim, tokens)
+    if isinstance(op, Combine):
+        return COMBINE_BYTES if op.splits > MOST_AT_ONCE else 0
     if isinstance(op, LatentAttention):
         return _latent_bytes(op, tokens)
     if isinstance(op, LatentRope):
@@ -181,8 +186,8 @@ def _attend_bytes(group: int, head_dim: int, tokens: int) -> int:
 def _latent_bytes(op: LatentAttention, tokens: int) -> int:
     share = -(-op.topk // op.splits)
     listed = -(-share // UNIT_ROWS) * UNIT_ROWS + 4
-    scores = 2 * 16 * (MAX_UNITS * UNIT_ROWS + 8)
-    return 2 * (16 + tokens) * (op.lora + op.rope) + 4 * (scores + listed)
+    taken = 16 * (MAX_UNITS * UNIT_ROWS + 8)  # scores of both halves of a row, weights in bf16
+    return 2 * (16 + tokens) * (op.lora + op.rope) + (2 * 4 + 2) * taken + 4 * (16 + listed)
 
 
 def _taken_units(program: Program, available: int) -> int:

@@ -2,10 +2,13 @@
 // values too. Pages are stored as [64 positions][kLora + kRope] bf16, with the 16-byte pieces of a
 // row permuted (see swizzle).
 //
-// A unit of the ring is 16 positions. The warps take a few units together: first each scores 8
-// positions with all heads of the tile, which are the rows of A, and leaves the scores in shared
-// memory; then each makes the weights of all positions for itself and multiplies its own columns of
-// the values with them. So nothing is merged at the end, and every row is read from memory once.
+// A unit of the ring is 16 positions. The warps take a few units together: first two warps score
+// the positions of a unit with all heads of the tile, which are the rows of A, each by half of a
+// row, and leave the scores in shared memory; then each makes the weights of two heads; then each
+// multiplies its own columns of the values with all of them. So nothing is merged at the end, and
+// every row is read from memory once. What comes after the last unit has arrived is what a step
+// waits for, and most of its instructions run once in a layer: loops are short and mostly not
+// unrolled.
 //
 // A tile is of one token: the tokens of a step are other workers' tiles, which find the same rows
 // in the L2 cache at about the same time. The rows that the step appends for the token and those
@@ -152,20 +155,23 @@ struct LatentRope {
 
 // What a share covers of what a token sees, a piece of kTake at a time. Without chosen positions
 // these are positions, of pages that are dealt out as page_share of ops/attend.py does; else places
-// in the list of them.
-template <int kTake, int kSplits, int kTopk>
+// in the list of them, in whole units of kUnit. A list of all positions is not read: each stands at
+// its own place.
+template <int kTake, int kUnit, int kSplits, int kTopk>
 struct Walk {
   u32 split, end;
   u32 from = 0, rows = 0;  // the piece
+  u32 first = 0;           // of the list
+  bool listed = false;     // some positions are not chosen
 
   __device__ __forceinline__ Walk(const Block& b, u32 token, u32 of_split) : split(of_split) {
     const u32 seen = b.position(token) + 1;
-    if constexpr (kTopk == 0) {
-      end = seen;
-    } else {
-      const u32 chosen = min(seen, u32(kTopk));
-      end = chosen * (split + 1) / kSplits;
-      next_at = first = chosen * split / kSplits;
+    end = seen;
+    if constexpr (kTopk > 0) {
+      const u32 chosen = min(seen, u32(kTopk)), units = (chosen + kUnit - 1) / kUnit;
+      end = min(chosen, units * (split + 1) / kSplits * kUnit);
+      next_at = first = units * split / kSplits * kUnit;
+      listed = seen > kTopk;
     }
   }
   __device__ __forceinline__ bool next() {
@@ -187,9 +193,8 @@ struct Walk {
   }
   __device__ __forceinline__ bool idle() const {
     if constexpr (kTopk == 0) return split >= active_shares(0, end, kSplits);
-    return first == end;
+    return first >= end;
   }
-  u32 first = 0;  // of the list
 
  private:
   u32 round = 0, next_at = 0;
@@ -200,31 +205,38 @@ struct Walk {
 // run.w: the cache, run.x: queries as latents, run.x2: rotated queries, run.x3: the chosen
 // positions.
 template <int kHeads, int kTileHeads, int kNope, int kRope, int kLora, int kSplits, int kTopk,
-          bool kTagged, u32 kScaleBits, int kQPitch, int kRotatedPitch>
+          bool kTagged, bool kTagsOut, u32 kScaleBits, int kQPitch, int kRotatedPitch>
 struct LatentAttention {
   static constexpr int kWidth = kLora + kRope, kRowBytes = 2 * kWidth;
   static constexpr int kUnitRows = 16, kUnitBytes = kUnitRows * kRowBytes;
   static_assert(kWidth % 16 == 0 && kLora % 16 == 0 && kNope % 4 == 0 && kTileHeads <= 16, "shape");
   static_assert(kUnitBytes <= kSlotBytes, "16 positions fit a slot");
   static constexpr int kUnits = kTakenUnits;  // taken together
-  static_assert(kUnits <= kSlots && kHeads % kTileHeads == 0, "units fit the ring");
+  static_assert(kUnits <= kSlots && kUnits <= kWarps / 2 && kHeads % kTileHeads == 0,
+                "units fit the ring, and have two warps each");
   static constexpr int kGroups = kHeads / kTileHeads;
   static constexpr int kTake = kUnits * kUnitRows;
-  static constexpr int kSteps = kWidth / 16, kRowPieces = kWidth / 8;
-  static constexpr int kColumns = kLora / 16;                      // blocks of columns of values
-  static constexpr int kOwn = (kColumns + kWarps - 1) / kWarps;    // of a warp
-  static constexpr int kPitch = kTake + 8;                         // of scores; no bank conflicts
-  static constexpr int kListed = (kTopk + kSplits - 1) / kSplits;  // positions of a share at most
+  static constexpr int kSteps = kWidth / 16, kHalf = (kSteps + 1) / 2, kRowPieces = kWidth / 8;
+  static constexpr int kColumns = kLora / 16;                    // blocks of columns of values
+  static constexpr int kOwn = (kColumns + kWarps - 1) / kWarps;  // of a warp
+  static constexpr int kPitch = kTake + 8;                       // no bank conflicts
+  static constexpr int kListed =                                 // positions of a share at most
+      ((kTopk + kUnitRows - 1) / kUnitRows + kSplits - 1) / kSplits * kUnitRows;
   static constexpr int kYPitch = kLora + 2;
-  static constexpr int kNewLoads = (kTokens * kRowPieces + kThreads - 1) / kThreads;
-  using Share = Walk<kTake, kSplits, kTopk>;
+  static constexpr int kLatents = kTileHeads * kLora / 4;  // pieces of four elements of queries
+  static constexpr int kLoads = (kLatents + kThreads - 1) / kThreads;
+  static constexpr int kTurned = kTileHeads * kRope / 4;
+  static constexpr int kTurnedLoads = (kTurned + kThreads - 1) / kThreads;
+  using Share = Walk<kTake, kUnitRows, kSplits, kTopk>;
   static __device__ __forceinline__ float scale() { return __uint_as_float(kScaleBits) * kLog2e; }
 
   struct Scratch {
     u16 q[16 * kWidth];
-    u16 made[kTokens][kWidth];  // the rows that the step appends, as they are stored
-    alignas(16) float scores[2][16][kPitch];
-    u32 rows[(kListed + kUnitRows - 1) / kUnitRows * kUnitRows + 4];  // of the cache
+    u16 made[kTokens][kWidth];                // the rows that the step appends, as they are stored
+    alignas(16) float scores[2][16][kPitch];  // of both halves of a row
+    alignas(16) u16 weights[16][kPitch];
+    float fade[16];
+    u32 rows[kListed + 4];  // of the cache
   };
   static_assert(sizeof(Scratch) <= kScratchBytes, "scratch is too small");
 
@@ -241,19 +253,21 @@ struct LatentAttention {
   static __device__ __forceinline__ bool stream(Loader& l, const Run& run) {
     Block& b = l.b;
     const Scratch& scratch = *reinterpret_cast<const Scratch*>(b.scratch);
-    if ((kTopk == 0 || kPasses > 1) && !l.past(run)) return false;
+    if (!l.past(run)) return false;
     for (u32 tile = run.first; tile < run.first + run.count; ++tile) {
       const Place at(tile);
       if (!given(b, at.token)) continue;
       Share share(b, at.token, at.split);
       if (share.idle()) continue;
-      if (kTopk && !l.listed()) return false;
+      if (share.listed && !l.listed()) return false;
       while (share.next())
         for (u32 row = 0; row < share.rows; row += kUnitRows) {
           if (!l.acquire()) return false;
           l.expect(kUnitBytes);
-          kTopk ? copy_rows(l, run, scratch.rows + share.from - share.first + row)
-                : l.copy(0, run.w + row_at(b, at.token, share.from + row), kUnitBytes);
+          if (share.listed)
+            copy_rows(l, run, scratch.rows + share.from - share.first + row);
+          else
+            l.copy(0, run.w + row_at(b, at.token, share.from + row), kUnitBytes);
           l.next();
         }
     }
@@ -263,28 +277,32 @@ struct LatentAttention {
   static __device__ __forceinline__ bool consume(Block& b, const Run& run) {
     if (!wait_for_inputs<false>(b, run)) return false;
     const Here me;
+#pragma unroll 1
     for (u32 i = run.first; i < run.first + run.count; ++i) {
       const Place at(i);
       if (given(b, at.token)) tile(me, b, run, at);
     }
-    if (me.thread == 0) signal<false>(b, run);
+    if (me.thread == 0) signal<kTagsOut>(b, run);
     return true;
   }
 
  private:
-  // Online softmax, alike in all warps, in powers of two; sums of the warp's own columns. Lane l
-  // has rows l / 4 and l / 4 + 8.
+  // Online softmax in powers of two: of two heads, of which lanes 0 to 15 have one and the others
+  // the second; and sums of the warp's own columns for rows l / 4 and l / 4 + 8.
   struct State {
-    float most[2] = {-infinity(), -infinity()}, sum[2] = {0, 0};
+    float most = -infinity(), sum = 0;
     float out[2 * kOwn][4] = {};
   };
+  static __device__ __forceinline__ u32 own_head(const Here& me) {
+    return me.warp * 2 + me.lane / 16;
+  }
 
   static __device__ __forceinline__ u64 row_at(const Block& b, u32 token, u32 position) {
     return (u64(physical_page(b, token, position)) * kPage + position % kPage) * kRowBytes;
   }
 
   static __device__ __forceinline__ void copy_rows(Loader& l, const Run& run, const u32* rows) {
-#pragma unroll 4
+#pragma unroll 2
     for (int r = 0; r < kUnitRows; ++r)
       l.copy(r * kRowBytes, run.w + u64(load_shared(rows + r)) * kRowBytes, kRowBytes);
   }
@@ -296,6 +314,7 @@ struct LatentAttention {
                                                    Scratch& scratch) {
     const u32* chosen = reinterpret_cast<const u32*>(b.at(run.x3)) + token * kTopk;
     const u32 count = share.end - share.first;
+#pragma unroll 1
     for (u32 i = me.thread; i < (count + kUnitRows - 1) / kUnitRows * kUnitRows; i += kThreads) {
       const u32 position = load_relaxed(chosen + share.first + min(i, count - 1));
       scratch.rows[i] = physical_page(b, token, position) * kPage + position % kPage;
@@ -310,55 +329,77 @@ struct LatentAttention {
     *reinterpret_cast<uint2*>(to) = {pack_bf16(v.x, v.y), pack_bf16(v.z, v.w)};
   }
 
-  // Queries and the rows of the step's tokens from `first` to this one to shared memory. Rows of q
-  // that no head has hold anything.
-  static __device__ __forceinline__ void prepare(const Here& me, const Block& b, const Run& run,
-                                                 const Place& at, u32 first, Scratch& scratch) {
-    constexpr int kOfHead = kLora / 4, kLatents = kTileHeads * kOfHead;
-    constexpr int kLoads = (kLatents + kThreads - 1) / kThreads;
-    constexpr int kOfTurned = kRope / 4, kTurned = kTileHeads * kOfTurned;
-    float4 made[kNewLoads];
+  // Queries, and the list of rows if there is one or else the rows that the step appends, to shared
+  // memory; the loads of queries are under way first, for all threads have them. Rows of q that no
+  // head has hold anything.
+  static __device__ __forceinline__ void prepare(const Here& me, Block& b, const Run& run,
+                                                 const Place& at, const Share& share, u32 first,
+                                                 Scratch& scratch) {
+    constexpr u32 kOfHead = kLora / 4, kOfTurned = kRope / 4;
+    const u32 tag = b.tag(run.x);
+    const float* latents =
+        b.at(run.x) + at.token * kQPitch + at.group * kTileHeads * kLora + me.thread * 4;
+    const float* heads =
+        b.at(run.x2) + at.token * kRotatedPitch + at.group * kTileHeads * (kNope + kRope) + kNope;
+    float4 turned[kTurnedLoads], v[kLoads];
 #pragma unroll
-    for (int i = 0; i < kNewLoads; ++i)
-      if (const float* from = made_at(b, run, at.token, first, me.thread + i * kThreads))
-        made[i] = load_float4(from);
-    for (u32 i = me.thread; i < kTurned; i += kThreads) {
-      const u32 head = i / kOfTurned, e = i % kOfTurned * 4;
-      const float* from = b.at(run.x2) + at.token * kRotatedPitch +
-                          (at.group * kTileHeads + head) * (kNope + kRope) + kNope + e;
-      put(scratch, head, kLora + e, load_float4(from));
+    for (int i = 0; i < kTurnedLoads; ++i) {
+      const u32 piece = me.thread + i * kThreads;
+      if (inside<kTurned>(piece))
+        turned[i] =
+            load_float4(heads + piece / kOfTurned * (kNope + kRope) + piece % kOfTurned * 4);
     }
-#pragma unroll
-    for (int i = 0; i < kNewLoads; ++i)
-      if (made_at(b, run, at.token, first, me.thread + i * kThreads))
-        reinterpret_cast<float4*>(scratch.made)[me.thread + i * kThreads] = made[i];
-    const float* from = b.at(run.x) + at.token * kQPitch + at.group * kTileHeads * kLora;
-    float4 v[kLoads];
     Retry retry;
+    bool begun = false;
     for (u32 other = 1; other;) {
       other = 0;
 #pragma unroll
       for (int i = 0; i < kLoads; ++i)
-        v[i] = load_float4(from + min(me.thread + i * kThreads, kLatents - 1) * 4);
+        if (inside<kLatents>(me.thread + i * kThreads))
+          v[i] = load_float4(latents + i * (kThreads * 4));
+      if (!begun) {
+        if (kTopk > 0 && share.listed)
+          list_rows(me, b, run, at.token, share, scratch);
+        else
+          fetch_made(me, b, run, at.token, share, first, scratch);
+      }
+      begun = true;
 #pragma unroll
       for (int i = 0; i < kLoads; ++i)
-        if constexpr (kTagged) other |= other_tags(v[i], b.tag(run.x));
-      if (other && retry.in_vain(b, b.tag(run.x))) break;
+        if (kTagged && inside<kLatents>(me.thread + i * kThreads)) other |= other_tags(v[i], tag);
+      if (other && retry.in_vain(b, tag)) break;
+    }
+#pragma unroll
+    for (int i = 0; i < kTurnedLoads; ++i) {
+      const u32 piece = me.thread + i * kThreads;
+      if (inside<kTurned>(piece))
+        put(scratch, piece / kOfTurned, kLora + piece % kOfTurned * 4, turned[i]);
     }
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
-      const int index = me.thread + i * kThreads;
-      if (index < kLatents) put(scratch, index / kOfHead, index % kOfHead * 4, cleaned(v[i]));
+      const u32 piece = me.thread + i * kThreads;
+      if (inside<kLatents>(piece))
+        put(scratch, piece / kOfHead, piece % kOfHead * 4, cleaned(v[i]));
     }
+    sync_consumers();
+  }
+  // Whether a thread has a piece; known beforehand where all threads have as many.
+  template <u32 kCount>
+  static __device__ __forceinline__ bool inside(u32 piece) {
+    return kCount % kThreads == 0 || piece < kCount;
   }
 
-  // Piece `index` of the rows that the step appends for the tokens from `first` to this one.
-  static __device__ __forceinline__ const float* made_at(const Block& b, const Run& run, u32 token,
-                                                         u32 first, u32 index) {
-    const u32 row = first + index / kRowPieces;
-    if (kTopk || row > token) return nullptr;
-    return reinterpret_cast<const float*>(run.w + row_at(b, token, b.position(row))) +
-           index % kRowPieces * 4;
+  // The rows that the step appends for its tokens from `first` to this one, if the share sees some.
+  static __device__ __forceinline__ void fetch_made(const Here& me, const Block& b, const Run& run,
+                                                    u32 token, const Share& share, u32 first,
+                                                    Scratch& scratch) {
+    if (share.end <= b.position(first)) return;
+#pragma unroll 1
+    for (u32 i = me.thread; i < (token + 1 - first) * kRowPieces; i += kThreads) {
+      const u64 row = row_at(b, token, b.position(first + i / kRowPieces));
+      reinterpret_cast<float4*>(scratch.made)[i] =
+          load_float4(reinterpret_cast<const float*>(run.w + row) + i % kRowPieces * 4);
+    }
   }
 
   static __device__ __forceinline__ u32 other_tags(float4 v, u32 tag) {
@@ -373,15 +414,13 @@ struct LatentAttention {
                                               const Place& at) {
     Scratch& scratch = *reinterpret_cast<Scratch*>(b.scratch);
     Share share(b, at.token, at.split);
+    if (kTopk == 0 && share.idle()) return;  // nobody reads the result
     State state;
     if (!share.idle()) {
-      if constexpr (kTopk > 0) list_rows(me, b, run, at.token, share, scratch);
       const u32 first = first_of_sequence(b, at.token), fresh = b.position(first);
-      prepare(me, b, run, at, first, scratch);
-      sync_consumers();
-      for (u32 turn = 0; share.next(); turn ^= 1) take(me, b, share, fresh, turn, scratch, state);
-    } else if (kTopk == 0) {
-      return;  // nobody reads the result
+      prepare(me, b, run, at, share, first, scratch);
+#pragma unroll 1
+      while (share.next()) take(me, b, share, fresh, scratch, state);
     }
     store(me, b, run, at, state);
     sync_consumers();
@@ -389,40 +428,44 @@ struct LatentAttention {
 
   // The next piece of a share; fresh: the first position that the step appends.
   static __device__ __forceinline__ void take(const Here& me, Block& b, const Share& share,
-                                              u32 fresh, u32 turn, Scratch& scratch, State& state) {
+                                              u32 fresh, Scratch& scratch, State& state) {
     const Cursor first = b.cursor;
     const u32 units = (share.rows + kUnitRows - 1) / kUnitRows, mine = me.warp / 2;
-    const u32* rows = scratch.rows + share.from - share.first;  // with kTopk
+    const u32* rows = share.listed ? scratch.rows + share.from - share.first : nullptr;
     if (mine < units) {
       wait_full(b, first.after(mine));
       u16* unit = reinterpret_cast<u16*>(b.slot(first.after(mine)));
-      if constexpr (kTopk == 0) {
-        const u32 from = share.from + me.warp * 8, end = min(from + 8, share.end);
-        if (end > fresh) replace(me, unit, max(from, fresh), end, fresh, scratch);
-      }
-      float s[4];
-      score(me, scratch.q, unit, kTopk ? rows + mine * kUnitRows : nullptr, s);
-      float* to = &scratch.scores[turn][me.lane / 4][me.warp * 8 + me.lane % 4 * 2];
-      to[0] = s[0], to[1] = s[1];
-      to[8 * kPitch] = s[2], to[8 * kPitch + 1] = s[3];
+      const u32 from = share.from + mine * kUnitRows;
+      const u32 end = min(from + kUnitRows, share.from + share.rows);
+      if (!share.listed && end > fresh) replace(me, unit, max(from, fresh), end, fresh, scratch);
+      score(me, scratch, unit, rows ? rows + mine * kUnitRows : nullptr);
     }
     sync_consumers();
-    u32 p[kUnits][4];
-    weigh(me, state, scratch.scores[turn], share.rows, p);
+    weigh(me, state, scratch, share.rows);
+    sync_consumers();
 #pragma unroll
-    for (u32 u = 0; u < kUnits; ++u) {
-      if (u >= units) continue;
+    for (int half = 0; half < 2; ++half) {
+      const float fade = scratch.fade[me.lane / 4 + half * 8];
+#pragma unroll
+      for (int n = 0; n < 2 * kOwn; ++n)
+        state.out[n][half * 2] *= fade, state.out[n][half * 2 + 1] *= fade;
+    }
+#pragma unroll 1
+    for (u32 u = 0; u < units; ++u) {
       wait_full(b);
-      add_values(me, state, p[u], reinterpret_cast<const u16*>(b.slot()),
-                 kTopk ? rows + u * kUnitRows : nullptr);
+      add_values(me, state, scratch.weights[0] + u * kUnitRows,
+                 reinterpret_cast<const u16*>(b.slot()), rows ? rows + u * kUnitRows : nullptr);
       release_slot(b);
     }
   }
 
-  // What was copied for positions of the step may be older than what is there now.
+  // What was copied for positions of the step may be older than what is there now. Both warps of a
+  // unit do this, and so find what they need in place without waiting for each other.
   static __device__ __forceinline__ void replace(const Here& me, u16* unit, u32 begin, u32 end,
                                                  u32 fresh, const Scratch& scratch) {
+#pragma unroll 1
     for (u32 position = begin; position < end; ++position)
+#pragma unroll 1
       for (u32 piece = me.lane; piece < kRowPieces; piece += 32)
         reinterpret_cast<uint4*>(unit + position % kUnitRows * kWidth)[piece] =
             reinterpret_cast<const uint4*>(scratch.made[position - fresh])[piece];
@@ -430,13 +473,9 @@ struct LatentAttention {
     __syncwarp();
   }
 
-  // The row of a page that a row of a unit was: it tells how its pieces are permuted.
-  static __device__ __forceinline__ u32 origin(const u32* rows, u32 row) {
-    return kTopk ? rows[row] : row;
-  }
-
   // Where a lane finds the pieces c + h of a row, c a constant and h its own, less than the power
-  // of two that c is a multiple of: (c + h) ^ key is (c & ~7) + ((c & 7) ^ (h ^ key)).
+  // of two that c is a multiple of: (c + h) ^ key is (c & ~7) + ((c & 7) ^ (h ^ key)). from: the
+  // row of a page that it was, which tells how its pieces are permuted.
   struct Pieces {
     u32 base, own;
     __device__ __forceinline__ Pieces(const u16* rows, u32 row, u32 from, u32 h)
@@ -445,76 +484,73 @@ struct LatentAttention {
       return base + (own ^ (c & 7) * 16) + (c & ~7u) * 16;
     }
   };
+  static __device__ __forceinline__ u32 origin(const u32* rows, u32 row) {
+    return kTopk > 0 && rows ? rows[row] : row;
+  }
 
-  // s = q k^T of the warp's 8 positions, two steps of 16 elements at a time.
-  static __device__ __forceinline__ void score(const Here& me, const u16* q, const u16* unit,
-                                               const u32* rows, float (&s)[4]) {
-    const u32 row = me.warp % 2 * 8 + me.lane % 8, head = me.lane % 16;
-    const Pieces keys(unit, row, origin(rows, row), me.lane / 8);
-    const Pieces queries(q, head, head, me.lane / 16);
-    float odd[4] = {0, 0, 0, 0};
-    s[0] = s[1] = s[2] = s[3] = 0;
-#pragma unroll 6
-    for (int step = 0; step < kSteps; step += 2) {
+  // q k^T of the warp's unit, over the warp's half of a row.
+  static __device__ __forceinline__ void score(const Here& me, Scratch& scratch, const u16* unit,
+                                               const u32* rows) {
+    const u32 row = me.lane % 8 + me.lane / 16 * 8, head = me.lane % 16, half = me.warp % 2;
+    const Pieces keys(unit, row, origin(rows, row), me.lane / 8 % 2);
+    const Pieces queries(scratch.q, head, head, me.lane / 16);
+    float s[2][4] = {};
+#pragma unroll 3
+    for (u32 i = 0; i < kHalf; ++i) {
+      const u32 step = half * kHalf + i;
+      if (kSteps % 2 && step == kSteps) break;
       u32 k[4], a[4];
-      // Where the last step has no second one, its pieces are read and not used.
       load_matrices(k, keys.at(step * 2));
       load_matrices(a, queries.at(step * 2));
-      multiply(s, a, k[0], k[1]);
-      if (step + 1 == kSteps) continue;
-      load_matrices(a, queries.at(step * 2 + 2));
-      multiply(odd, a, k[2], k[3]);
+      multiply(s[0], a, k[0], k[1]);
+      multiply(s[1], a, k[2], k[3]);
+    }
+    float* to = &scratch.scores[half][me.lane / 4][me.warp / 2 * kUnitRows + me.lane % 4 * 2];
+#pragma unroll
+    for (int n = 0; n < 2; ++n)
+#pragma unroll
+      for (int below = 0; below < 2; ++below)
+        *reinterpret_cast<float2*>(to + below * 8 * kPitch + n * 8) = {s[n][below * 2],
+                                                                       s[n][below * 2 + 1]};
+  }
+
+  // Scores of the warp's heads to weights; lane l has positions l modulo 16, those beyond `rows` do
+  // not count.
+  static __device__ __forceinline__ void weigh(const Here& me, State& state, Scratch& scratch,
+                                               u32 rows) {
+    const u32 head = own_head(me), at = me.lane % 16;
+    float v[kUnits], most = state.most, sum = 0;
+#pragma unroll
+    for (u32 u = 0; u < kUnits; ++u) {
+      const u32 column = u * kUnitRows + at;
+      const float score = scratch.scores[0][head][column] + scratch.scores[1][head][column];
+      v[u] = column < rows ? score * scale() : -infinity();
+      most = fmaxf(most, v[u]);
     }
 #pragma unroll
-    for (int i = 0; i < 4; ++i) s[i] += odd[i];
-  }
-
-  // Two scores in powers of two; those of positions beyond the piece do not count.
-  static __device__ __forceinline__ float2 seen(const Here& me, const float* row, int block,
-                                                u32 rows) {
-    const float2 v = reinterpret_cast<const float2*>(row)[block * 4];
-    const u32 at = block * 8 + me.lane % 4 * 2;
-    return {at < rows ? v.x * scale() : -infinity(), at + 1 < rows ? v.y * scale() : -infinity()};
-  }
-
-  // Scores of a piece to weights, as rows of A for each unit.
-  static __device__ __forceinline__ void weigh(const Here& me, State& state,
-                                               const float (&scores)[16][kPitch], u32 rows,
-                                               u32 (&p)[kUnits][4]) {
+    for (int o = 8; o; o /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, o));
+    const float base = most == -infinity() ? 0 : most;
+    const float fade = exp2_fast(state.most - base);
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const float* row = scores[me.lane / 4 + half * 8] + me.lane % 4 * 2;
-      float most = state.most[half], sum = 0;
-#pragma unroll
-      for (int block = 0; block < 2 * kUnits; ++block) {  // of 8 positions, two of a lane
-        const float2 v = seen(me, row, block, rows);
-        most = fmaxf(most, fmaxf(v.x, v.y));
-      }
-      most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));
-      most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
-      const float base = most == -infinity() ? 0 : most;
-      const float fade = exp2_fast(state.most[half] - base);
-#pragma unroll
-      for (int block = 0; block < 2 * kUnits; ++block) {
-        const float2 v = seen(me, row, block, rows);
-        const u32 word = pack_bf16(exp2_fast(v.x - base), exp2_fast(v.y - base));
-        sum += __uint_as_float(word << 16) + __uint_as_float(word & 0xffff0000u);
-        p[block / 2][block % 2 * 2 + half] = word;
-      }
-      sum += __shfl_xor_sync(~0u, sum, 1);
-      sum += __shfl_xor_sync(~0u, sum, 2);
-      state.most[half] = most;
-      state.sum[half] = fmaf(state.sum[half], fade, sum);
-#pragma unroll
-      for (int n = 0; n < 2 * kOwn; ++n)
-        state.out[n][half * 2] *= fade, state.out[n][half * 2 + 1] *= fade;
+    for (u32 u = 0; u < kUnits; ++u) {
+      const u16 weight = u16(pack_bf16(exp2_fast(v[u] - base), 0));
+      scratch.weights[head][u * kUnitRows + at] = weight;
+      sum += BF16::widen(weight);
     }
+#pragma unroll
+    for (int o = 8; o; o /= 2) sum += __shfl_xor_sync(~0u, sum, o);
+    if (at == 0) scratch.fade[head] = fade;
+    state.most = most;
+    state.sum = fmaf(state.sum, fade, sum);
   }
 
-  static __device__ __forceinline__ void add_values(const Here& me, State& state, const u32 (&p)[4],
-                                                    const u16* unit, const u32* rows) {
-    const u32 row = me.lane % 16;
-    const Pieces values(unit, row, origin(rows, row), me.lane / 16);
+  static __device__ __forceinline__ void add_values(const Here& me, State& state,
+                                                    const u16* weights, const u16* unit,
+                                                    const u32* rows) {
+    const u32 row = me.lane % 16, piece = me.lane / 16;
+    const Pieces values(unit, row, origin(rows, row), piece);
+    u32 p[4];
+    load_matrices(p, shared_address(weights + row * kPitch + piece * 8));
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
       const u32 block = me.warp * kOwn + i;
@@ -526,22 +562,28 @@ struct LatentAttention {
     }
   }
 
+  // A word of the result; rounded in the same way where words have no tags.
+  static __device__ __forceinline__ float word(float v, u32 tag) {
+    return kTagsOut ? tagged(v, tag) : rounded_for_tag(v);
+  }
+
   static __device__ __forceinline__ void store(const Here& me, const Block& b, const Run& run,
                                                const Place& at, const State& state) {
-    const u32 head = at.token * kHeads + at.group * kTileHeads;
+    const u32 first = at.token * kHeads + at.group * kTileHeads, tag = b.tag(run.y);
+    float* y = b.at(run.y) + (first * kSplits + at.split) * kYPitch;
+    if (me.lane % 16 == 0 && own_head(me) < kTileHeads)
+      store_float2(y + own_head(me) * (kSplits * kYPitch) + kLora,
+                   {word(state.most * (1 / kLog2e), tag), word(state.sum, tag)});
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const u32 row = me.lane / 4 + half * 8;
+      const u32 row = me.lane / 4 + half * 8, column = me.warp * kOwn * 16 + me.lane % 4 * 2;
       if (row >= kTileHeads) continue;
-      float* y = b.at(run.y) + ((head + row) * kSplits + at.split) * kYPitch;
-      if (me.warp == 0 && me.lane % 4 == 0)
-        store_float2(y + kLora, {state.most[half] / kLog2e, state.sum[half]});
+      float* to = y + row * (kSplits * kYPitch) + column;
 #pragma unroll
-      for (int n = 0; n < 2 * kOwn; ++n) {
-        const u32 column = (me.warp * 2 * kOwn + n) * 8 + me.lane % 4 * 2;
-        if (column < kLora)
-          store_float2(y + column, {state.out[n][half * 2], state.out[n][half * 2 + 1]});
-      }
+      for (int n = 0; n < 2 * kOwn; ++n)
+        if (kColumns % kWarps == 0 || column + n * 8 < kLora)
+          store_float2(to + n * 8,
+                       {word(state.out[n][half * 2], tag), word(state.out[n][half * 2 + 1], tag)});
     }
   }
 };

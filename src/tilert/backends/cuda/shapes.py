@@ -48,7 +48,7 @@ def has_shape(program: Program, op: Op) -> bool:
     rows fit a slot."""
     if not isinstance(op, PRODUCTS) or op.x_type == DType.F32:
         return False
-    if isinstance(op, Linear) and (op.splits > 1 or op.bias != NONE):
+    if isinstance(op, Linear) and op.bias != NONE:
         return False
     weights = program.buffers[op.w]
     if weights.dtype is not DType.F8E4M3 or weights.scale == NONE:

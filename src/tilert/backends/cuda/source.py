@@ -57,15 +57,13 @@ from tilert.ops.logprobs import MOST, REPORT_WORDS, SURVEY_WORDS
 
 FOLDER = Path(__file__).parent
 HEADERS = (
-    "ptx.cuh", "program.cuh", "tile.cuh", "inputs.cuh", "products.cuh", "linear.cuh", "heads.cuh",
-    "attend.cuh", "sample.cuh", "draw.cuh", "logprobs.cuh", "experts.cuh", "mla.cuh", "index.cuh",
-    "norm.cuh", "shape.cuh", "shapes.cuh",
+    "ptx.cuh", "program.cuh", "tile.cuh", "inputs.cuh", "products.cuh", "linear.cuh", "combine.cuh",
+    "heads.cuh", "attend.cuh", "sample.cuh", "draw.cuh", "logprobs.cuh", "experts.cuh", "mla.cuh",
+    "index.cuh", "norm.cuh", "shape.cuh", "shapes.cuh",
 )  # fmt: skip
 KERNEL = "tilert_program"
-SHAPE_SHIFT, PASS_SHIFT = (
-    6,
-    12,
-)  # kShapeShift, kPassShift: a run's variant has 6 bits, its shape too
+# kShapeShift, kPassShift: a run's variant has 6 bits, its shape too
+SHAPE_SHIFT, PASS_SHIFT = 6, 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,8 +154,9 @@ def _type(program: Program, op: Op, tags: Tags) -> str:
         return _index(program, op, tags)
     if isinstance(op, Combine):
         return (
-            f"Combine<{op.heads}, {op.group}, {op.head_dim}, {op.splits}, {_active(program, op.part)},"
-            f" {_flag(op.part in tags.writers)}, {_flag(op.y in tags.writers)}, {_narrow(program, op.y)}>"
+            f"Combine<{op.heads}, {op.group}, {op.head_dim}, {op.parts}, {op.splits},"
+            f" {_active(program, op.part)}, {_flag(op.part in tags.writers)},"
+            f" {_flag(op.y in tags.writers)}, {_narrow(program, op.y)}>"
         )
     if isinstance(op, Embed):
         return f"Embed<{op.width}, {_weight(program, op.table)}, {_flag(op.y in tags.writers)}>"
@@ -223,7 +222,7 @@ def _latent(program: Program, op: LatentRope | LatentAttention, tags: Tags) -> s
     assert op.block == 1, "a tile has one token"
     return (
         f"LatentAttention<{op.heads}, {op.tile_heads}, {op.nope}, {op.rope}, {op.lora}, {op.splits},"
-        f" {op.topk}, {_flag(op.q in tags.writers)}, {_bits(op.scale)},"
+        f" {op.topk}, {_flag(op.q in tags.writers)}, {_flag(op.y in tags.writers)}, {_bits(op.scale)},"
         f" {_pitch(program, op.q)}, {_pitch(program, op.q_rope)}>"
     )
 
@@ -269,12 +268,9 @@ def _narrow(program: Program, buf: Buf) -> str:
 
 def _linear(program: Program, op: Linear, tags: Tags) -> str:
     x, rows = _input(program, op, tags), "Straight"
-    if op.splits > 1:
-        x = f"Merged<{op.splits}, {op.group}, {op.head_dim}, {_active(program, op.x)}>"
     if op.groups > 1:
         assert x != "Stored", "each block has another part of x"
-        stride = op.splits * (op.head_dim + 2) if op.splits > 1 else op.x_stride
-        rows = f"Blocks<{op.n // op.groups}, {stride}>"
+        rows = f"Blocks<{op.n // op.groups}, {op.x_stride}>"
     epilogue = ("kStore", "kAdd", "kGate")[op.epilogue]
     made = _product(program, op, tags, epilogue, x, rows)
     # With several passes a loader knows too late where its tokens are.
