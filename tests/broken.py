@@ -682,7 +682,13 @@ def loader_that_trusts_the_waits_of_its_queue() -> Program:
     return without_wait(program, 0, position, -1)
 
 
-# Ops of GOOD["latent"]: 3 index rope, 4 scores, 5 latent rope, 6 block-diagonal, 7 select, 8 attention.
+# Ops of GOOD["latent"]: 3 index rope, 4 scores, 5 latent append, 6 block-diagonal, 7 select, 8 attention,
+# 9 combine.
+
+
+@breaks("structure")
+def heads_that_do_not_divide_into_parts() -> Program:
+    return with_op(GOOD["latent"], 9, parts=3)
 
 
 @breaks("structure")

@@ -29,8 +29,8 @@ from tilert.ops import (
     Guess,
     IndexRope,
     IndexScore,
+    LatentAppend,
     LatentAttention,
-    LatentRope,
     Linear,
     NextToken,
     Norm,
@@ -413,14 +413,14 @@ def latent_draft(machine: Machine, tokens: int, splits: int, topk: int = 16) -> 
                    *paged, 2, dim, rope, q_width, lora + rope, 0, CONTEXT, 2, 2, 1e-6))  # fmt: skip
     d.op(IndexScore(q, kv, keys, scale, scores, *paged, 2, dim, q_width, lora + rope + dim, topk, 2, 64,
                     max(1, tokens // 2), 2, 2, 0.25))  # fmt: skip
-    d.op(LatentRope(q, kv, d.weight("kv_norm", 1, lora), table, latents, *paged, heads, nope, rope, lora,
-                    0, 0, 1, CONTEXT, 2, 2, 1e-6))  # fmt: skip
+    d.op(LatentAppend(kv, d.weight("kv_norm", 1, lora), table, latents, *paged, rope, lora, 0, 1, CONTEXT,
+                      2, 2, 1e-6))  # fmt: skip
     up = linear(q, d.weight("up", heads * lora, nope), queries, counts, k=nope, n=heads * lora, tile=4,
                 rows=tokens)  # fmt: skip
     d.op(replace(up, groups=heads, x_stride=nope + rope))
     d.op(Select(scores, selected, at, counts, tokens, topk, 2, 64))
-    d.op(LatentAttention(queries, q, latents, selected, shares, *paged, heads, 2, nope, rope, lora, 0,
-                         topk, splits, max(1, tokens // 2), 2, 2, 0.4))  # fmt: skip
+    d.op(LatentAttention(queries, q, table, latents, selected, shares, *paged, heads, 2, nope, rope, lora,
+                         0, 1, topk, splits, max(1, tokens // 2), CONTEXT, 2, 2, 0.4))  # fmt: skip
     if splits > 1:
         d.op(Combine(shares, mixed, counts, tokens, heads, heads, lora, splits, 0))
     down = linear(mixed, d.weight("down", HIDDEN, lora), values, counts, k=lora, n=HIDDEN, tile=3,

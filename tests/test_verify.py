@@ -19,10 +19,11 @@ from broken import (
     without_wait,
 )
 from programs import GOOD, HIDDEN, tiny_model
-from test_cuda_kernel import compiled
+from test_cuda_kernel import LATENT, MODELS, compiled
 
 from tilert.backends.interpreter import ORDERS, DeadlockError, RaceError
 from tilert.compiler.verify import RULES, VerifyError, verify
+from tilert.ir.dtype import DType
 from tilert.ir.machine import NULL, cpu
 from tilert.ir.program import Kind, Program
 from tilert.ir.regions import Cells
@@ -115,12 +116,13 @@ def test_what_one_worker_hands_to_itself_needs_no_wait() -> None:
 def test_a_compiler_that_takes_all_signals_for_ordered_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Latent attention takes what a rotation wrote, and a product behind that in the queue, whose words have
-    tags, signals for both."""
-    compiled("latent")
+    """Who appends latents takes the position that the step before has left, and knows of that by a product,
+    whose words have tags."""
+    monkeypatch.setitem(MODELS, "six workers", (LATENT, DType.BF16, 6, {}))
+    compiled("six workers")
     monkeypatch.setattr("tilert.compiler.derive", lambda program: Tags({}, {}, 0))
-    with pytest.raises(VerifyError, match=r"^handoff: .* latentattention .* of .* latentrope "):
-        compiled("latent")
+    with pytest.raises(VerifyError, match=r"^handoff: .* latentappend .* of .* nexttoken "):
+        compiled("six workers")
 
 
 def test_message_names_worker_run_op_buffer_and_region() -> None:

@@ -12,7 +12,7 @@ from tilert.compiler.lowering import PROMPT_BLOCK, Lowering, operand
 from tilert.ir.dtype import DType
 from tilert.ir.graph import Node, Value
 from tilert.ir.program import NONE, PAGE, Buf, Kind
-from tilert.ops import Combine, IndexRope, IndexScore, LatentAttention, LatentRope, Select
+from tilert.ops import Combine, IndexRope, IndexScore, LatentAppend, LatentAttention, Select
 
 HEADS = 16  # of a tile on machines with rings: rows of a matrix instruction
 MAX_SPLITS = 32  # each share has a page then, of 2048 selected positions
@@ -37,16 +37,16 @@ def wanted_beyond(low: Lowering, product: Value) -> int:
 
 
 def _lower_latent_rope(low: Lowering, node: Node) -> None:
+    """The cache gets its rows; attention rotates the queries that it takes."""
     q, kv, norm, table = (operand(node, name) for name in ("q", "kv", "norm", "table"))
-    lim, layer, heads = low.limits, int(node.attrs["layer"]), int(node.attrs["heads"])
+    lim, layer = low.limits, int(node.attrs["layer"])
     low.home[node.output] = low.home[q]
-    low.column[node.output] = column = low.column.get(q, 0)
+    low.column[node.output] = low.column.get(q, 0)
     low.ops.append(
-        LatentRope(low.home[q], low.home[kv], low.weight(norm), low.weight(table),
-                   low.cache("latent", layer, kv.cols), *_paged(low), lim.tokens, heads,
-                   int(node.attrs["nope"]), table.cols, norm.cols, column, low.column.get(kv, 0),
-                   int(node.attrs["interleave"]), lim.context, lim.sequences, lim.pages,
-                   node.attrs["eps"])
+        LatentAppend(low.home[kv], low.weight(norm), low.weight(table),
+                     low.cache("latent", layer, kv.cols), *_paged(low), lim.tokens, table.cols, norm.cols,
+                     low.column.get(kv, 0), int(node.attrs["interleave"]), lim.context, lim.sequences,
+                     lim.pages, node.attrs["eps"])
     )  # fmt: skip
 
 
@@ -66,18 +66,21 @@ def _heads_and_splits(low: Lowering, heads: int) -> tuple[int, int]:
 def _lower_latent_attention(low: Lowering, node: Node) -> None:
     q, rotated, selected = operand(node, "q"), operand(node, "rotated"), node.inputs["selected"]
     layer, heads, lora, nope = (int(node.attrs[n]) for n in ("layer", "heads", "lora", "nope"))
-    lim, rope = low.limits, rotated.cols // heads - nope
+    turning, lim = low.maker[rotated], low.limits
+    assert turning.op == "latent_rope", f"{node}: its queries are not rotated"
+    table = operand(turning, "table")
     group, splits = _heads_and_splits(low, heads)
     y = part = low.work(node.output)
     if splits > 1:
         name, width = f"{node.output.name}.part", heads * splits * (lora + 2)
         part = low.buffer(name, Kind.WORK, DType.F32, lim.tokens, width)
     op = LatentAttention(
-        low.home[q], low.home[rotated], low.cache("latent", layer, lora + rope),
-        NONE if selected is None else low.home[selected], part, *_paged(low), lim.tokens, heads, group,
-        nope, rope, lora, low.column.get(rotated, 0), selected.cols if selected else 0, splits,
+        low.home[q], low.home[rotated], low.weight(table),
+        low.cache("latent", layer, lora + table.cols), NONE if selected is None else low.home[selected],
+        part, *_paged(low), lim.tokens, heads, group, nope, table.cols, lora, low.column.get(rotated, 0),
+        int(turning.attrs["interleave"]), selected.cols if selected else 0, splits,
         # With rings there are workers enough to take the tokens of a step side by side.
-        1 if low.fused else lim.tokens if low.few else PROMPT_BLOCK, lim.sequences, lim.pages,
+        1 if low.fused else lim.tokens if low.few else PROMPT_BLOCK, lim.context, lim.sequences, lim.pages,
         node.attrs["scale"],
     )  # fmt: skip
     low.ops.append(op)

@@ -16,7 +16,7 @@ from tilert.ops.experts import ExpertDown, ExpertGate, Route
 from tilert.ops.index import IndexRope, IndexScore, Select
 from tilert.ops.linear import Linear
 from tilert.ops.logprobs import Report, Survey
-from tilert.ops.mla import LatentAttention, LatentRope
+from tilert.ops.mla import LatentAppend, LatentAttention
 from tilert.ops.norm import Norm
 from tilert.ops.rope import Rope
 from tilert.ops.sample import Accept, Argmax, Guess, NextToken
@@ -41,7 +41,7 @@ OPS: tuple[type[Op], ...] = (
     Route,
     ExpertGate,
     ExpertDown,
-    LatentRope,
+    LatentAppend,
     LatentAttention,
     IndexRope,
     IndexScore,
@@ -68,8 +68,8 @@ __all__ = [
     "Guess",
     "IndexRope",
     "IndexScore",
+    "LatentAppend",
     "LatentAttention",
-    "LatentRope",
     "Linear",
     "NextToken",
     "Norm",

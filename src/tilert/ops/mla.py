@@ -25,17 +25,15 @@ CACHE_BYTES = 2  # of an element, where costs are weighed: caches of GPUs are bf
 
 
 @dataclass(frozen=True, slots=True)
-class LatentRope(Op):
-    """Tile i < heads: the last `rope` columns of q head i are rotated in place.
+class LatentAppend(Op):
+    """One tile: the latent is normed, the shared key rotated, and both appended to the cache.
 
-    Tile heads: the latent is normed, the shared key rotated, and both appended to the cache. q [rows, >=
-    q_col + heads * (nope + rope)], kv [rows, >= kv_col + lora + rope] f32; weight [1, lora] of the norm;
-    table [context, rope] f32; latent_cache [context, lora + rope]. interleave: pairs are neighbours (2i,
-    2i + 1); either way the first elements of all pairs are stored before the second ones.
+    kv [rows, >= kv_col + lora + rope] f32; weight [1, lora] of the norm; table [context, rope] f32;
+    latent_cache [context, lora + rope]. interleave: pairs are neighbours (2i, 2i + 1); either way the first
+    elements of all pairs are stored before the second ones.
     """
 
     opcode: ClassVar[int] = 23
-    q: Buf
     kv: Buf
     weight: Buf
     table: Buf
@@ -45,11 +43,8 @@ class LatentRope(Op):
     pages: Buf
     counts: Buf
     rows: int
-    heads: int
-    nope: int
     rope: int
     lora: int
-    q_col: int
     kv_col: int
     interleave: int
     context: int
@@ -59,61 +54,42 @@ class LatentRope(Op):
 
     @property
     def tiles(self) -> int:
-        return self.heads + 1
-
-    def _heads(self, lo: int, hi: int) -> list[Region]:
-        """The rotated columns of the q heads among tiles [lo, hi)."""
-        first = [
-            self.q_col + h * (self.nope + self.rope) + self.nope
-            for h in range(lo, min(hi, self.heads))
-        ]
-        return [Region(self.q, 0, self.rows, col, col + self.rope) for col in first]
+        return 1
 
     def reads(self, lo: int, hi: int) -> list[Region]:
-        out = [Region(self.counts, 0, 1, 0, 2), Region(self.positions, 0, 1, 0, self.rows),
-               Region(self.table, 0, self.context, 0, self.rope), *self._heads(lo, hi)]  # fmt: skip
-        if hi > self.heads:
-            col = self.kv_col
-            out += [Region(self.kv, 0, self.rows, col, col + self.lora + self.rope),
-                    Region(self.weight, 0, 1, 0, self.lora),
-                    Region(self.sequences, 0, 1, 0, self.rows),
-                    Region(self.pages, 0, self.page_rows, 0, self.page_cols)]  # fmt: skip
-        return out
+        col = self.kv_col
+        return [Region(self.counts, 0, 1, 0, 2), Region(self.positions, 0, 1, 0, self.rows),
+                Region(self.sequences, 0, 1, 0, self.rows),
+                Region(self.pages, 0, self.page_rows, 0, self.page_cols),
+                Region(self.table, 0, self.context, 0, self.rope),
+                Region(self.weight, 0, 1, 0, self.lora),
+                Region(self.kv, 0, self.rows, col, col + self.lora + self.rope)]  # fmt: skip
 
     def writes(self, lo: int, hi: int) -> list[Region]:
-        out = self._heads(lo, hi)
-        if hi > self.heads:
-            out.append(Region(self.latent_cache, 0, self.rows, 0, self.lora + self.rope))
-        return out
+        return [Region(self.latent_cache, 0, self.rows, 0, self.lora + self.rope)]
 
     def tag_checking(self) -> tuple[Buf, ...]:
         return (self.kv,)
 
     def cost(self, lo: int, hi: int, dtype_bytes: int, context: int) -> Cost:
-        elements = (min(hi, self.heads) - lo) * self.rope
-        if hi > self.heads:
-            elements += self.lora + self.rope
-        return Cost(0, 0, 6 * self.rows * elements)
+        return Cost(0, 0, 6 * self.rows * (self.lora + self.rope))
 
     def reference(self, mem: Memory, lo: int, hi: int) -> None:
-        """The definition, one token of one head at a time."""
+        """The definition, one token at a time."""
+        first, key = self.kv_col, self.kv_col + self.lora
         for t in range(count(mem, self.counts, 0)):
-            position = int(mem.read(self.positions, 0, 1, t, t + 1)[0, 0])
-            assert 0 <= position < self.context, f"position {position} outside [0, {self.context})"
-            angles = mem.read(self.table, position, position + 1, 0, self.rope)[0]
-            for region in self._heads(lo, hi):
-                q = mem.read(self.q, t, t + 1, region.col_lo, region.col_hi)
-                mem.write(self.q, t, region.col_lo, self._turned(q, angles))
-            if hi > self.heads:
-                first, key = self.kv_col, self.kv_col + self.lora
-                latent = mem.read(self.kv, t, t + 1, first, key)
-                latent = rms_norm(latent, mem.read(self.weight, 0, 1, 0, self.lora), self.eps)
-                turned = self._turned(mem.read(self.kv, t, t + 1, key, key + self.rope), angles)
-                row = np.concatenate([latent, turned], axis=1)
-                mem.write_cache(self.latent_cache, t, 0, row[0])
+            latent = mem.read(self.kv, t, t + 1, first, key)
+            latent = rms_norm(latent, mem.read(self.weight, 0, 1, 0, self.lora), self.eps)
+            turned = _turned(mem, self, t, mem.read(self.kv, t, t + 1, key, key + self.rope))
+            mem.write_cache(self.latent_cache, t, 0, np.concatenate([latent, turned], axis=1)[0])
 
-    def _turned(self, x: np.ndarray, angles: np.ndarray) -> np.ndarray:
-        return rotate(halves(x) if self.interleave else x, angles)
+
+def _turned(mem: Memory, op: LatentAppend | LatentAttention, t: int, x: np.ndarray) -> np.ndarray:
+    """x [..., rope] of token t, rotated."""
+    position = int(mem.read(op.positions, 0, 1, t, t + 1)[0, 0])
+    assert 0 <= position < op.context, f"position {position} outside [0, {op.context})"
+    angles = mem.read(op.table, position, position + 1, 0, op.rope)[0]
+    return rotate(halves(x) if op.interleave else x, angles)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,18 +98,19 @@ class LatentAttention(Op):
     tile_heads), share s of the positions.
 
     score = scale * (q . latent + q_rope . key), softmax over positions, y = sum of weights * latents.
-    q [rows, heads * lora] f32: queries as latents; q_rope [rows, >= q_col + heads * (nope + rope)] f32:
-    the buffer that LatentRope has rotated; both are rounded to the cache's type. selected [rows, topk]
-    i32, when given: a token at position p attends to the first min(topk, p + 1) positions of its row,
-    and a share is an even part of those, in units of CHOSEN_UNIT. Else it attends to all of [0, p], and a
-    share has the pages that page_share deals to it; back ends may leave out shares without positions then.
-    y as of Attention with a kv head for each head and head_dim = lora, which Combine merges where
-    splits > 1.
+    q [rows, heads * lora] f32: queries as latents; q_rope [rows, >= q_col + heads * (nope + rope)] f32: as
+    the product left them, for the last `rope` columns of a head are rotated here, as LatentAppend does the
+    key, by table [context, rope] f32; both are rounded to the cache's type. selected [rows, topk] i32,
+    when given: a token at position p attends to the first min(topk, p + 1) positions of its row, and a
+    share is an even part of those, in units of CHOSEN_UNIT. Else it attends to all of [0, p], and a share
+    has the pages that page_share deals to it; back ends may leave out shares without positions then. y as
+    of Attention with a kv head for each head and head_dim = lora, which Combine merges where splits > 1.
     """
 
     opcode: ClassVar[int] = 24
     q: Buf
     q_rope: Buf
+    table: Buf
     latent_cache: Buf
     selected: Buf
     y: Buf
@@ -148,9 +125,11 @@ class LatentAttention(Op):
     rope: int
     lora: int
     q_col: int
+    interleave: int
     topk: int  # 0 without `selected`
     splits: int
     block: int
+    context: int
     page_rows: int
     page_cols: int
     scale: float
@@ -192,6 +171,7 @@ class LatentAttention(Op):
     def reads(self, lo: int, hi: int) -> list[Region]:
         out = [Region(self.counts, 0, 1, 0, 2), Region(self.positions, 0, 1, 0, self.rows),
                Region(self.sequences, 0, 1, 0, self.rows),
+               Region(self.table, 0, self.context, 0, self.rope),
                Region(self.pages, 0, self.page_rows, 0, self.page_cols)]  # fmt: skip
         head = self.nope + self.rope
         for tile in range(lo, hi):
@@ -222,7 +202,7 @@ class LatentAttention(Op):
         return (self.y,)
 
     def tag_checking(self) -> tuple[Buf, ...]:
-        return (self.q,)
+        return self.q, self.q_rope
 
     def cost(self, lo: int, hi: int, dtype_bytes: int, context: int) -> Cost:
         cache_bytes = flops = 0
@@ -278,8 +258,9 @@ class LatentAttention(Op):
         """[tile_heads, lora + rope]: what meets the rows of the cache."""
         head, heads = self.nope + self.rope, self.heads_of(g)
         q = mem.read(self.q, t, t + 1, heads.start * self.lora, heads.stop * self.lora)
-        rotated = [
+        raw = [
             mem.read(self.q_rope, t, t + 1, col + self.nope, col + head)[0]
             for col in (self.q_col + h * head for h in heads)
         ]
-        return np.concatenate([q.reshape(-1, self.lora), np.stack(rotated)], axis=1)
+        turned = _turned(mem, self, t, np.stack(raw))
+        return np.concatenate([q.reshape(-1, self.lora), turned], axis=1)

@@ -19,7 +19,7 @@ from tilert.errors import UserError
 from tilert.ir.dtype import DType
 from tilert.ir.encode import to_bytes
 from tilert.ir.program import PAGE, Buf, Buffer, Kind, Program
-from tilert.ops import Attention, IndexRope, IndexScore, LatentAttention, LatentRope, Rope
+from tilert.ops import Attention, IndexRope, IndexScore, LatentAppend, LatentAttention, Rope
 
 __all__ = ["CpuBackend", "Pool", "allocate_caches", "make_pool"]
 
@@ -82,7 +82,7 @@ def cache_shapes(program: Program) -> dict[str, tuple[int, ...]]:
             name = {b: program.buffers[b].name for b in (op.k_cache, op.v_cache)}
             shapes[name[op.k_cache]] = (op.kv_heads, op.head_dim, PAGE)
             shapes[name[op.v_cache]] = (op.kv_heads, PAGE, op.head_dim)
-        elif isinstance(op, LatentRope | LatentAttention):
+        elif isinstance(op, LatentAppend | LatentAttention):
             shapes[program.buffers[op.latent_cache].name] = (PAGE, op.lora + op.rope)
         elif isinstance(op, IndexRope | IndexScore):
             shapes[program.buffers[op.index_cache].name] = (PAGE, op.head_dim)

@@ -10,37 +10,31 @@ namespace {
 
 constexpr int kChosenUnit = 16;  // CHOSEN_UNIT of ops/mla.py
 
-class LatentRopeTask final : public Task {
+class LatentAppendTask final : public Task {
  public:
-  LatentRopeTask(const Operands& in, const LatentRopeFields& f, const Kernels& kernels)
+  LatentAppendTask(const Operands& in, const LatentAppendFields& f, const Kernels& kernels)
       : f_(f),
         kernels_(kernels),
         count_(in, f.counts, 0, f.rows),
         cache_(in.cache(f.latent_cache, 1, int64_t{f.lora} + f.rope)),
         places_(in, f, cache_.pages) {
-    in.require(f.rope > 0 && f.rope % 2 == 0 && f.nope > 0 && f.q_col >= 0 && f.kv_col >= 0,
+    in.require(f.rope > 0 && f.rope % 2 == 0 && f.kv_col >= 0,
                "its columns cannot be rotated in pairs");
     in.require(f.context <= int64_t{f.page_cols} * kPage,
                "its context has more pages than its table");
-    q_ = in.floats(f.q, f.rows, f.q_col + int64_t{f.heads} * (f.nope + f.rope));
     kv_ = in.floats(f.kv, f.rows, int64_t{f.kv_col} + f.lora + f.rope);
     weight_ = in.weight(f.weight, 1, f.lora);
     table_ = in.floats(f.table, f.context, f.rope);
   }
 
-  int tiles() const override { return f_.heads + 1; }
+  int tiles() const override { return 1; }
   size_t scratch_bytes() const override { return f_.rope * sizeof(float); }
 
-  void run(int lo, int hi, float* scratch) const override {
+  void run(int, int, float* scratch) const override {
     const int tokens = count_();
     for (int t = 0; t < tokens; ++t) {
       const int position = checked(places_.position(t), f_.context, "position");
       const float* angles = table_.row(position);
-      for (int head = lo; head < std::min(hi, f_.heads); ++head) {
-        float* q = q_.row(t) + f_.q_col + int64_t{head} * (f_.nope + f_.rope) + f_.nope;
-        rotate(kernels_, q, q, angles, f_.rope, f_.interleave, scratch);
-      }
-      if (hi <= f_.heads) continue;
       const int64_t page = places_.pages(t, position, position + 1)[position / kPage];
       float* row = cache_.data + (page * kPage + position % kPage) * (f_.lora + f_.rope);
       const float* kv = kv_.row(t) + f_.kv_col;
@@ -50,12 +44,12 @@ class LatentRopeTask final : public Task {
   }
 
  private:
-  LatentRopeFields f_;
+  LatentAppendFields f_;
   const Kernels& kernels_;
   Count count_;
   Cache cache_;
   Places places_;
-  Floats q_, kv_, table_;
+  Floats kv_, table_;
   Weight weight_;
 };
 
@@ -71,21 +65,24 @@ class LatentAttentionTask final : public Task {
                "its heads are no multiple of those of a tile");
     in.require(f.splits > 0 && f.block > 0, "its tiles are not positive");
     in.require((f.selected >= 0) == (f.topk > 0), "it selects none of its positions");
+    in.require(f.rope > 0 && f.rope % 2 == 0 && f.nope > 0 && f.q_col >= 0,
+               "its columns cannot be rotated in pairs");
+    in.require(f.context <= int64_t{f.page_cols} * kPage,
+               "its context has more pages than its table");
     q_ = in.floats(f.q, f.rows, int64_t{f.heads} * f.lora);
-    rotated_ = in.floats(f.q_rope, f.rows, f.q_col + int64_t{f.heads} * (f.nope + f.rope));
+    table_ = in.floats(f.table, f.context, f.rope);
+    q_rope_ = in.floats(f.q_rope, f.rows, f.q_col + int64_t{f.heads} * (f.nope + f.rope));
     y_ = in.floats(f.y, f.rows, f.heads * width());
     selected_ = f.selected < 0 ? nullptr : in.ints(f.selected, f.rows, f.topk);
-    args_ = {.ldq = int64_t{f.nope} + f.rope,
-             .heads = f.tile_heads,
-             .lora = f.lora,
-             .rope = f.rope,
-             .scale = f.scale};
+    args_ = {
+        .ldq = f.rope, .heads = f.tile_heads, .lora = f.lora, .rope = f.rope, .scale = f.scale};
   }
 
   int tiles() const override { return ceil_div(f_.rows, f_.block) * groups() * f_.splits; }
 
   size_t scratch_bytes() const override {
-    return kernels_.latent_scratch(f_.tile_heads, f_.lora, f_.rope) * sizeof(float);
+    return (rotated_floats() + kernels_.latent_scratch(f_.tile_heads, f_.lora, f_.rope)) *
+           sizeof(float);
   }
 
   void run(int lo, int hi, float* scratch) const override {
@@ -100,14 +97,24 @@ class LatentAttentionTask final : public Task {
  private:
   int groups() const { return f_.heads / f_.tile_heads; }
 
+  // The rotated columns of the heads of a tile, and what `rotate` needs.
+  size_t rotated_floats() const { return padded((f_.tile_heads + size_t{1}) * f_.rope); }
+
   // Columns of y of one head, all shares together.
   int64_t width() const { return f_.splits == 1 ? f_.lora : int64_t{f_.splits} * (f_.lora + 2); }
 
   void token(int t, int g, int split, float* scratch) const {
-    const int first = g * f_.tile_heads, visible = places_.position(t) + 1;
+    const int first = g * f_.tile_heads, head = f_.nope + f_.rope;
+    const int visible = checked(places_.position(t), f_.context, "position") + 1;
     LatentArgs args = args_;
     args.q = q_.row(t) + int64_t{first} * f_.lora;
-    args.q_rope = rotated_.row(t) + f_.q_col + first * args.ldq + f_.nope;
+    args.q_rope = scratch;
+    const float* from = q_rope_.row(t) + f_.q_col + int64_t{first} * head + f_.nope;
+    for (int i = 0; i < f_.tile_heads; ++i)
+      rotate(kernels_, scratch + int64_t{i} * f_.rope, from + int64_t{i} * head,
+             table_.row(visible - 1), f_.rope, f_.interleave,
+             scratch + int64_t{f_.tile_heads} * f_.rope);
+    scratch += rotated_floats();
     kernels_.latent_begin(args, scratch);
     if (selected_) {
       chosen(args, t, std::min(f_.topk, visible), split, scratch);
@@ -158,16 +165,16 @@ class LatentAttentionTask final : public Task {
   Count count_;
   Cache cache_;
   Places places_;
-  Floats q_, rotated_, y_;
+  Floats q_, q_rope_, table_, y_;
   const int32_t* selected_;
   LatentArgs args_;
 };
 
 }  // namespace
 
-std::unique_ptr<Task> make_latent_rope(const Operands& in, const LatentRopeFields& f,
-                                       const Kernels& kernels) {
-  return std::make_unique<LatentRopeTask>(in, f, kernels);
+std::unique_ptr<Task> make_latent_append(const Operands& in, const LatentAppendFields& f,
+                                         const Kernels& kernels) {
+  return std::make_unique<LatentAppendTask>(in, f, kernels);
 }
 
 std::unique_ptr<Task> make_latent_attention(const Operands& in, const LatentAttentionFields& f,

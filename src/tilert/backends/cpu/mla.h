@@ -8,8 +8,8 @@
 namespace tilert {
 
 // Each throws as make_task does.
-std::unique_ptr<Task> make_latent_rope(const Operands& in, const LatentRopeFields& f,
-                                       const Kernels& kernels);
+std::unique_ptr<Task> make_latent_append(const Operands& in, const LatentAppendFields& f,
+                                         const Kernels& kernels);
 std::unique_ptr<Task> make_latent_attention(const Operands& in, const LatentAttentionFields& f,
                                             const Kernels& kernels);
 

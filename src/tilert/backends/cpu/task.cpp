@@ -506,8 +506,8 @@ std::unique_ptr<Task> make_task(const Program& p, int op, const Memory& memory, 
       return make_expert_gate(Operands(p, op, memory), p.fields<ExpertGateFields>(op), k);
     case Opcode::kExpertDown:
       return make_expert_down(Operands(p, op, memory), p.fields<ExpertDownFields>(op), k);
-    case Opcode::kLatentRope:
-      return make_latent_rope(Operands(p, op, memory), p.fields<LatentRopeFields>(op), k);
+    case Opcode::kLatentAppend:
+      return make_latent_append(Operands(p, op, memory), p.fields<LatentAppendFields>(op), k);
     case Opcode::kLatentAttention:
       return make_latent_attention(Operands(p, op, memory), p.fields<LatentAttentionFields>(op), k);
     case Opcode::kIndexRope:
@@ -548,8 +548,8 @@ const char* op_name(Opcode code) {
       return "expert gate";
     case Opcode::kExpertDown:
       return "expert down";
-    case Opcode::kLatentRope:
-      return "latent rope";
+    case Opcode::kLatentAppend:
+      return "latent append";
     case Opcode::kLatentAttention:
       return "latent attention";
     case Opcode::kIndexRope:

@@ -18,7 +18,7 @@ from tilert.backends.cuda.source import KERNEL, Source, generate, passes
 from tilert.backends.cuda.tables import RANK_SHIFT, queues, tables
 from tilert.backends.hang import Hang, save
 from tilert.ir.program import PAGE, Kind, Program
-from tilert.ops import Attend, IndexRope, LatentRope, Report
+from tilert.ops import Attend, IndexRope, LatentAppend, Report
 from tilert.ops.draw import BIASED, CONTROLS, COUNTED, MASKED
 from tilert.ops.logprobs import REPORT_HEAD, REPORT_WORDS
 
@@ -112,8 +112,8 @@ def cache_shapes(program: Program, pages: int) -> dict[str, tuple[int, int, int,
         if isinstance(op, Attend):
             for buf in (op.k_cache, op.v_cache):
                 shapes[program.buffers[buf].name] = (pages, op.kv_heads, PAGE, op.head_dim)
-        elif isinstance(op, LatentRope | IndexRope):
-            latent = isinstance(op, LatentRope)
+        elif isinstance(op, LatentAppend | IndexRope):
+            latent = isinstance(op, LatentAppend)
             for buf in (op.latent_cache,) if latent else (op.index_cache, op.index_scale):
                 b = program.buffers[buf]
                 shapes[b.name] = (pages, 1, PAGE, b.cols)

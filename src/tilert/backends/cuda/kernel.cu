@@ -1,6 +1,7 @@
 // The persistent program: one block per worker walks its queue, step after step, until all steps
 // are made or somebody ends the launch. constants.h is made for one program: shapes, sizes,
 // variants.
+#include "attend.cuh"
 #include "experts.cuh"
 #include "index.cuh"
 #include "logprobs.cuh"

@@ -15,8 +15,8 @@ from tilert.ops import (
     Draw,
     IndexRope,
     IndexScore,
+    LatentAppend,
     LatentAttention,
-    LatentRope,
     Route,
     Select,
 )
@@ -165,7 +165,7 @@ def _scratch(program: Program, op: Op, tokens: int) -> int:
         return COMBINE_BYTES if op.splits > MOST_AT_ONCE else 0
     if isinstance(op, LatentAttention):
         return _latent_bytes(op, tokens)
-    if isinstance(op, LatentRope):
+    if isinstance(op, LatentAppend):
         return 4 * (op.lora + op.rope) * tokens
     if isinstance(op, IndexRope):
         return 4 * WARPS * op.head_dim

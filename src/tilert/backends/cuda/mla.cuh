@@ -15,143 +15,7 @@
 // before it are put where they have arrived, for the cache may not have had them when they were
 // copied.
 #pragma once
-#include "attend.cuh"
-
-// Element `e` of a rotated piece of kRope elements; x: the elements before. Interleaved: neighbours
-// are pairs, and the first elements of all pairs come before the second ones.
-template <int kRope, bool kInterleaved, class Load>
-__device__ __forceinline__ float turned(Load x, const float* angles, int e) {
-  constexpr int kHalf = kRope / 2;
-  const int pair = e % kHalf;
-  const float first = x(kInterleaved ? 2 * pair : pair);
-  const float second = x(kInterleaved ? 2 * pair + 1 : pair + kHalf);
-  const float cosine = __ldg(angles + pair), sine = __ldg(angles + kHalf + pair);
-  return e < kHalf ? fmaf(first, cosine, -(second * sine)) : fmaf(second, cosine, first * sine);
-}
-
-// The page of a token's sequence that holds a position, as a number of the cache.
-__device__ __forceinline__ u32 physical_page(const Block& b, u32 token, u32 position) {
-  const u32* table = b.params.pages + b.params.sequences[token] * b.params.page_cols;
-  return __ldg(table + position / kPage);
-}
-
-__device__ __forceinline__ u32 given_tokens(const Block& b) { return kTokens == 1 ? 1 : b.count(); }
-__device__ __forceinline__ bool given(const Block& b, u32 token) { return token < given_tokens(b); }
-
-// The first of the step's tokens that are of the same sequence as this one.
-__device__ __forceinline__ u32 first_of_sequence(const Block& b, u32 token) {
-  const u32* of = b.params.sequences;
-  while (kTokens > 1 && token > 0 && of[token - 1] == of[token]) --token;
-  return token;
-}
-
-// run.w: the cache, run.norm: weight of the latent's norm, run.bias_up: the rope table, run.x: the
-// query heads, run.x2: the latent and the shared key. A warp takes a tile of a token.
-template <int kHeads, int kNope, int kRope, int kLora, bool kInterleaved, bool kTagged, class Norm,
-          u32 kEpsBits, int kQPitch, int kKvPitch>
-struct LatentRope {
-  static constexpr int kWidth = kLora + kRope;
-  static constexpr int kLoads = (kWidth + 31) / 32, kTurned = (kRope + 31) / 32;
-  static constexpr int kPieces = (kLora / 8 + 31) / 32;
-  struct Scratch {
-    float row[kTokens][kWidth];
-  };
-  static_assert(sizeof(Scratch) <= kScratchBytes, "scratch is too small");
-
-  static __device__ __forceinline__ bool stream(Loader&, const Run&) { return true; }
-
-  static __device__ __forceinline__ bool consume(Block& b, const Run& run) {
-    if (!wait_for_inputs<false>(b, run)) return false;
-    for (u32 i = warp(); i < run.count * kTokens; i += kWarps) {
-      const u32 tile = run.first + i / kTokens, token = i % kTokens;
-      if (given(b, token)) tile < kHeads ? turn_head(b, run, token, tile) : append(b, run, token);
-    }
-    sync_consumers();
-    if (thread() == 0) signal<false>(b, run);
-    return true;
-  }
-
- private:
-  static __device__ __forceinline__ const float* angles(const Block& b, const Run& run, u32 token) {
-    return reinterpret_cast<const float*>(run.bias_up) + u64(b.position(token)) * kRope;
-  }
-
-  static __device__ __forceinline__ void turn_head(const Block& b, const Run& run, u32 token,
-                                                   u32 head) {
-    float* q = b.at(run.x) + token * kQPitch + head * (kNope + kRope) + kNope;
-    float v[kTurned];
-#pragma unroll
-    for (int i = 0; i < kTurned; ++i) {
-      const int e = min(lane() + 32 * i, kRope - 1);
-      v[i] = turned<kRope, kInterleaved>([&](int at) { return load_float(q + at); },
-                                         angles(b, run, token), e);
-    }
-    __syncwarp();  // all lanes have read what some will overwrite
-#pragma unroll
-    for (int i = 0; i < kTurned; ++i)
-      if (lane() + 32 * i < kRope) store_float(q + lane() + 32 * i, v[i]);
-  }
-
-  static __device__ __forceinline__ void append(Block& b, const Run& run, u32 token) {
-    float* row = reinterpret_cast<Scratch*>(b.scratch)->row[token];
-    const float factor = fetch(b, run, token, row);
-    const u32 position = b.position(token), at = position % kPage;
-    u8* cache =
-        const_cast<u8*>(run.w) + u64(physical_page(b, token, position)) * kPage * kWidth * 2;
-    u16* to = reinterpret_cast<u16*>(cache) + at * kWidth;
-    auto weight = reinterpret_cast<const typename Norm::Bits*>(run.norm);
-#pragma unroll
-    for (int i = 0; i < kPieces; ++i) {
-      const u32 piece = lane() + 32 * i;
-      if (piece >= kLora / 8) continue;
-      u32 words[4];
-#pragma unroll
-      for (u32 k = 0; k < 4; ++k) {
-        const u32 e = piece * 8 + 2 * k;
-        words[k] = pack_bf16(row[e] * factor * Norm::widen(__ldg(weight + e)),
-                             row[e + 1] * factor * Norm::widen(__ldg(weight + e + 1)));
-      }
-      reinterpret_cast<uint4*>(to)[swizzle<kWidth>(at, piece)] = {words[0], words[1], words[2],
-                                                                  words[3]};
-    }
-#pragma unroll
-    for (int i = 0; i < kTurned; ++i) {
-      const u32 e = lane() + 32 * i, column = kLora + e;
-      if (e >= kRope) continue;
-      const float v = turned<kRope, kInterleaved>([&](int from) { return row[kLora + from]; },
-                                                  angles(b, run, token), e);
-      to[swizzle<kWidth>(at, column / 8) * 8 + column % 8] = u16(pack_bf16(v, 0));
-    }
-    fence_proxy();  // others will stream what is new
-  }
-
-  // What the product left, to shared memory; the factor that norms the latent.
-  static __device__ __forceinline__ float fetch(const Block& b, const Run& run, u32 token,
-                                                float* row) {
-    const float* kv = b.at(run.x2) + token * kKvPitch;
-    const float* from[kLoads];
-    u32 tag[kLoads];
-    float v[kLoads], sum = 0;
-#pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
-      tag[i] = b.tag(run.x2);
-      from[i] = lane() + 32 * i < kWidth ? kv + lane() + 32 * i : nullptr;
-    }
-    if constexpr (kTagged) {
-      load_tagged(b, from, tag, v);
-    } else {
-#pragma unroll
-      for (int i = 0; i < kLoads; ++i) v[i] = from[i] ? load_float(from[i]) : 0;
-    }
-#pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
-      if (from[i]) row[lane() + 32 * i] = v[i];
-      if (lane() + 32 * i < kLora) sum = fmaf(v[i], v[i], sum);
-    }
-    __syncwarp();
-    return inverse_root(warp_sum(sum) / kLora + __uint_as_float(kEpsBits));
-  }
-};
+#include "latents.cuh"
 
 // What a share covers of what a token sees, a piece of kTake at a time. Without chosen positions
 // these are positions, of pages that are dealt out as page_share of ops/attend.py does; else places
@@ -202,10 +66,11 @@ struct Walk {
 
 // Tile (t * kGroups + g) * kSplits + s: token t, heads [g * kTileHeads, (g + 1) * kTileHeads),
 // share s of the positions. With kTopk a token attends to the positions that Select has chosen.
-// run.w: the cache, run.x: queries as latents, run.x2: rotated queries, run.x3: the chosen
-// positions.
+// run.w: the cache, run.x: queries as latents, run.x2: queries whose last columns are rotated here,
+// run.bias_up: the rope table, run.x3: the chosen positions.
 template <int kHeads, int kTileHeads, int kNope, int kRope, int kLora, int kSplits, int kTopk,
-          bool kTagged, bool kTagsOut, u32 kScaleBits, int kQPitch, int kRotatedPitch>
+          bool kInterleaved, bool kTagged, bool kRopeTagged, bool kTagsOut, u32 kScaleBits,
+          int kQPitch, int kRopePitch>
 struct LatentAttention {
   static constexpr int kWidth = kLora + kRope, kRowBytes = 2 * kWidth;
   static constexpr int kUnitRows = 16, kUnitBytes = kUnitRows * kRowBytes;
@@ -225,7 +90,7 @@ struct LatentAttention {
   static constexpr int kYPitch = kLora + 2;
   static constexpr int kLatents = kTileHeads * kLora / 4;  // pieces of four elements of queries
   static constexpr int kLoads = (kLatents + kThreads - 1) / kThreads;
-  static constexpr int kTurned = kTileHeads * kRope / 4;
+  static constexpr int kTurned = kTileHeads * kRope / 4;  // pieces of two pairs
   static constexpr int kTurnedLoads = (kTurned + kThreads - 1) / kThreads;
   using Share = Walk<kTake, kUnitRows, kSplits, kTopk>;
   static __device__ __forceinline__ float scale() { return __uint_as_float(kScaleBits) * kLog2e; }
@@ -329,30 +194,58 @@ struct LatentAttention {
     *reinterpret_cast<uint2*>(to) = {pack_bf16(v.x, v.y), pack_bf16(v.z, v.w)};
   }
 
+  // Two pairs of elements that are rotated with each other: first elements, then second ones, or as
+  // neighbours; heads: where the first head's begin.
+  static __device__ __forceinline__ float4 load_pairs(const float* heads, u32 piece) {
+    const float* from = heads + piece / (kRope / 4) * (kNope + kRope);
+    const u32 at = piece % (kRope / 4);
+    if constexpr (kInterleaved) return load_float4(from + at * 4);
+    const float2 first = load_float2(from + at * 2);
+    const float2 second = load_float2(from + kRope / 2 + at * 2);
+    return {first.x, first.y, second.x, second.y};
+  }
+  // Rotated, to shared memory.
+  static __device__ __forceinline__ void put_turned(Scratch& scratch, const float* angles,
+                                                    u32 piece, float4 v) {
+    constexpr int kPairs = kRope / 2;
+    const u32 head = piece / (kRope / 4), at = piece % (kRope / 4) * 2;
+    const float2 first = kInterleaved ? float2{v.x, v.z} : float2{v.x, v.y};
+    const float2 second = kInterleaved ? float2{v.y, v.w} : float2{v.z, v.w};
+    const float2 cosine = __ldg(reinterpret_cast<const float2*>(angles + at));
+    const float2 sine = __ldg(reinterpret_cast<const float2*>(angles + kPairs + at));
+    const u32 words[2] = {pack_bf16(fmaf(first.x, cosine.x, -(second.x * sine.x)),
+                                    fmaf(first.y, cosine.y, -(second.y * sine.y))),
+                          pack_bf16(fmaf(second.x, cosine.x, first.x * sine.x),
+                                    fmaf(second.y, cosine.y, first.y * sine.y))};
+#pragma unroll
+    for (u32 half = 0; half < 2; ++half) {
+      const u32 e = kLora + half * kPairs + at;
+      *reinterpret_cast<u32*>(scratch.q + head * kWidth + swizzle<kWidth>(head, e / 8) * 8 +
+                              e % 8) = words[half];
+    }
+  }
+
   // Queries, and the list of rows if there is one or else the rows that the step appends, to shared
   // memory; the loads of queries are under way first, for all threads have them. Rows of q that no
   // head has hold anything.
   static __device__ __forceinline__ void prepare(const Here& me, Block& b, const Run& run,
                                                  const Place& at, const Share& share, u32 first,
                                                  Scratch& scratch) {
-    constexpr u32 kOfHead = kLora / 4, kOfTurned = kRope / 4;
+    constexpr u32 kOfHead = kLora / 4;
     const u32 tag = b.tag(run.x);
     const float* latents =
         b.at(run.x) + at.token * kQPitch + at.group * kTileHeads * kLora + me.thread * 4;
     const float* heads =
-        b.at(run.x2) + at.token * kRotatedPitch + at.group * kTileHeads * (kNope + kRope) + kNope;
-    float4 turned[kTurnedLoads], v[kLoads];
-#pragma unroll
-    for (int i = 0; i < kTurnedLoads; ++i) {
-      const u32 piece = me.thread + i * kThreads;
-      if (inside<kTurned>(piece))
-        turned[i] =
-            load_float4(heads + piece / kOfTurned * (kNope + kRope) + piece % kOfTurned * 4);
-    }
+        b.at(run.x2) + at.token * kRopePitch + at.group * kTileHeads * (kNope + kRope) + kNope;
+    float4 pairs[kTurnedLoads], v[kLoads];
     Retry retry;
     bool begun = false;
     for (u32 other = 1; other;) {
       other = 0;
+#pragma unroll
+      for (int i = 0; i < kTurnedLoads; ++i)
+        if (const u32 piece = me.thread + i * kThreads; inside<kTurned>(piece))
+          pairs[i] = load_pairs(heads, piece);
 #pragma unroll
       for (int i = 0; i < kLoads; ++i)
         if (inside<kLatents>(me.thread + i * kThreads))
@@ -365,6 +258,10 @@ struct LatentAttention {
       }
       begun = true;
 #pragma unroll
+      for (int i = 0; i < kTurnedLoads; ++i)
+        if (kRopeTagged && inside<kTurned>(me.thread + i * kThreads))
+          other |= other_tags(pairs[i], b.tag(run.x2));
+#pragma unroll
       for (int i = 0; i < kLoads; ++i)
         if (kTagged && inside<kLatents>(me.thread + i * kThreads)) other |= other_tags(v[i], tag);
       if (other && retry.in_vain(b, tag)) break;
@@ -373,13 +270,14 @@ struct LatentAttention {
     for (int i = 0; i < kTurnedLoads; ++i) {
       const u32 piece = me.thread + i * kThreads;
       if (inside<kTurned>(piece))
-        put(scratch, piece / kOfTurned, kLora + piece % kOfTurned * 4, turned[i]);
+        put_turned(scratch, angles_of<kRope>(b, run, at.token), piece,
+                   cleaned<kRopeTagged>(pairs[i]));
     }
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
       const u32 piece = me.thread + i * kThreads;
       if (inside<kLatents>(piece))
-        put(scratch, piece / kOfHead, piece % kOfHead * 4, cleaned(v[i]));
+        put(scratch, piece / kOfHead, piece % kOfHead * 4, cleaned<kTagged>(v[i]));
     }
     sync_consumers();
   }
@@ -405,8 +303,9 @@ struct LatentAttention {
   static __device__ __forceinline__ u32 other_tags(float4 v, u32 tag) {
     return other_tag(v.x, tag) | other_tag(v.y, tag) | other_tag(v.z, tag) | other_tag(v.w, tag);
   }
+  template <bool kHasTags>
   static __device__ __forceinline__ float4 cleaned(float4 v) {
-    if constexpr (!kTagged) return v;
+    if constexpr (!kHasTags) return v;
     return {untagged(v.x), untagged(v.y), untagged(v.z), untagged(v.w)};
   }
 

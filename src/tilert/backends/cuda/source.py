@@ -41,8 +41,8 @@ from tilert.ops import (
     Guess,
     IndexRope,
     IndexScore,
+    LatentAppend,
     LatentAttention,
-    LatentRope,
     Linear,
     NextToken,
     Norm,
@@ -58,8 +58,8 @@ from tilert.ops.logprobs import MOST, REPORT_WORDS, SURVEY_WORDS
 FOLDER = Path(__file__).parent
 HEADERS = (
     "ptx.cuh", "program.cuh", "tile.cuh", "inputs.cuh", "products.cuh", "linear.cuh", "combine.cuh",
-    "heads.cuh", "attend.cuh", "sample.cuh", "draw.cuh", "logprobs.cuh", "experts.cuh", "mla.cuh",
-    "index.cuh", "norm.cuh", "shape.cuh", "shapes.cuh",
+    "heads.cuh", "attend.cuh", "sample.cuh", "draw.cuh", "logprobs.cuh", "experts.cuh", "latents.cuh",
+    "mla.cuh", "index.cuh", "norm.cuh", "shape.cuh", "shapes.cuh",
 )  # fmt: skip
 KERNEL = "tilert_program"
 # kShapeShift, kPassShift: a run's variant has 6 bits, its shape too
@@ -148,7 +148,7 @@ def _type(program: Program, op: Op, tags: Tags) -> str:
         )
     if isinstance(op, Append):  # in the same code
         return _type(program, attend_of(program, op), tags)
-    if isinstance(op, LatentRope | LatentAttention):
+    if isinstance(op, LatentAppend | LatentAttention):
         return _latent(program, op, tags)
     if isinstance(op, IndexRope | IndexScore | Select):
         return _index(program, op, tags)
@@ -205,24 +205,26 @@ def _check_heads(program: Program, op: Attend) -> None:
         )
 
 
-def _latent(program: Program, op: LatentRope | LatentAttention, tags: Tags) -> str:
+def _latent(program: Program, op: LatentAppend | LatentAttention, tags: Tags) -> str:
     width, slot = op.lora + op.rope, program.machine.slot_bytes
-    if op.lora % 16 or op.rope % 16 or op.nope % 4 or 2 * UNIT_ROWS * width > slot:
+    nope = op.nope if isinstance(op, LatentAttention) else 0
+    if op.lora % 16 or op.rope % 16 or nope % 4 or 2 * UNIT_ROWS * width > slot:
         raise UserError(
             f"the model has latents of {op.lora} and rotated keys of {op.rope} elements; the back end 'cuda'"
             f" accepts multiples of 16, together up to {slot // (2 * UNIT_ROWS)}; 'cpu' runs it"
         )
-    assert op.q_col % 4 == 0, "a piece of a head is loaded as four words"
-    if isinstance(op, LatentRope):
+    if isinstance(op, LatentAppend):
         return (
-            f"LatentRope<{op.heads}, {op.nope}, {op.rope}, {op.lora}, {_flag(bool(op.interleave))},"
+            f"LatentAppend<{op.rope}, {op.lora}, {_flag(bool(op.interleave))},"
             f" {_flag(op.kv in tags.writers)}, {_weight(program, op.weight)}, {_bits(op.eps)},"
-            f" {_pitch(program, op.q)}, {_pitch(program, op.kv)}>"
+            f" {_pitch(program, op.kv)}>"
         )
+    assert op.q_col % 4 == 0, "a piece of a head is loaded as four words"
     assert op.block == 1, "a tile has one token"
+    tagged = ", ".join(_flag(buf in tags.writers) for buf in (op.q, op.q_rope, op.y))
     return (
         f"LatentAttention<{op.heads}, {op.tile_heads}, {op.nope}, {op.rope}, {op.lora}, {op.splits},"
-        f" {op.topk}, {_flag(op.q in tags.writers)}, {_flag(op.y in tags.writers)}, {_bits(op.scale)},"
+        f" {op.topk}, {_flag(bool(op.interleave))}, {tagged}, {_bits(op.scale)},"
         f" {_pitch(program, op.q)}, {_pitch(program, op.q_rope)}>"
     )
 

@@ -28,8 +28,8 @@ from tilert.ops import (
     Guess,
     IndexRope,
     IndexScore,
+    LatentAppend,
     LatentAttention,
-    LatentRope,
     Linear,
     NextToken,
     Norm,
@@ -171,12 +171,12 @@ def _add_ranks(record: Any, program: Program, index: int, tags: Tags) -> None:
         operands = (("x", op.part),)
     elif isinstance(op, Route):
         operands = (("x", op.logits),)
-    elif isinstance(op, LatentRope):
-        operands = (("x2", op.kv),)
+    elif isinstance(op, LatentAppend):
+        operands = (("x", op.kv),)
     elif isinstance(op, Norm):
         operands = (("x", op.x),)
     elif isinstance(op, LatentAttention):
-        operands = (("x", op.q),)
+        operands = ("x", op.q), ("x2", op.q_rope)
     elif isinstance(op, IndexRope):
         operands = (("x2", op.k),)
     elif isinstance(op, IndexScore):
@@ -219,15 +219,16 @@ def _resolve(record: Any, program: Program, run: Run, at: list[int]) -> None:
         record["norm"], record["norm2"] = home(op.q_norm), home(op.k_norm)
         record["bias_up"] = at[op.table]
         record["x"], record["x2"], record["x3"] = at[op.q], at[op.k] + op.k_col, at[op.v] + op.v_col
-    elif isinstance(op, LatentRope):
+    elif isinstance(op, LatentAppend):
         record["w"], record["norm"], record["bias_up"] = (
             at[op.latent_cache],
             at[op.weight],
             at[op.table],
         )
-        record["x"], record["x2"] = at[op.q] + op.q_col, at[op.kv] + op.kv_col
+        record["x"] = at[op.kv] + op.kv_col
     elif isinstance(op, LatentAttention):
         record["w"], record["y"] = at[op.latent_cache], at[op.y]
+        record["bias_up"] = at[op.table]
         record["x"], record["x2"] = at[op.q], at[op.q_rope] + op.q_col
         record["x3"] = 0 if op.selected == NONE else at[op.selected]
     elif isinstance(op, IndexRope):
