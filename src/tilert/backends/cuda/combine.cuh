@@ -18,20 +18,23 @@ __device__ __forceinline__ u32 first_visible(u32 position, u32 window) {
   return window && position + 1 > window ? position + 1 - window : 0;
 }
 
-// The number of shares, from the first on, that hold something of a token.
+// The number of shares, from the first on, that hold something of a token; kAll: always all do.
 template <int kAttnWindow>
 struct PastPages {  // of Attend: the positions before the token's own, which the first share has
+  static constexpr bool kAll = false;
   static __device__ __forceinline__ int count(const Block& b, u32 token, int splits) {
     const u32 hi = b.position(token);
     return max(1u, active_shares(first_visible(hi, kAttnWindow), hi, splits));
   }
 };
 struct SeenPages {  // of LatentAttention: all positions up to the token's own
+  static constexpr bool kAll = false;
   static __device__ __forceinline__ int count(const Block& b, u32 token, int splits) {
     return active_shares(0, b.position(token) + 1, splits);
   }
 };
 struct EveryShare {  // of LatentAttention over chosen positions: empty shares say so
+  static constexpr bool kAll = true;
   static __device__ __forceinline__ int count(const Block&, u32, int splits) { return splits; }
 };
 
@@ -108,6 +111,10 @@ struct Combine {
     if (token >= b.count()) return {};
     const u32 from = kShared ? warp() * kAtOnce : 0;
     const u32 shares = Active::count(b, token, kSplits);
+    const auto given = [&](u32 i) {
+      constexpr bool kWhole = Active::kAll && (!kShared || kSplits % kWarps == 0);
+      return kWhole || from + i < shares;
+    };
     const float* first =
         b.at(run.x) + (head / kGroup * kSplits * kGroup + head % kGroup + from * kGroup) * kPitch;
     const u32 tag = b.tag(run.x);
@@ -117,15 +124,15 @@ struct Combine {
 #pragma unroll
       for (u32 i = 0; i < kAtOnce; ++i) {
         const float* share = first + i * kStride;
-        top[i] = load_float2_if(from + i < shares, share + kHeadDim, {-infinity(), 0});
-        v[i] = load_float2_if(from + i < shares, share + column % kHeadDim, {0, 0});
+        top[i] = load_float2_if(given(i), share + kHeadDim, {-infinity(), 0});
+        v[i] = load_float2_if(given(i), share + column % kHeadDim, {0, 0});
       }
       if constexpr (!kTagsIn) break;
 #pragma unroll
       for (u32 i = 0; i < kAtOnce; ++i) {
         const u32 late = other_tag(top[i].x, tag) | other_tag(top[i].y, tag) |
                          other_tag(v[i].x, tag) | other_tag(v[i].y, tag);
-        if (from + i >= shares) continue;
+        if (!given(i)) continue;
         other |= late;
         top[i] = {untagged(top[i].x), untagged(top[i].y)};
         v[i] = {untagged(v[i].x), untagged(v[i].y)};

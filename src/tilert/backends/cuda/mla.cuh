@@ -319,7 +319,8 @@ struct LatentAttention {
       const u32 first = first_of_sequence(b, at.token), fresh = b.position(first);
       prepare(me, b, run, at, share, first, scratch);
 #pragma unroll 1
-      while (share.next()) take(me, b, share, fresh, scratch, state);
+      for (bool again = false; share.next(); again = true)
+        take(me, b, share, fresh, again, scratch, state);
     }
     store(me, b, run, at, state);
     sync_consumers();
@@ -327,7 +328,8 @@ struct LatentAttention {
 
   // The next piece of a share; fresh: the first position that the step appends.
   static __device__ __forceinline__ void take(const Here& me, Block& b, const Share& share,
-                                              u32 fresh, Scratch& scratch, State& state) {
+                                              u32 fresh, bool again, Scratch& scratch,
+                                              State& state) {
     const Cursor first = b.cursor;
     const u32 units = (share.rows + kUnitRows - 1) / kUnitRows, mine = me.warp / 2;
     const u32* rows = share.listed ? scratch.rows + share.from - share.first : nullptr;
@@ -344,6 +346,7 @@ struct LatentAttention {
     sync_consumers();
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
+      if (!again) continue;
       const float fade = scratch.fade[me.lane / 4 + half * 8];
 #pragma unroll
       for (int n = 0; n < 2 * kOwn; ++n)
@@ -461,13 +464,30 @@ struct LatentAttention {
     }
   }
 
-  // A word of the result; rounded in the same way where words have no tags.
+  // A word of the result, no NaN; rounded in the same way where words have no tags.
   static __device__ __forceinline__ float word(float v, u32 tag) {
-    return kTagsOut ? tagged(v, tag) : rounded_for_tag(v);
+    const u32 bits = (__float_as_uint(v) + (kTagMask + 1) / 2) & ~kTagMask;
+    return __uint_as_float(kTagsOut ? bits | tag : bits);
+  }
+  // NaNs become one that rounding leaves. They are looked for in all sums at once, as hardly ever
+  // there are some.
+  static __device__ __forceinline__ void sort_out(State& state) {
+    float all = state.most + state.sum;
+#pragma unroll
+    for (int n = 0; n < 2 * kOwn; ++n)
+      all = fmaf(state.out[n][0], state.out[n][1], fmaf(state.out[n][2], state.out[n][3], all));
+    if (all == all) return;
+    const auto quiet = [](float v) { return v == v ? v : __uint_as_float(0x7fc00000u); };
+    state.most = quiet(state.most), state.sum = quiet(state.sum);
+#pragma unroll
+    for (int n = 0; n < 2 * kOwn; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) state.out[n][i] = quiet(state.out[n][i]);
   }
 
   static __device__ __forceinline__ void store(const Here& me, const Block& b, const Run& run,
-                                               const Place& at, const State& state) {
+                                               const Place& at, State& state) {
+    sort_out(state);
     const u32 first = at.token * kHeads + at.group * kTileHeads, tag = b.tag(run.y);
     float* y = b.at(run.y) + (first * kSplits + at.split) * kYPitch;
     if (me.lane % 16 == 0 && own_head(me) < kTileHeads)
