@@ -236,7 +236,8 @@ TOGETHER = [
     *product(SEVERAL, [step for step in STEPS if step != "one-of-two"]),
     *product(OF_TOKENS, ["over-a-page-border", "drafts-in-a-batch"]),
     *product(["llama", "fp8-wide-blocks", "latent-indexed"], ["one-of-two"]),
-    *product(["llama-f16", "latent-indexed-128", "latent-shares"], ["over-a-page-border"]),
+    *product(["llama-f16", "latent-indexed-128"], ["over-a-page-border"]),
+    ("latent-shares", "drafts-in-a-batch"),
 ]
 
 

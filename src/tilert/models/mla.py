@@ -56,24 +56,19 @@ def latent_block(
     q = project(graph, f"{prefix}.{name}", source, heads * latent.qk_head_dim, bias=False, shard=0,
                 name=f"{at}.q")  # fmt: skip
     table = graph.weight(ROPE_TABLE, context, latent.qk_rope_head_dim)
+    # The cache's rows first: they wait for nothing of what follows.
     rotated = graph.latent_rope(
         f"{at}.q_rope", q, kv, graph.vector(f"{prefix}.kv_a_layernorm.weight", lora), table,
         layer=layer, heads=heads, nope=latent.qk_nope_head_dim, eps=_EPS,
         interleave=latent.rope_interleave,
     )  # fmt: skip
-    queries: Value | None = None
+    scores: Value | None = None
     if indexed and keys:
-        queries = _index_queries(graph, f"{prefix}.indexer", layer, source, keys[0], table, indexed)
-    # What does not wait for the indexer stands where the indexer waits for itself.
+        scores = _scores(graph, f"{prefix}.indexer", layer, source, keys, table, indexed)
     up = graph.weight(key_part(layer), heads * lora, latent.qk_nope_head_dim, 0)
     q_latent = graph.block_linear(f"{at}.q_up", q, up, heads, stride=latent.qk_head_dim)
-    if indexed and keys and queries:
-        d, topk = indexed.index_head_dim, indexed.index_topk
-        scores = graph.index_score(
-            f"{at}.index", queries, keys[1], layer=layer, head_dim=d, topk=topk,
-            scale=(d * indexed.index_n_heads) ** -0.5,
-        )  # fmt: skip
-        selected = graph.select(f"{at}.selected", scores, topk)
+    if scores and indexed:  # after what does not wait for the scores
+        selected = graph.select(f"{at}.selected", scores, indexed.index_topk)
     mixed = graph.latent_attention(
         f"{at}.attn", q_latent, rotated, selected, layer=layer, heads=heads, lora=lora,
         nope=latent.qk_nope_head_dim, scale=attention_scale(config, latent),
@@ -96,13 +91,18 @@ def _index_keys(
     return k, weights
 
 
-def _index_queries(
-    graph: Graph, prefix: str, layer: int, latent: Value, k: Value, table: Value, index: IndexConfig
-) -> Value:
-    """The indexer's queries of the step's tokens, rotated; their keys join its cache."""
-    heads, d = index.index_n_heads, index.index_head_dim
+def _scores(
+    graph: Graph, prefix: str, layer: int, latent: Value, keys: tuple[Value, Value], table: Value,
+    index: IndexConfig,
+) -> Value:  # fmt: skip
+    """The indexer's score of every position, for the step's tokens; their keys join its cache."""
+    (k, weights), (heads, d) = keys, (index.index_n_heads, index.index_head_dim)
     q = project(graph, f"{prefix}.wq_b", latent, heads * d, bias=False, shard=None,
                 name=f"l{layer}.index_q")  # fmt: skip
     norm, bias = (graph.vector(f"{prefix}.k_norm.{name}", d) for name in ("weight", "bias"))
-    return graph.index_rope(f"l{layer}.index_rope", q, k, norm, bias, table, layer=layer, eps=_EPS,
-                            interleave=index.interleave)  # fmt: skip
+    q = graph.index_rope(f"l{layer}.index_rope", q, k, norm, bias, table, layer=layer, eps=_EPS,
+                         interleave=index.interleave)  # fmt: skip
+    return graph.index_score(
+        f"l{layer}.index", q, weights, layer=layer, head_dim=d, topk=index.index_topk,
+        scale=(d * heads) ** -0.5,
+    )  # fmt: skip
