@@ -210,6 +210,12 @@ inline u32 __reduce_min_sync(u32, u32 v) {
   for (u32 i = 0; i < 32; ++i) v = min(v, all[i]);
   return v;
 }
+inline u32 __reduce_add_sync(u32, u32 v) {
+  const u32* all = emulator::exchange(v);
+  u32 sum = 0;
+  for (u32 i = 0; i < 32; ++i) sum += all[i];
+  return sum;
+}
 
 inline u8* shared_memory() { return emulator::block().base; }
 inline u32 shared_address(const void* p) {
@@ -236,6 +242,8 @@ inline void copy_bulk(void* to, const void* from, u32 bytes, u64* b) {
   assert(bytes % 16 == 0 && reinterpret_cast<u64>(from) % 16 == 0 && shared_address(to) % 16 == 0);
   emulator::copies.push_back({blockIdx.x, to, from, bytes, b});
 }
+inline void copy_piece(void* to, const void* from) { std::memcpy(to, from, 16); }
+inline void await_pieces() {}
 inline void fence_proxy() {}
 template <int kId, int kThreads>
 void sync_threads() {

@@ -392,8 +392,10 @@ def latent_draft(machine: Machine, tokens: int, splits: int, topk: int = 16) -> 
     q, kv = d.work("q", tokens, q_cols), d.work("kv", tokens, lora + rope + dim + 2)
     queries, mixed = d.work("queries", tokens, heads * lora), d.work("mixed", tokens, heads * lora)
     shares = d.work("shares", tokens, heads * splits * (lora + 2)) if splits > 1 else mixed
-    scores, selected = d.work("scores", tokens, 2 * 64), d.work("selected", tokens, topk)
-    d.buffers[selected] = replace(d.buffers[selected], dtype=DType.I32)
+    scores, order = d.work("scores", tokens, 2 * 64), d.work("order", tokens, 2 * 64)
+    selected = d.work("selected", tokens, topk)
+    for buf in (order, selected):
+        d.buffers[buf] = replace(d.buffers[buf], dtype=DType.I32)
     values = d.work("values", tokens, HIDDEN)
     types = machine.cache_dtype, machine.index_dtype
     latents, keys = (
@@ -411,14 +413,14 @@ def latent_draft(machine: Machine, tokens: int, splits: int, topk: int = 16) -> 
                     norm=norm))  # fmt: skip
     d.op(IndexRope(q, kv, d.weight("k_norm", 1, dim), d.weight("k_shift", 1, dim), table, keys, scale,
                    *paged, 2, dim, rope, q_width, lora + rope, 0, CONTEXT, 2, 2, 1e-6))  # fmt: skip
-    d.op(IndexScore(q, kv, keys, scale, scores, *paged, 2, dim, q_width, lora + rope + dim, topk, 2, 64,
-                    max(1, tokens // 2), 2, 2, 0.25))  # fmt: skip
+    d.op(IndexScore(q, kv, keys, scale, scores, order, *paged, 2, dim, q_width, lora + rope + dim, topk, 2,
+                    64, max(1, tokens // 2), 2, 2, 0.25))  # fmt: skip
     d.op(LatentAppend(kv, d.weight("kv_norm", 1, lora), table, latents, *paged, rope, lora, 0, 1, CONTEXT,
                       2, 2, 1e-6))  # fmt: skip
     up = linear(q, d.weight("up", heads * lora, nope), queries, counts, k=nope, n=heads * lora, tile=4,
                 rows=tokens)  # fmt: skip
     d.op(replace(up, groups=heads, x_stride=nope + rope))
-    d.op(Select(scores, selected, at, counts, tokens, topk, 2, 64))
+    d.op(Select(scores, order, selected, at, counts, tokens, topk, 2, 64))
     d.op(LatentAttention(queries, q, table, latents, selected, shares, *paged, heads, 2, nope, rope, lora,
                          0, 1, topk, splits, max(1, tokens // 2), CONTEXT, 2, 2, 0.4))  # fmt: skip
     if splits > 1:

@@ -18,6 +18,7 @@ from tilert.backends.cuda.backend import CudaBackend
 from tilert.backends.cuda.jit import TARGETS
 from tilert.backends.cuda.limits import step_rows
 from tilert.backends.cuda.prompt import PromptRunner
+from tilert.backends.interpreter import Interpreter
 from tilert.errors import UserError
 from tilert.ir.dtype import DType
 from tilert.ir.program import Program
@@ -25,6 +26,7 @@ from tilert.models import load_config
 from tilert.models.decoder import build
 from tilert.models.derived import ROPE_TABLE
 from tilert.ops import IndexRope, LatentAttention
+from tilert.ops.index import share_positions
 
 ONE_LAYER = {"num_hidden_layers": 1, "indexer_types": ["full"]}
 # Lengths at which everything is chosen, all but one, a page and a bit, and most is not.
@@ -39,10 +41,50 @@ def compiled(
     return kernel.compiled("own")
 
 
-def words(backend: CudaBackend, name: str, dtype: Any) -> np.ndarray:
-    """The first row of an activation."""
+def words(backend: CudaBackend, name: str, dtype: Any, row: int = 0) -> np.ndarray:
+    """A row of an activation."""
     b = backend.program.buffers[backend.program.buffer_ids[name]]
-    return backend.arena.read(b.offset, b.cols, dtype)
+    return backend.arena.read(b.offset + row * b.cols * 4, b.cols, dtype)
+
+
+def by_position(backend: CudaBackend | Interpreter, row: int, seen: int, splits: int) -> np.ndarray:
+    """Scores that each share has left in falling order, in that of the positions; of equal ones the lower
+    position must come first."""
+    found = {}
+    for name, dtype in (("l0.index", np.float32), ("l0.index.order", np.int32)):
+        if isinstance(backend, Interpreter):
+            found[name] = backend.read(name)[row].reshape(splits, -1)
+        else:
+            found[name] = words(backend, name, dtype, row).reshape(splits, -1)
+    scores = np.full(seen, np.nan, np.float32)
+    for split in range(splits):
+        held = share_positions(split, seen, splits)
+        each, at = (found[name][split, : held.size] for name in ("l0.index", "l0.index.order"))
+        assert np.sort(at).tolist() == held.tolist()
+        assert ((each[1:] < each[:-1]) | ((each[1:] == each[:-1]) & (at[1:] > at[:-1]))).all()
+        scores[at] = each
+    return scores
+
+
+def with_ties(
+    backend: CudaBackend, interpreter: Interpreter, share: float, groups: int = 0
+) -> None:
+    """Most scales of past keys become zero, so that scores are zeros of both signs, or (groups) whole keys
+    the same few ones, so that equal scores stand anywhere."""
+    dice = np.random.default_rng(2)
+    for b in (b for b in backend.program.buffers if "index" in b.name and b.name.endswith("cache")):
+        cache = interpreter.memory.arrays[backend.program.buffer_ids[b.name]]
+        if groups:
+            flat = cache.reshape(-1, cache.shape[-1])
+            flat[:] = flat[np.random.default_rng(4).integers(0, groups, len(flat))]
+        elif "scale" in b.name:
+            cache[dice.random(cache.shape) < share] = 0
+        stored = np.ascontiguousarray(cache.astype(b.dtype.numpy))
+        backend.__dict__["homes"][b.name].write(stored)
+
+
+def best(scores: np.ndarray, topk: int) -> list[int]:
+    return np.sort(np.argsort(-scores, kind="stable")[:topk]).tolist()
 
 
 @pytest.mark.parametrize("ties", [False, True])
@@ -52,11 +94,8 @@ def test_the_positions_that_the_indexer_chooses(
     """Scores, and the choice among them; with ties nearly all scores are zeros of both signs."""
     program, weights = compiled(monkeypatch, {**INDEX, **ONE_LAYER}, 3)
     made, interpreter = loaded(program, weights, devices())
-    name = next(b.name for b in program.buffers if b.name.endswith("index_scale_cache"))
-    scales = interpreter.memory.arrays[program.buffer_ids[name]]
     if ties:
-        scales[np.random.default_rng(2).random(scales.shape) < 0.95] = 0
-    made.__dict__["homes"][name].write(np.ascontiguousarray(scales.astype(np.float32)))
+        with_ties(made, interpreter, 0.95)
     for position in POSITIONS:
         for each in (made, interpreter):
             begin(each, 3, position)
@@ -67,42 +106,83 @@ def test_the_positions_that_the_indexer_chooses(
         assert (np.diff(chosen) > 0).all()
         assert (position + 1 > seen) or chosen.tolist() == list(range(seen))
         if position + 1 > seen:
-            scores, wanted = words(made, "l0.index", np.float32), interpreter.read("l0.index")[0]
-            pages = range(position // 64 + 1)
-            columns = np.concatenate(  # of three shares, one page after another
-                [
-                    np.arange(min(64, position + 1 - 64 * n)) + n % 3 * 128 + n // 3 * 64
-                    for n in pages
-                ]
-            )
-            scale = np.abs(wanted[columns]).max()
-            assert np.abs(scores[columns] - wanted[columns]).max() < 1e-3 * scale
+            scores = by_position(made, 0, position + 1, 3)
+            wanted = by_position(interpreter, 0, position + 1, 3)
+            assert np.abs(scores - wanted).max() < 1e-3 * np.abs(wanted).max()
+            assert chosen.tolist() == best(scores, INDEX["index_topk"])
 
 
-@pytest.mark.parametrize("ties", [False, True])
-def test_the_choice_among_thousands(
-    ties: bool, devices: Devices, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("workers", "topk", "position", "groups"),
+    [
+        (3, 300, 8999, 0),  # shares of thousands, of which each is read again and again
+        (3, 300, 8999, 5),
+        (16, 48, 1023, 0),  # more positions chosen than the shares' first pieces have
+        (16, 48, 1086, 2),
+        (7, 512, 513, 0),  # all but two
+    ],
+)
+def test_the_choice_among_many(
+    workers: int,
+    topk: int,
+    position: int,
+    groups: int,
+    devices: Devices,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """More positions than all threads load at a time."""
-    changes = {**INDEX, **ONE_LAYER, "index_topk": 300}
-    monkeypatch.setitem(kernel.MODELS, "own", (changes, DType.BF16, 3, {}))
-    context, position = 9216, 8999
+    """Shares of many pages, and many shares; with groups there are but so many different scores. Pages that
+    are best as a whole make some shares give more than others."""
+    changes = {**INDEX, **ONE_LAYER, "index_topk": topk}
+    monkeypatch.setitem(kernel.MODELS, "own", (changes, DType.BF16, workers, {}))
+    context = 9216 if position > 1086 else 1088
     program, weights = kernel.compiled("own", context=context)
     made, interpreter = loaded(program, weights, devices(), pages=context // 64)
-    name = next(b.name for b in program.buffers if b.name.endswith("index_scale_cache"))
-    scales = interpreter.memory.arrays[program.buffer_ids[name]].astype(np.float32)
-    if ties:
-        scales[np.random.default_rng(2).random(scales.shape) < 0.98] = 0
-    made.__dict__["homes"][name].write(np.ascontiguousarray(scales))
+    if groups:
+        with_ties(made, interpreter, 0, groups)
+    else:
+        name = next(b.name for b in program.buffers if b.name.endswith("index_scale_cache"))
+        scales = interpreter.memory.arrays[program.buffer_ids[name]].astype(np.float32)
+        scales[::5] *= 8
+        made.__dict__["homes"][name].write(np.ascontiguousarray(scales))
     made.state["pages"][0] = np.random.default_rng(1).permutation(context // 64)
     begin(made, 3, position)
     list(made.steps(1))
-    at = np.arange(position + 1)  # page n is the n // 3rd of share n % 3
-    columns = at // 64 % 3 * (context // 3) + at // 192 * 64 + at % 64
-    scores = words(made, "l0.index", np.float32)[columns]
-    wanted = np.sort(np.argsort(-scores, kind="stable")[:300])
-    assert np.count_nonzero(scores == scores[wanted].min()) > (1000 if ties else 0)
-    assert words(made, "l0.selected", np.int32)[:300].tolist() == wanted.tolist()
+    scores = by_position(made, 0, position + 1, min(workers, context // 64))
+    if groups:
+        assert len(np.unique(scores)) <= groups + 1
+    assert words(made, "l0.selected", np.int32)[:topk].tolist() == best(scores, topk)
+
+
+def test_tokens_of_a_step_choose_each_for_itself(
+    devices: Devices, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four tokens in one page and over its border, of which the first chooses everything that it sees, and
+    two sequences side by side; as the interpreter, and as each token alone."""
+    monkeypatch.setitem(kernel.MODELS, "own", ({**INDEX, **ONE_LAYER}, DType.BF16, 3, {}))
+    together, interpreter = loaded(*kernel.compiled("own", tokens=4), devices())
+    alone, _ = loaded(*kernel.compiled("own"), devices())
+    for made in (together, alone):
+        with_ties(made, interpreter, 0.5)
+    topk = INDEX["index_topk"]
+    for rows in (
+        [(0, topk - 1 + i) for i in range(4)],
+        [(0, 190 + i) for i in range(4)],
+        [(0, 150), (0, 151), (1, 20), (1, 21)],
+        [(1, 64), (0, 255)],
+    ):
+        for each in (together, interpreter):
+            kernel.begin_rows(each, rows, [3 + i for i in range(len(rows))])
+            list(each.steps(1))
+        for row, (sequence, position) in enumerate(rows):
+            chosen = words(together, "l0.selected", np.int32, row)[: min(topk, position + 1)]
+            wanted = interpreter.read("l0.selected")[row, : chosen.size]
+            assert chosen.tolist() == wanted.tolist()
+            kernel.begin_rows(alone, [(sequence, position)], [3 + row])
+            list(alone.steps(1))
+            if position >= topk:
+                own = by_position(alone, 0, position + 1, 3)
+                assert own.tobytes() == by_position(together, row, position + 1, 3).tobytes()
+            assert words(alone, "l0.selected", np.int32)[: chosen.size].tolist() == wanted.tolist()
 
 
 def test_all_positions_chosen_is_attention_to_all(

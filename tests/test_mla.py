@@ -196,9 +196,11 @@ def test_e4m3_keys_and_queries_give_the_scores_of_the_reference_code(tokens: int
     weights = exact.read("kv")[0, score.w_col : score.w_col + score.heads]
     logits = np.maximum(values @ keys.T, 0) * (weights[:, None] * q_scale * score.scale)
     expected = logits.sum(0) * scales[:, 0]
-    np.testing.assert_allclose(rounded.read("scores")[0, :63], expected, rtol=1e-5, atol=1e-6)
-    best = np.sort(np.argsort(-rounded.read("scores")[0, :63], kind="stable")[: score.topk])
-    np.testing.assert_array_equal(rounded.read("selected")[0], best)
+    made, order = (rounded.read(name)[0, :63] for name in ("scores", "order"))
+    np.testing.assert_allclose(made, expected[order], rtol=1e-5, atol=1e-6)
+    assert (np.diff(made) <= 0).all()
+    np.testing.assert_array_equal(np.sort(order), np.arange(63))
+    np.testing.assert_array_equal(rounded.read("selected")[0], np.sort(order[: score.topk]))
 
 
 # --- derived weights --------------------------------------------------------------------------------

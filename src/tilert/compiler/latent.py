@@ -118,11 +118,13 @@ def _lower_index_score(low: Lowering, node: Node) -> None:
     layer, d, topk = (int(node.attrs[name]) for name in ("layer", "head_dim", "topk"))
     splits = min(low.machine.workers, lim.pages)
     width = -(-lim.pages // splits) * PAGE
+    order = f"{node.output.name}.order"
     low.ops.append(
         IndexScore(low.home[q], low.home[weights], *_index_caches(low, layer, d),
-                   low.work(node.output, splits * width), *_paged(low), lim.tokens, weights.cols, d,
-                   low.column.get(q, 0), low.column.get(weights, 0), topk, splits, width,
-                   lim.tokens if low.few else PROMPT_BLOCK, lim.sequences, lim.pages,
+                   low.work(node.output, splits * width),
+                   low.buffer(order, Kind.WORK, DType.I32, lim.tokens, splits * width), *_paged(low),
+                   lim.tokens, weights.cols, d, low.column.get(q, 0), low.column.get(weights, 0), topk,
+                   splits, width, lim.tokens if low.few else PROMPT_BLOCK, lim.sequences, lim.pages,
                    node.attrs["scale"])
     )  # fmt: skip
 
@@ -132,7 +134,7 @@ def _lower_select(low: Lowering, node: Node) -> None:
     made = next(op for op in reversed(low.ops) if isinstance(op, IndexScore))
     assert made.y == low.home[scores], f"{node}: the scores are not those of the last indexer"
     low.ops.append(
-        Select(made.y, low.work(node.output, dtype=DType.I32), low.state("positions"),
+        Select(made.y, made.order, low.work(node.output, dtype=DType.I32), low.state("positions"),
                low.state("counts"), made.rows, int(node.attrs["topk"]), made.splits, made.width)
     )  # fmt: skip
 

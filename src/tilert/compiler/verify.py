@@ -29,7 +29,7 @@ _STATES = ("counts", "positions", "sequences", "pages", "tokens", "sampled", "ga
            "report")  # fmt: skip
 _WORKS = ("y", "q", "k", "v", "part", "logits", "scores", "peaks", "weights", "kv", "q_rope",
           "head_weights")  # fmt: skip
-_WORDS = ("bins", "totals", "candidates", "survey", "selected", "chosen")
+_WORDS = ("bins", "totals", "candidates", "survey", "selected", "chosen", "order")
 _CACHES = ("k_cache", "v_cache", "latent_cache", "index_cache", "index_scale")
 _KINDS: dict[str, tuple[Kind, ...]] = {
     **dict.fromkeys(_WEIGHTS, (Kind.WEIGHT,)),

@@ -160,12 +160,14 @@ class IndexRope(Op):
 
 @dataclass(frozen=True, slots=True)
 class IndexScore(Op):
-    """Tile b * splits + s: scores of the tokens of block b at the positions of share s.
+    """Tile b * splits + s: scores of the tokens of block b at the positions of share s, the largest first.
 
     score(p) = scale * sum over heads of head_weights[h] * relu(q[h] . k[p]). Page n of a sequence belongs
-    to share n % splits, so that shares stay even as the context grows: the scores of its positions lie in
-    y [rows, splits * width] from column (n % splits) * width + (n // splits) * 64 on. A token that sees no
-    more than topk positions needs no scores and gets none.
+    to share n % splits, so that shares stay even as the context grows. The scores of a share lie in y
+    [rows, splits * width] from column s * width on, in falling order and equal ones in the order of their
+    positions, which lie beside them in order [rows, splits * width] i32: so whoever selects reads of each
+    share only as much as it may take. A token that sees no more than topk positions needs no scores and
+    gets none.
     """
 
     opcode: ClassVar[int] = 26
@@ -174,6 +176,7 @@ class IndexScore(Op):
     index_cache: Buf
     index_scale: Buf
     y: Buf
+    order: Buf
     positions: Buf
     sequences: Buf
     pages: Buf
@@ -214,7 +217,11 @@ class IndexScore(Op):
 
     def writes(self, lo: int, hi: int) -> list[Region]:
         places = [self.place(tile) for tile in range(lo, hi)]
-        return [Region(self.y, b, e, s * self.width, (s + 1) * self.width) for b, e, s in places]
+        return [
+            Region(buf, begin, end, split * self.width, (split + 1) * self.width)
+            for begin, end, split in places
+            for buf in (self.y, self.order)
+        ]
 
     def tag_checking(self) -> tuple[Buf, ...]:
         return (self.head_weights,)
@@ -228,31 +235,37 @@ class IndexScore(Op):
                     flops * self.heads * seen * self.head_dim)  # fmt: skip
 
     def reference(self, mem: Memory, lo: int, hi: int) -> None:
-        """The definition, one token and page at a time."""
+        """The definition, one token and page at a time, and a stable sort."""
         tokens = count(mem, self.counts, 0)
         for begin, end, split in (self.place(tile) for tile in range(lo, hi)):
             for t in range(begin, min(end, tokens)):
                 visible = int(mem.read(self.positions, 0, 1, t, t + 1)[0, 0]) + 1
-                if visible > self.topk:
-                    self._token(mem, t, split, visible)
+                held = share_positions(split, visible, self.splits)
+                if visible > self.topk and held.size:
+                    scores = self._scores(mem, t, held)
+                    best = np.argsort(-scores, kind="stable")
+                    mem.write(self.y, t, split * self.width, scores[None, best])
+                    mem.write(self.order, t, split * self.width, held[None, best])
 
-    def _token(self, mem: Memory, t: int, split: int, visible: int) -> None:
+    def _scores(self, mem: Memory, t: int, held: np.ndarray) -> np.ndarray:
+        """The scores of a share's positions for token t."""
         d, first = self.head_dim, self.q_col
         q_HD = mem.read(self.q, t, t + 1, first, first + self.heads * d).reshape(self.heads, d)
         w_1H = mem.read(self.head_weights, t, t + 1, self.w_col, self.w_col + self.heads)
-        for page in range(split, -(-visible // PAGE), self.splits):
-            begin, end = page * PAGE, min((page + 1) * PAGE, visible)
+        pieces: list[np.ndarray] = []
+        for page in np.split(held, np.flatnonzero(np.diff(held // PAGE)) + 1):
+            begin, end = int(page[0]), int(page[-1]) + 1
             k_SD = mem.read_cache(self.index_cache, t, begin, end, 0, d).astype(np.float32)
             if self.index_scale != NONE:
                 k_SD = k_SD * mem.read_cache(self.index_scale, t, begin, end, 0, 1)
-            score_1S = w_1H @ np.maximum(q_HD @ k_SD.T, 0) * np.float32(self.scale)
-            mem.write(self.y, t, score_column(begin, self.splits, self.width), score_1S)
+            pieces.append((w_1H @ np.maximum(q_HD @ k_SD.T, 0) * np.float32(self.scale))[0])
+        return np.concatenate(pieces)
 
 
-def score_column(position: int, splits: int, width: int) -> int:
-    """The column of IndexScore's y that holds the score of a position."""
-    page, inside = divmod(position, PAGE)
-    return page % splits * width + page // splits * PAGE + inside
+def share_positions(split: int, visible: int, splits: int) -> np.ndarray:
+    """The positions below `visible` whose pages belong to a share, rising."""
+    positions = np.arange(visible)
+    return positions[positions // PAGE % splits == split]
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,11 +274,12 @@ class Select(Op):
 
     Of equal scores the lower position is taken first. A token that sees no more than topk positions
     selects them all; its row of `chosen` [rows, topk] i32 then has as many entries as it sees, and the
-    rest is undefined. scores: y of IndexScore.
+    rest is undefined. scores, order: y and order of IndexScore.
     """
 
     opcode: ClassVar[int] = 27
     scores: Buf
+    order: Buf
     chosen: Buf
     positions: Buf
     counts: Buf
@@ -279,28 +293,31 @@ class Select(Op):
         return self.rows
 
     def reads(self, lo: int, hi: int) -> list[Region]:
+        width = self.splits * self.width
         return [Region(self.counts, 0, 1, 0, 2), Region(self.positions, 0, 1, 0, self.rows),
-                Region(self.scores, lo, hi, 0, self.splits * self.width)]  # fmt: skip
+                Region(self.scores, lo, hi, 0, width), Region(self.order, lo, hi, 0, width)]  # fmt: skip
 
     def writes(self, lo: int, hi: int) -> list[Region]:
         return [Region(self.chosen, lo, hi, 0, self.topk)]
 
     def cost(self, lo: int, hi: int, dtype_bytes: int, context: int) -> Cost:
-        return Cost(0, 0, 4 * (hi - lo) * (context if context >= self.topk else self.topk // 4))
+        return Cost(0, 0, 4 * (hi - lo) * self.topk)
 
     def reference(self, mem: Memory, lo: int, hi: int) -> None:
-        """The definition, by a stable sort."""
+        """The definition, by a stable sort of the scores in the order of their positions."""
         for t in range(lo, min(hi, count(mem, self.counts, 0))):
             visible = int(mem.read(self.positions, 0, 1, t, t + 1)[0, 0]) + 1
             best = np.arange(visible)
             if visible > self.topk:
-                order = np.argsort(-self._scores(mem, t, visible), kind="stable")
-                best = np.sort(order[: self.topk])
-            mem.write(self.chosen, t, 0, best[None])
+                best = np.argsort(-self._scores(mem, t, visible), kind="stable")[: self.topk]
+            mem.write(self.chosen, t, 0, np.sort(best)[None])
 
     def _scores(self, mem: Memory, t: int, visible: int) -> np.ndarray:
-        pieces: list[np.ndarray] = []
-        for begin in range(0, visible, PAGE):
-            col, length = score_column(begin, self.splits, self.width), min(PAGE, visible - begin)
-            pieces.append(mem.read(self.scores, t, t + 1, col, col + length)[0])
-        return np.concatenate(pieces)
+        """By position."""
+        scores = np.empty(visible, np.float32)
+        for split in range(min(self.splits, -(-visible // PAGE))):
+            first = split * self.width
+            end = first + share_positions(split, visible, self.splits).size
+            at = mem.read(self.order, t, t + 1, first, end)[0]
+            scores[at] = mem.read(self.scores, t, t + 1, first, end)[0]
+        return scores

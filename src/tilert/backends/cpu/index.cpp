@@ -10,6 +10,13 @@
 namespace tilert {
 namespace {
 
+// Scores as integers of the same order, -0 as 0; and back.
+uint32_t rising(float score) {
+  const auto bits = std::bit_cast<uint32_t>(score + 0.0f);
+  return bits >> 31 ? ~bits : bits | 0x80000000u;
+}
+float score_of(uint32_t key) { return std::bit_cast<float>(key >> 31 ? key & 0x7fffffffu : ~key); }
+
 class IndexRopeTask final : public Task {
  public:
   IndexRopeTask(const Operands& in, const IndexRopeFields& f, const Kernels& kernels)
@@ -86,10 +93,13 @@ class IndexScoreTask final : public Task {
     q_ = in.floats(f.q, f.rows, f.q_col + int64_t{f.heads} * f.head_dim);
     weights_ = in.floats(f.head_weights, f.rows, int64_t{f.w_col} + f.heads);
     y_ = in.floats(f.y, f.rows, int64_t{f.splits} * f.width);
+    order_ = in.ints(f.order, f.rows, int64_t{f.splits} * f.width);
   }
 
   int tiles() const override { return ceil_div(f_.rows, f_.block) * f_.splits; }
-  size_t scratch_bytes() const override { return size_t(f_.heads) * kPage * sizeof(float); }
+  size_t scratch_bytes() const override {
+    return size_t(f_.heads) * kPage * sizeof(float) + size_t(f_.width) * sizeof(uint64_t);
+  }
 
   void run(int lo, int hi, float* scratch) const override {
     const int tokens = count_();
@@ -104,12 +114,32 @@ class IndexScoreTask final : public Task {
     const int visible = places_.position(t) + 1;
     if (visible <= f_.topk) return;  // all of them are selected, whatever their scores
     const int32_t* table = places_.pages(t);
+    const int64_t row = int64_t{t} * f_.splits + split;
+    float* y = y_.row(t) + int64_t{split} * f_.width;
+    int seen = 0;
     for (int page = split; page * kPage < visible; page += f_.splits) {
       const int64_t at = checked(table[page], cache_.pages, "page");
-      float* y = y_.row(t) + int64_t{split} * f_.width + int64_t{page / f_.splits} * kPage;
-      kernels_.index_scores(y, q_.row(t) + f_.q_col, weights_.row(t) + f_.w_col,
+      const int positions = std::min(kPage, visible - page * kPage);
+      kernels_.index_scores(y + seen, q_.row(t) + f_.q_col, weights_.row(t) + f_.w_col,
                             cache_.data + at * kPage * f_.head_dim, f_.heads, f_.head_dim,
-                            std::min(kPage, visible - page * kPage), f_.scale, scratch);
+                            positions, f_.scale, scratch);
+      seen += positions;
+    }
+    rank(y, order_ + row * f_.width, seen, split,
+         reinterpret_cast<uint64_t*>(scratch + int64_t{f_.heads} * kPage));
+  }
+
+  // The scores of a share, which come in the order of their positions: the largest first, of equal
+  // ones the lower position.
+  void rank(float* y, int32_t* order, int count, int split, uint64_t* ranked) const {
+    for (int i = 0; i < count; ++i) {
+      const int position = (i / kPage * f_.splits + split) * kPage + i % kPage;
+      ranked[i] = uint64_t{~rising(y[i])} << 32 | static_cast<uint32_t>(position);
+    }
+    std::sort(ranked, ranked + count);
+    for (int i = 0; i < count; ++i) {
+      y[i] = score_of(~static_cast<uint32_t>(ranked[i] >> 32));
+      order[i] = static_cast<int32_t>(ranked[i]);
     }
   }
 
@@ -119,6 +149,7 @@ class IndexScoreTask final : public Task {
   Cache cache_;
   Places places_;
   Floats q_, weights_, y_;
+  int32_t* order_;
 };
 
 class SelectTask final : public Task {
@@ -127,6 +158,7 @@ class SelectTask final : public Task {
       : f_(f), count_(in, f.counts, 0, f.rows), positions_(in.ints(f.positions, 1, f.rows)) {
     in.require(f.topk > 0 && f.splits > 0 && f.width > 0, "its sizes are not positive");
     scores_ = in.floats(f.scores, f.rows, int64_t{f.splits} * f.width);
+    order_ = in.ints(f.order, f.rows, int64_t{f.splits} * f.width);
     chosen_ = in.ints(f.chosen, f.rows, f.topk);
   }
 
@@ -149,13 +181,16 @@ class SelectTask final : public Task {
   }
 
  private:
-  // Scores in the order of positions, as integers of the same order; -0 counts as 0.
+  // Scores in the order of positions, as integers of the same order.
   void read(uint32_t* keys, int t, int visible) const {
-    for (int i = 0; i < visible; ++i) {
-      const int page = i / kPage;
-      const float* share = scores_.row(t) + int64_t{page % f_.splits} * f_.width;
-      const auto bits = std::bit_cast<uint32_t>(share[page / f_.splits * kPage + i % kPage] + 0.0f);
-      keys[i] = bits >> 31 ? ~bits : bits | 0x80000000u;
+    const float* scores = scores_.row(t);
+    const int32_t* order = order_ + int64_t{t} * f_.splits * f_.width;
+    for (int page = 0; page * kPage < visible; ++page) {
+      // As many entries of the page's share as the page has positions; which ones does not matter.
+      const int64_t first = int64_t{page % f_.splits} * f_.width + page / f_.splits * kPage;
+      for (int i = 0; i < std::min(kPage, visible - page * kPage); ++i) {
+        keys[checked(order[first + i], visible, "selected position")] = rising(scores[first + i]);
+      }
     }
   }
 
@@ -183,7 +218,7 @@ class SelectTask final : public Task {
   SelectFields f_;
   Count count_;
   Floats scores_;
-  const int32_t* positions_;
+  const int32_t *order_, *positions_;
   int32_t* chosen_;
 };
 

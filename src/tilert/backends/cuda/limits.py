@@ -25,7 +25,6 @@ SLOT_PAD = 128  # bytes behind a slot: rows that are not aligned arrive with the
 DRAW_BYTES = 13 << 10  # struct DrawScratch
 COMBINE_BYTES = 8192  # Combine's Scratch, of more than MOST_AT_ONCE shares
 MOST_AT_ONCE = 8  # shares that one warp merges
-INDEX_BYTES = 8448  # Select's Scratch, which is larger than IndexScore's
 RUN_BYTES, WAIT_BYTES = 96, 8  # struct Run, struct Wait
 ENTRIES = 16  # of a queue that does not fit: about as many runs as a layer has
 MIN_SLOTS = 2
@@ -36,6 +35,7 @@ ENOUGH_SLOTS = 4  # of the ring that a step of several tokens must leave
 UNIT_ROWS = 16  # of a latent cache, in a slot
 MAX_UNITS = 4  # of a latent cache that are taken together
 MAX_CHOSEN = MAX_GROUPS = 32  # experts of a token, groups of experts: one for each lane of a warp
+MAX_INDEX_HEADS = 64  # of an indexer: a warp has all of a token's in its registers
 MAX_ROWS = 32  # of query heads, of all tokens of a step: two blocks of 16 for the matrix units
 
 
@@ -70,16 +70,9 @@ def _holds(program: Program, op: Op, tokens: int) -> bool:
     """Whether the registers of a block take an op of so many tokens."""
     if isinstance(op, Attend):
         return tokens * op.group <= MAX_ROWS
-    if isinstance(op, IndexScore):  # a token's heads have warps of their own
-        return tokens * index_warps(op) <= WARPS
     if isinstance(op, PRODUCTS) and op.x_type == DType.F32:
         return _plain_words(program, op, tokens) <= PLAIN_WORDS
     return True
-
-
-def index_warps(op: IndexScore) -> int:
-    """Warps that share the indexer's heads of a token (IndexScore::kHeadWarps)."""
-    return 1 if op.heads <= 32 else 2 if op.heads <= 64 else 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,8 +162,10 @@ def _scratch(program: Program, op: Op, tokens: int) -> int:
         return 4 * (op.lora + op.rope) * tokens
     if isinstance(op, IndexRope):
         return 4 * WARPS * op.head_dim
-    if isinstance(op, IndexScore | Select):
-        return INDEX_BYTES
+    if isinstance(op, IndexScore):
+        return _score_bytes(op, tokens)
+    if isinstance(op, Select):
+        return _select_bytes(op)
     if isinstance(op, Route) and op.n_group > 1:
         return 4 * op.experts * tokens
     return DRAW_BYTES if isinstance(op, Draw) else 0
@@ -188,6 +183,16 @@ def _latent_bytes(op: LatentAttention, tokens: int) -> int:
     listed = -(-share // UNIT_ROWS) * UNIT_ROWS + 4
     taken = 16 * (MAX_UNITS * UNIT_ROWS + 8)  # scores of both halves of a row, weights in bf16
     return 2 * (16 + tokens) * (op.lora + op.rope) + (2 * 4 + 2) * taken + 4 * (16 + listed)
+
+
+def _score_bytes(op: IndexScore, tokens: int) -> int:
+    queries = -(-op.heads // 16) * 16 * (2 * (op.head_dim + 8) + 4)
+    return max(queries, (16 + 4 * tokens) * op.width)
+
+
+def _select_bytes(op: Select) -> int:
+    pool = -(-max(op.topk * 13 // 8, 16 * op.splits) // 4) * 4
+    return 8 * pool + 24 * THREADS + 4 * 3 * WARPS + 20 + 2 * 3 * op.splits + 16
 
 
 def _taken_units(program: Program, available: int) -> int:

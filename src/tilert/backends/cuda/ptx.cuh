@@ -69,6 +69,14 @@ __device__ __forceinline__ void copy_bulk(void* to, const void* from, u32 bytes,
       : "memory");
 }
 
+// A thread's own copies of 16 bytes to shared memory, past the L1 cache: under way until it awaits
+// them all.
+__device__ __forceinline__ void copy_piece(void* to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from)
+               : "memory");
+}
+__device__ __forceinline__ void await_pieces() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
 // Orders ordinary accesses before or after what the copy engine does to the same memory.
 __device__ __forceinline__ void fence_proxy() { asm volatile("fence.proxy.async;" ::: "memory"); }
 

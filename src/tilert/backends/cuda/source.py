@@ -15,6 +15,7 @@ from tilert.backends.cuda.limits import (
     HELD_WORDS,
     MAX_CHOSEN,
     MAX_GROUPS,
+    MAX_INDEX_HEADS,
     SLOT_PAD,
     UNIT_ROWS,
     Layout,
@@ -59,7 +60,7 @@ FOLDER = Path(__file__).parent
 HEADERS = (
     "ptx.cuh", "program.cuh", "tile.cuh", "inputs.cuh", "products.cuh", "linear.cuh", "combine.cuh",
     "heads.cuh", "attend.cuh", "sample.cuh", "draw.cuh", "logprobs.cuh", "experts.cuh", "latents.cuh",
-    "mla.cuh", "index.cuh", "norm.cuh", "shape.cuh", "shapes.cuh",
+    "mla.cuh", "select.cuh", "index.cuh", "norm.cuh", "shape.cuh", "shapes.cuh",
 )  # fmt: skip
 KERNEL = "tilert_program"
 # kShapeShift, kPassShift: a run's variant has 6 bits, its shape too
@@ -234,10 +235,10 @@ def _index(program: Program, op: IndexRope | IndexScore | Select, tags: Tags) ->
         return f"Select<{op.topk}, {op.splits}, {op.width}>"
     slot = program.machine.slot_bytes
     most = min(128, slot // PAGE - 4)
-    if not 16 <= op.head_dim <= most or op.heads > 128:
+    if not 16 <= op.head_dim <= most or op.heads > MAX_INDEX_HEADS:
         raise UserError(
             f"the indexer has {op.heads} heads of {op.head_dim} elements; the back end 'cuda' accepts up to"
-            f" 128 heads of 16 to {most}; 'cpu' runs it"
+            f" {MAX_INDEX_HEADS} heads of 16 to {most}; 'cpu' runs it"
         )
     assert op.q_col % 4 == 0, "a piece of a head is loaded as four words"
     assert op.index_scale != NONE, "keys are e4m3 with scales"

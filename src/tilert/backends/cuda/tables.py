@@ -239,9 +239,9 @@ def _resolve(record: Any, program: Program, run: Run, at: list[int]) -> None:
     elif isinstance(op, IndexScore):
         record["w"], record["w_up"] = at[op.index_cache], at[op.index_scale]
         record["x"], record["x2"] = at[op.q] + op.q_col, at[op.head_weights] + op.w_col
-        record["y"] = at[op.y]
+        record["y"], record["x3"] = at[op.y], at[op.order]
     elif isinstance(op, Select):
-        record["x"], record["y"] = at[op.scores], at[op.chosen]
+        record["x"], record["x2"], record["y"] = at[op.scores], at[op.order], at[op.chosen]
     elif isinstance(op, Embed):
         record["w"], record["y"] = at[op.table], at[op.y]
     elif isinstance(op, Argmax):
