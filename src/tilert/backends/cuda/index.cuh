@@ -288,8 +288,7 @@ struct IndexScore {
 #pragma unroll 1
     for (u32 t = 0; t < kTokens; ++t) {
       if (!scored(b, t)) continue;
-      put_weight(me, b, run, t, given.weight);
-      put(me, b.at(run.x) + t * kQPitch, given.q);
+      put(me, b, run, t, given);
       sync_consumers();
       if (t == token(me)) {
 #pragma unroll
@@ -320,14 +319,14 @@ struct IndexScore {
     if (me.thread < kBlocks * 16) to[me.thread] = v[0];
   }
 
-  // A token's queries to shared memory, as rows of A, each element in the slot where the lane that
-  // has it of a key looks for it; rows without a head are zeros.
-  static __device__ __forceinline__ void put(const Here& me, const float* q,
-                                             u16 (&to)[kBlocks * 16][kPitch]) {
+  // A token's queries and weights to shared memory. Queries are rows of A, each element in the slot
+  // where the lane that has it of a key looks for it; rows without a head are zeros.
+  static __device__ __forceinline__ void put(const Here& me, const Block& b, const Run& run,
+                                             u32 token, Given& to) {
     constexpr u32 kOfRow = kDim / 4, kRows = kThreads / kOfRow;  // pieces of four elements
     constexpr int kLoads = (kBlocks * 16 + kRows - 1) / kRows;
     const u32 first = me.thread / kOfRow, piece = me.thread % kOfRow;
-    const float* from = q + first * kDim + piece * 4;
+    const float* from = b.at(run.x) + token * kQPitch + first * kDim + piece * 4;
     float4 v[kLoads];
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
@@ -335,8 +334,9 @@ struct IndexScore {
       if (kHeads % kRows == 0 || first + i * kRows < kHeads)
         v[i] = load_float4(from + i * kRows * kDim);
     }
+    put_weight(me, b, run, token, to.weight);  // while the queries are under way
     const u32 step = piece / (4 * kWords) * kWords + piece % kWords, quad = piece / kWords % 4;
-    u32* words = reinterpret_cast<u32*>(to[first]) + step * 8 + quad;
+    u32* words = reinterpret_cast<u32*>(to.q[first]) + step * 8 + quad;
 #pragma unroll
     for (int i = 0; i < kLoads; ++i, words += kRows * kPitch / 2) {
       if (kBlocks * 16 % kRows && first + i * kRows >= kBlocks * 16) continue;

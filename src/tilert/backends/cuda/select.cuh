@@ -20,13 +20,16 @@ __device__ __forceinline__ u32 share_count(u32 split, u32 seen) {
 // positions.
 template <int kTopk, int kSplits, int kWidth>
 struct Select {
-  // Entries that are looked at together: those that may be chosen, and as many new ones of each
-  // share that at least four fit whatever is left: a share is read further only if all that was
-  // taken of it may be chosen, which was 16 entries at least.
-  static constexpr u32 kPool =
-      ((kTopk * 13 / 8 > 16 * kSplits ? kTopk * 13 / 8 : 16 * kSplits) + 3) / 4 * 4;
-  static constexpr int kBinBits = 10, kBins = 1 << kBinBits, kStretch = kBins * 32;
-  static_assert(kBins == 4 * kThreads && kTopk < 65536 && kWidth < 65536);
+  // Entries that are looked at together: those that may be chosen, and further ones, of each share
+  // four at least. There is always room: a share is read further only if all that was taken of it
+  // may be chosen, which was 28 entries or more.
+  static constexpr u32 kLeast = kTopk * 13 / 8 > 28 * kSplits ? kTopk * 13 / 8 : 28 * kSplits;
+  static constexpr u32 kPool = kLeast < 4 * kThreads ? 4 * kThreads : (kLeast + 3) / 4 * 4;
+  static constexpr int kBinBits = 10, kBins = 1 << kBinBits;
+  static_assert(kBins == 4 * kThreads && kTopk < 65536 && kWidth < 65536 && kSplits <= 256);
+  // Positions that are listed at a time: as bits, which take the place of the keys, with how many
+  // are set before each word, which take that of the bins. Words of a thread.
+  static constexpr u32 kWords = kPool < 8 * kThreads ? 4 : 8, kStretch = kWords * kThreads * 32;
   struct Pool {
     alignas(16) u32 keys[kPool], places[kPool];  // upper and lower halves of entries
     __device__ __forceinline__ u64 operator[](u32 i) const {
@@ -38,12 +41,12 @@ struct Select {
   };
   struct Scratch {
     Pool pool;
-    uint4 bins[kThreads];    // as counts of entries; and as bits of positions
-    uint2 before[kThreads];  // u16: how many bits are set before each word of them
+    uint4 bins[kThreads];  // how many entries they have, each four words of a thread
     u32 sums[kWarps], least[kWarps], most[kWarps];
     u32 bin, left, alike;  // where the border is; how many of the bin are taken, and are in it
     u32 kept, further;     // entries that stay, shares that are read further
-    u16 shares[2][kSplits], read[kSplits];
+    u16 read[kSplits];     // of each share
+    u8 shares[2][kSplits];
   };
   static_assert(sizeof(Scratch) <= kScratchBytes, "scratch is too small");
 
@@ -118,7 +121,7 @@ struct Select {
   // `each` more entries of some shares, behind those that were kept; zeros where a share has no
   // more. Eight threads take a share, each four entries at a time.
   static __device__ __forceinline__ void take(const Here& me, Scratch& scratch, const Row& row,
-                                              const u16* of, u32 shares, u32 each, u32 kept,
+                                              const u8* of, u32 shares, u32 each, u32 kept,
                                               Range& range) {
     const u32 from = me.thread % 8 * 4;
 #pragma unroll 1
@@ -135,11 +138,12 @@ struct Select {
       const u32 end = share_count<kSplits>(of[i], row.seen), read = scratch.read[of[i]];
 #pragma unroll 1
       for (u32 k = from; k < each; k += 32) {
-        u32 *key = scratch.pool.keys + kept + i * each + k, *place = key + kPool;
+        const u32 at = kept + i * each + k;
 #pragma unroll
         for (u32 e = 0; e < 4; ++e) {
-          const u32 own = read + k + e < end ? rising(__uint_as_float(key[e]) + 0.0f) : 0;
-          key[e] = own, place[e] = ~place[e];
+          const float score = __uint_as_float(scratch.pool.keys[at + e]);
+          const u32 own = read + k + e < end ? rising(score + 0.0f) : 0;
+          scratch.pool.set(at + e, u64(own) << 32 | ~scratch.pool.places[at + e]);
           if (own) range.least = min(range.least, own);
           range.most = max(range.most, own);
         }
@@ -166,7 +170,7 @@ struct Select {
     for (;;) {
       scratch.bins[me.thread] = {0, 0, 0, 0};
       sync_consumers();
-#pragma unroll 2
+#pragma unroll 4
       for (u32 i = me.thread; i < size; i += kThreads) {
         const u64 entry = scratch.pool[i], bin = (entry - from) >> shift;
         if (entry >= from && bin >> (width - shift) == 0) atomicAdd(&bins[u32(bin)], 1u);
@@ -231,40 +235,45 @@ struct Select {
     return whole;
   }
 
-  // The positions of what is not below the border, in rising order: a bit for each position, of a
-  // stretch at a time, and how many are set before it.
+  // The positions of what is not below the border, in rising order.
   static __device__ __forceinline__ void list(const Here& me, Scratch& scratch, const Row& row,
                                               u64 border, u32 size) {
-    u32* bits = reinterpret_cast<u32*>(scratch.bins);
-    const u16* before = reinterpret_cast<const u16*>(scratch.before);
-    u32 listed = 0;
+    u32 *bits = scratch.pool.keys, *places = scratch.pool.places, listed = 0;
+    uint4* own = reinterpret_cast<uint4*>(bits + me.thread * kWords);
+    u16* before = reinterpret_cast<u16*>(scratch.bins);
+#pragma unroll 2
+    for (u32 i = me.thread; i < size; i += kThreads)
+      places[i] = scratch.pool[i] < border ? ~0u : ~places[i];
 #pragma unroll 1
     for (u32 begin = 0; begin < row.seen; begin += kStretch) {
-      scratch.bins[me.thread] = {0, 0, 0, 0};
+      sync_consumers();  // nobody looks at the keys any more
+#pragma unroll
+      for (u32 i = 0; i < kWords / 4; ++i) own[i] = {0, 0, 0, 0};
       sync_consumers();
-#pragma unroll 1
+#pragma unroll 2
       for (u32 i = me.thread; i < size; i += kThreads) {
-        const u64 entry = scratch.pool[i];
-        const u32 at = id_of(entry) - begin;
-        if (entry >= border && at < kStretch) atomicAdd(&bits[at / 32], 1u << at % 32);
+        const u32 at = places[i] - begin;
+        if (at < kStretch) atomicAdd(&bits[at / 32], 1u << at % 32);
       }
       sync_consumers();
-      const uint4 own = scratch.bins[me.thread];
-      const u32 x = __popc(own.x), y = x + __popc(own.y), z = y + __popc(own.z);
-      const u32 sum = z + __popc(own.w), first = listed + running(me, scratch, sum) - sum;
-      scratch.before[me.thread] = {first | (first + x) << 16, (first + y) | (first + z) << 16};
-      if (me.thread == kThreads - 1) scratch.kept = first + sum;
+      u32 count = 0;
+#pragma unroll
+      for (u32 i = 0; i < kWords / 4; ++i)
+        count += __popc(own[i].x) + __popc(own[i].y) + __popc(own[i].z) + __popc(own[i].w);
+      u32 upto = listed + running(me, scratch, count) - count;
+#pragma unroll 1
+      for (u32 i = me.thread * kWords; i < (me.thread + 1) * kWords; ++i)
+        before[i] = upto, upto += __popc(bits[i]);
+      if (me.thread == kThreads - 1) scratch.kept = upto;
       sync_consumers();
       listed = scratch.kept;
-#pragma unroll 1
+#pragma unroll 2
       for (u32 i = me.thread; i < size; i += kThreads) {
-        const u64 entry = scratch.pool[i];
-        const u32 at = id_of(entry) - begin;
-        if (entry < border || at >= kStretch) continue;
+        const u32 at = places[i] - begin;
+        if (at >= kStretch) continue;
         const u32 lower = bits[at / 32] & ((1u << at % 32) - 1);
         row.put(before[at / 32] + __popc(lower), begin + at);
       }
-      sync_consumers();
     }
   }
 };
