@@ -115,8 +115,9 @@ def test_the_positions_that_the_indexer_chooses(
 @pytest.mark.parametrize(
     ("workers", "topk", "position", "groups"),
     [
-        (3, 700, 8999, 0),  # nearly all of them are of one share, which is read again and again
-        (3, 700, 8999, 5),
+        (3, 900, 8999, 0),  # nearly all of them are of one share, which is read again and again
+        (3, 900, 8999, 5),
+        (16, 48, 32900, 0),  # more than are listed at a time
         (5, 48, 1086, 2),
         (7, 512, 513, 0),  # all but two
     ],
@@ -129,7 +130,7 @@ def test_the_choice_among_many(
     different ones."""
     changes = {**INDEX, **ONE_LAYER, "index_topk": topk}
     monkeypatch.setitem(kernel.MODELS, "own", (changes, DType.BF16, workers, {}))
-    context = 9216 if position > 1086 else 1088
+    context = position // 1024 * 1024 + 1088
     program, weights = kernel.compiled("own", context=context)
     made, interpreter = loaded(program, weights, devices(), pages=context // 64)
     pages = np.random.default_rng(1).permutation(context // 64)

@@ -191,8 +191,8 @@ def _score_bytes(op: IndexScore, tokens: int) -> int:
 
 
 def _select_bytes(op: Select) -> int:
-    pool = -(-max(4 * THREADS, op.topk * 13 // 8, 28 * op.splits) // 4) * 4
-    return 8 * pool + 16 * THREADS + 4 * (3 * WARPS + 5 + op.splits) + 16
+    pool = -(-max(6 * THREADS, op.topk * 13 // 8, 28 * op.splits) // 4) * 4
+    return 8 * (pool + THREADS) + 4 * (3 * WARPS + 5 + op.splits) + 16
 
 
 def _taken_units(program: Program, available: int) -> int:

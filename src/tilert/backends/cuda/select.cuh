@@ -24,12 +24,12 @@ struct Select {
   // four at least. There is always room: a share is read further only if all that was taken of it
   // may be chosen, which was 28 entries or more.
   static constexpr u32 kLeast = kTopk * 13 / 8 > 28 * kSplits ? kTopk * 13 / 8 : 28 * kSplits;
-  static constexpr u32 kPool = kLeast < 4 * kThreads ? 4 * kThreads : (kLeast + 3) / 4 * 4;
-  static constexpr int kBinBits = 10, kBins = 1 << kBinBits;
-  static_assert(kBins == 4 * kThreads && kTopk < 65536 && kWidth < 65536 && kSplits <= 256);
-  // Positions that are listed at a time: as bits, which take the place of the keys, with how many
-  // are set before each word, which take that of the bins. Words of a thread.
-  static constexpr u32 kWords = kPool < 8 * kThreads ? 4 : 8, kStretch = kWords * kThreads * 32;
+  static constexpr u32 kPool = kLeast < 6 * kThreads ? 6 * kThreads : (kLeast + 3) / 4 * 4;
+  static constexpr int kBinBits = 9, kBins = 1 << kBinBits;
+  static_assert(kBins == 2 * kThreads && kTopk < 65536 && kWidth < 65536 && kSplits <= 256);
+  // Positions that are listed at a time: as bits, words of a thread, and behind them how many are
+  // set before each word. They take the place of the keys.
+  static constexpr u32 kWords = kPool < 12 * kThreads ? 4 : 8, kStretch = kWords * kThreads * 32;
   struct Pool {
     alignas(16) u32 keys[kPool], places[kPool];  // upper and lower halves of entries
     __device__ __forceinline__ u64 operator[](u32 i) const {
@@ -41,7 +41,7 @@ struct Select {
   };
   struct Scratch {
     Pool pool;
-    uint4 bins[kThreads];  // how many entries they have, each four words of a thread
+    uint2 bins[kThreads];  // how many entries they have
     u32 sums[kWarps], least[kWarps], most[kWarps];
     u32 bin, left, alike;  // where the border is; how many of the bin are taken, and are in it
     u32 kept, further;     // entries that stay, shares that are read further
@@ -158,7 +158,7 @@ struct Select {
   }
 
   // The border among the first `size` entries of the pool, none of which is chosen that is below
-  // `from`: that, where kTopk are not more. Ten bits at a time, of those in which they differ.
+  // `from`: that, where kTopk are not more. Nine bits at a time, of those in which they differ.
   static __device__ __forceinline__ u64 find(const Here& me, Scratch& scratch, u64 from, u32 most,
                                              u32 size) {
     u32* bins = reinterpret_cast<u32*>(scratch.bins);
@@ -168,7 +168,7 @@ struct Select {
         width = shift + kBinBits;
 #pragma unroll 1
     for (;;) {
-      scratch.bins[me.thread] = {0, 0, 0, 0};
+      scratch.bins[me.thread] = {0, 0};
       sync_consumers();
 #pragma unroll 4
       for (u32 i = me.thread; i < size; i += kThreads) {
@@ -186,21 +186,18 @@ struct Select {
   }
 
   // The bin with which `left` are reached from the largest on; with all bins they may not be, and
-  // then the first one stands for all. Thread t has four bins, from kBins - 1 - 4 t downwards.
+  // then the first one stands for all. Thread t has two bins, kBins - 1 - 2 t and the next lower.
   static __device__ __forceinline__ void reach(const Here& me, Scratch& scratch, u32 left) {
-    const uint4 v = scratch.bins[kThreads - 1 - me.thread];
-    const u32 top[4] = {v.w, v.z, v.y, v.x}, sum = v.x + v.y + v.z + v.w;
+    const uint2 v = scratch.bins[kThreads - 1 - me.thread];
+    const u32 sum = v.x + v.y;
     const u32 upto = running(me, scratch, sum);
     if (me.thread == kThreads - 1 && upto < left) scratch.bin = scratch.left = scratch.alike = 0;
-    u32 before = upto - sum;
+    const u32 before = upto - sum;
     if (before >= left || upto < left) return;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (before < left && before + top[i] >= left)
-        scratch.bin = kBins - 1 - me.thread * 4 - i, scratch.left = left - before,
-        scratch.alike = top[i];
-      before += top[i];
-    }
+    const bool lower = before + v.y < left;
+    scratch.bin = kBins - 1 - me.thread * 2 - lower;
+    scratch.left = left - before - (lower ? v.y : 0);
+    scratch.alike = lower ? v.x : v.y;
   }
 
   // The sum of all threads up to and with this one.
@@ -240,7 +237,7 @@ struct Select {
                                               u64 border, u32 size) {
     u32 *bits = scratch.pool.keys, *places = scratch.pool.places, listed = 0;
     uint4* own = reinterpret_cast<uint4*>(bits + me.thread * kWords);
-    u16* before = reinterpret_cast<u16*>(scratch.bins);
+    u16* before = reinterpret_cast<u16*>(bits + kWords * kThreads);
 #pragma unroll 2
     for (u32 i = me.thread; i < size; i += kThreads)
       places[i] = scratch.pool[i] < border ? ~0u : ~places[i];
