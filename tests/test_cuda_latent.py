@@ -261,3 +261,4 @@ def test_shapes_that_the_kernel_cannot_run_are_refused(
         LatentAttention, r"latents of 24 and rotated keys of 16 elements; .* up to 128", lora=24
     )
     refused(IndexRope, r"indexer has 16 heads of 8 elements; .* heads of 16 to 60", head_dim=8)
+    refused(IndexRope, "indexer has 80 heads of 16 elements; .* accepts up to 64 heads", heads=80)
