@@ -91,7 +91,7 @@ struct AnyShape {
     }
     const Lane me(s);
     const bool known = !s.chosen() || run.x3 == 0;  // what is chosen: whose the scales are
-    Scales scales;
+    Scales scales = {};
 #pragma unroll 1
     for (int turn = 0; turn < 2; ++turn) {  // in a loop, so that both orders have one code
       if (known == (turn == 0))
@@ -251,9 +251,9 @@ struct AnyShape {
                                                     u32 token, u32 first, const float* from,
                                                     u16* to, u32 tag, u32 checked) {
     const u32 elements = s.elements();
-    float4 v[kBatch];
-    uint2 norm[kBatch];
-    float weight[kBatch];
+    float4 v[kBatch] = {};
+    uint2 norm[kBatch] = {};  // what not all paths set would take registers in all other ops
+    float weight[kBatch] = {};
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
       const u32 at = min(first + i * 4 * kThreads, elements - 4);
@@ -325,7 +325,7 @@ struct AnyShape {
       const bool mine = finisher < finishers;
       const u32 end = min(begin + chunk, last);
       const Place at(me, run, s, begin, finisher, end);
-      Rest rest;
+      Rest rest = 0;
       if (mine) rest = fetch_rest(b, run, s, at);
       const u32 tokens = of_token ? b.count() : 1;
 #pragma unroll 1
@@ -347,8 +347,8 @@ struct AnyShape {
   static __device__ __forceinline__ void multiply_tiles(const Lane& me, Block& b, const Run& run,
                                                         const Shape& s, u32 first, u32 row,
                                                         u32 begin, u32 end, u32 only) {
-    const u8* slots[kTogether];
-    const float* scale[kTogether];
+    const u8* slots[kTogether] = {};
+    const float* scale[kTogether] = {};
     const u32 before = group(run, s, first), tokens_before = only < kTokens ? only : 0;
     Cursor unit = b.cursor;
 #pragma unroll
