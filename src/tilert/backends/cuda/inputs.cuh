@@ -34,13 +34,14 @@ struct Inputs {
   static constexpr int kRounds = Layout::kRounds, kWide = Layout::kWide;
   static constexpr int kBatch = kWide >= 64 ? 1 : 64 / kWide;  // rounds whose loads go out together
   using Operand = typename Layout::Operand;
+  using Alone = typename Layout::Alone;  // the layout of what is normed
 
   // Bits of the norm's weight, fetched while the inputs are awaited.
   template <class Input>
   struct Held {};
   template <bool kTagged, class T, u32 kEps, int kPitch>
   struct Held<Normed<kTagged, T, kEps, kPitch>> {
-    alignas(16) typename T::Bits v[kRounds / Layout::kPair][kWide];
+    alignas(16) typename T::Bits v[Alone::kRounds / Alone::kPair][kWide];
   };
 
   template <class Input>
@@ -51,10 +52,10 @@ struct Inputs {
     using B = typename T::Bits;
     const B* w = reinterpret_cast<const B*>(run.norm);
 #pragma unroll
-    for (int h = 0; h < kRounds / Layout::kPair; ++h) {
-      const int r = h * Layout::kPair;
-      if (!Layout::inside(r)) continue;
-      const B* at = w + Layout::offset(r);
+    for (int h = 0; h < Alone::kRounds / Alone::kPair; ++h) {
+      const int r = h * Alone::kPair;
+      if (!Alone::inside(r)) continue;
+      const B* at = w + Alone::offset(r);
       constexpr int kBytes = kWide * sizeof(B);
       if constexpr (kBytes % 16 == 0) {
 #pragma unroll
@@ -113,28 +114,10 @@ struct Inputs {
   static __device__ __forceinline__ void make(Block& b, const Run& run, u32 first_x,
                                               Held<Normed<kTagged, T, kEps, kPitch>>& held,
                                               Operand& out) {
-    float sums[Layout::kPair][Layout::kParts];
-    fill<kTagged, kPitch>(b, run, first_x, [&](int round, float (&v)[kWide]) {
-      if (round == 0)  // again where words are read again
-#pragma unroll
-        for (int i = 0; i < Layout::kPair * Layout::kParts; ++i)
-          sums[i / Layout::kParts][i % Layout::kParts] = 0;
-      float& sum = sums[round % Layout::kPair][Layout::part(round)];
-#pragma unroll
-      for (int i = 0; i < kWide; ++i) {
-        sum = fmaf(v[i], v[i], sum);
-        v[i] = Layout::inside(round) ? v[i] * T::widen(held.v[round / Layout::kPair][i]) : 0;
-      }
-      if constexpr (kRounds > 16)
-        compute_here(sum);  // put off, it would keep all pieces in registers
-      Layout::put(out, round, v);
-    });
-#pragma unroll
-    for (int i = 0; i < Layout::kPair; ++i) {
-      const float sum = row_sum(sums[i]);
-      if (lane() % 4 == 0 && lane() / 4 < kTokens && lane() / 4 == Layout::row(i))
-        b.shared.squares[warp()][lane() / 4] = sum;
-    }
+    if constexpr (Layout::kStaged)
+      stage<kTagged, T, kPitch>(b, run, first_x, held.v, out);
+    else
+      norm<kTagged, T, kPitch>(b, run, first_x, held.v, out);
   }
 
   // What the products of a row are multiplied with; behind a barrier after make().
@@ -153,16 +136,109 @@ struct Inputs {
   };
 
  private:
+  // x' times the norm's weight, and the squares of x of each token for Factor.
+  template <bool kTagged, class T, int kPitch, class Weight>
+  static __device__ __forceinline__ void norm(Block& b, const Run& run, u32 first_x,
+                                              const Weight& weight, Operand& out) {
+    float sums[Layout::kPair][Layout::kParts];
+    fill<kTagged, kPitch>(b, run, first_x, [&](int round, float (&v)[kWide]) {
+      if (round == 0)  // again where words are read again
+#pragma unroll
+        for (int i = 0; i < Layout::kPair * Layout::kParts; ++i)
+          sums[i / Layout::kParts][i % Layout::kParts] = 0;
+      float& sum = sums[round % Layout::kPair][Layout::part(round)];
+#pragma unroll
+      for (int i = 0; i < kWide; ++i) {
+        sum = fmaf(v[i], v[i], sum);
+        v[i] = Layout::inside(round) ? v[i] * T::widen(weight[round / Layout::kPair][i]) : 0;
+      }
+      if constexpr (kRounds > 16)
+        compute_here(sum);  // put off, it would keep all pieces in registers
+      Layout::put(out, round, v);
+    });
+#pragma unroll
+    for (int i = 0; i < Layout::kPair; ++i) {
+      const float sum = row_sum<Layout>(sums[i]);
+      if (lane() % 4 == 0 && lane() / 4 < kTokens && lane() / 4 == Layout::row(i))
+        b.shared.squares[warp()][lane() / 4] = sum;
+    }
+  }
+
+  // The same of several tokens for the matrix units, some at a time. Each is taken as if it were
+  // alone, so that its squares are summed in that order; then the lanes of a warp exchange what
+  // they have made. In a loop: unrolled, this is half of an op's code, for all that it runs once.
+  template <bool kTagged, class T, int kPitch, class Weight>
+  static __device__ __forceinline__ void stage(Block& b, const Run& run, u32 first_x,
+                                               const Weight& weight, Operand& out) {
+    using Staged = typename Layout::Staged;
+    constexpr int kAtOnce = Staged::kAtOnce;
+    const float* from = b.at(run.x) + first_x;
+#pragma unroll 1
+    for (int first = 0; first < kTokens; first += kAtOnce, from += kAtOnce * kPitch) {
+      float v[kAtOnce][Alone::kRounds][kWide];
+      load_rows<kTagged, kPitch>(b, from, b.tag(run.x), v);
+#pragma unroll
+      for (int t = 0; t < kAtOnce; ++t) {
+        float sums[Alone::kParts] = {};
+#pragma unroll
+        for (int r = 0; r < Alone::kRounds; ++r) {
+          float& sum = sums[Alone::part(r)];
+#pragma unroll
+          for (int i = 0; i < kWide; ++i) {
+            sum = fmaf(v[t][r][i], v[t][r][i], sum);
+            v[t][r][i] = Alone::inside(r) ? v[t][r][i] * T::widen(weight[r][i]) : 0;
+          }
+          Staged::put(b, t, r, v[t][r]);
+        }
+        const float sum = row_sum<Alone>(sums);
+        if (lane() == 0) b.shared.squares[warp()][first + t] = sum;
+      }
+      __syncwarp();
+      Staged::take(b, first, out);
+      __syncwarp();
+    }
+  }
+
+  // Rows of kRows tokens, without tags; again while those say that some words are late.
+  template <bool kTagged, int kPitch, int kRows>
+  static __device__ __forceinline__ void load_rows(const Block& b, const float* from, u32 tag,
+                                                   float (&v)[kRows][Alone::kRounds][kWide]) {
+    Retry retry;
+    for (u32 other = 1; other;) {
+      other = 0;
+#pragma unroll
+      for (int t = 0; t < kRows; ++t)
+#pragma unroll
+        for (int r = 0; r < Alone::kRounds; ++r) load<Alone, kPitch>(from + t * kPitch, r, v[t][r]);
+      if constexpr (!kTagged) return;
+#pragma unroll
+      for (int t = 0; t < kRows; ++t)
+#pragma unroll
+        for (int r = 0; r < Alone::kRounds; ++r)
+#pragma unroll
+          for (int i = 0; i < kWide; ++i)
+            if (Alone::inside(r)) other |= other_tag(v[t][r][i], tag);
+      if (other && retry.in_vain(b, tag)) break;
+    }
+#pragma unroll
+    for (int t = 0; t < kRows; ++t)
+#pragma unroll
+      for (int r = 0; r < Alone::kRounds; ++r)
+#pragma unroll
+        for (int i = 0; i < kWide; ++i) v[t][r][i] = untagged(v[t][r][i]);
+  }
+
   // The sum of a row over all lanes of a warp, for those that hold it. Parts are what lanes are
   // where there are fewer tokens, so the order of the sum is the same for any number of them.
-  static __device__ __forceinline__ float row_sum(float (&parts)[Layout::kParts]) {
+  template <class L>
+  static __device__ __forceinline__ float row_sum(float (&parts)[L::kParts]) {
 #pragma unroll
-    for (int n = Layout::kParts / 2; n; n /= 2)
+    for (int n = L::kParts / 2; n; n /= 2)
 #pragma unroll
       for (int i = 0; i < n; ++i) parts[i] += parts[i + n];
     float sum = parts[0];
 #pragma unroll
-    for (int o = 16; o >= 4 * Layout::kWidth; o /= 2) sum += __shfl_xor_sync(~0u, sum, o);
+    for (int o = 16; o >= 4 * L::kWidth; o /= 2) sum += __shfl_xor_sync(~0u, sum, o);
 #pragma unroll
     for (int o = 4; o; o /= 2) sum += __shfl_xor_sync(~0u, sum, o);
     return sum;
@@ -183,7 +259,7 @@ struct Inputs {
         float v[kBatch][kWide];
 #pragma unroll
         for (int i = 0; i < kBatch; ++i)
-          if (first + i < kRounds) load<kPitch>(from, first + i, v[i]);
+          if (first + i < kRounds) load<Layout, kPitch>(from, first + i, v[i]);
 #pragma unroll
         for (int i = 0; i < kBatch; ++i) {
           if (first + i >= kRounds) continue;
@@ -203,12 +279,12 @@ struct Inputs {
     }
   }
 
-  template <int kPitch>
+  template <class L, int kPitch>
   static __device__ __forceinline__ void load(const float* from, int round, float (&v)[kWide]) {
 #pragma unroll
     for (int i = 0; i < kWide; ++i) v[i] = 0;
-    if (!Layout::inside(round)) return;
-    const float* at = from + Layout::row(round) * kPitch + Layout::offset(round);
+    if (!L::inside(round)) return;
+    const float* at = from + L::row(round) * kPitch + L::offset(round);
     if constexpr (kWide % 4 == 0) {
 #pragma unroll
       for (int i = 0; i < kWide; i += 4) {

@@ -104,14 +104,20 @@ class _Cut:
 
 
 def kept_bytes(program: Program, op: PRODUCTS, tokens: int) -> int:
-    """What registers do not hold of a product's x' for so many tokens (Matrix::Operand), in bytes."""
+    """What registers do not hold of a product's x' for so many tokens (Matrix::Operand), and room for what
+    is normed on its way there (Staging), in bytes."""
     if op.x_type == DType.F32:
         return 0
     cut, itemsize = _Cut.of(program, op), program.weight_itemsize(op)
     segments = max(1, 16 // cut.unit_rows)
     steps = cut.steps(64 * WARPS * segments)
     words = max(1, segments * max(tokens, 2) // 8) * 8 // itemsize  # of a step
-    return max(0, steps - HELD_WORDS // words) * words * 4 * THREADS
+    rest = max(0, steps - HELD_WORDS // words) * words * 4 * THREADS
+    if tokens == 1 or isinstance(op, ExpertDown) or op.norm == NONE:
+        return rest
+    rounds = steps * max(1, segments // 4) * (2 // itemsize)  # loads of a lane, of a token
+    at_once = min(tokens, 1 if rounds >= 8 else 2 if rounds >= 4 else 4)
+    return rest + WARPS * at_once * steps * segments * (64 // itemsize) * 2
 
 
 def _plain_words(program: Program, op: PRODUCTS, tokens: int) -> int:

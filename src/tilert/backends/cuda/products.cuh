@@ -8,6 +8,7 @@
 //   leave(Sums, ...): to shared memory; `only`: of one token, where a unit is not for all of them
 #pragma once
 #include "inputs.cuh"
+#include "staged.cuh"
 
 struct Unscaled {
   static constexpr bool kGiven = false;
@@ -134,7 +135,11 @@ struct Matrix {
   // What registers do not hold of x' lies in shared memory, where each thread has its own part.
   static constexpr int kStepWords = kColumnBlocks * 2 * kProducts;
   static constexpr int kHeld = kSteps * kStepWords <= kHeldWords ? kSteps : kHeldWords / kStepWords;
-  static_assert((kSteps - kHeld) * kStepWords * 4 * kThreads <= kScratchBytes, "x' does not fit");
+  static constexpr int kRestBytes = (kSteps - kHeld) * kStepWords * 4 * kThreads;
+  static_assert(kRestBytes <= kScratchBytes, "x' does not fit");
+  using Alone = AsOneToken<Matrix>;
+  using Staged = Staging<Matrix>;
+  static constexpr bool kStaged = kTokens > 1;  // what is normed
   struct Operand {
     u32 b[kHeld][kColumnBlocks][2 * kProducts];
     uint4* rest;  // [kSteps - kHeld, kColumnBlocks, kProducts / 2, kThreads]
@@ -447,6 +452,8 @@ struct Scalar {
   }
 
   // Layout: a round is a chunk of a token, one token after another.
+  using Alone = Scalar;
+  static constexpr bool kStaged = false;
   static constexpr int kTogether = 1;
   static constexpr int kParts = 1, kPair = kTokens, kRounds = kOwnChunks * kTokens;
   static constexpr int kWidth = 2;  // as of Matrix where all lanes have parts of the same token
