@@ -226,6 +226,8 @@ STEPS: dict[str, tuple[int, list[tuple[int, int]]]] = {
     "a-batch": (8, [(2, 70), (0, 5), (1, 127)]),
     "drafts-in-a-batch": (8, [(1, 63), (1, 64), (1, 65), (0, 200), (2, 0), (2, 1)]),
     "one-of-two": (2, [(0, 130)]),
+    # Tokens that attention has in tiles of their own where groups are of 3, beside some of their sequence.
+    "beyond-a-block": (8, [*((1, p) for p in range(61, 67)), (0, 200), (2, 0)]),
 }
 SEVERAL = ("llama", "llama-untied-head-64", "llama-group-of-3", "llama-head-128", "deep-ring",
            "units-of-6-kb", "many-splits", "fp8-wide-blocks", "fp8-rows", "qwen2", "qwen3")  # fmt: skip
@@ -233,7 +235,8 @@ SEVERAL = ("llama", "llama-untied-head-64", "llama-group-of-3", "llama-head-128"
 OF_TOKENS = ("latent", "latent-indexed", "qwen3-moe")
 # Each kernel takes longer to compile than to run, so not all models have one for two tokens.
 TOGETHER = [
-    *product(SEVERAL, [step for step in STEPS if step != "one-of-two"]),
+    *product(SEVERAL, list(STEPS)[:5]),
+    *product(["llama-group-of-3"], ["beyond-a-block"]),
     *product(OF_TOKENS, ["over-a-page-border", "drafts-in-a-batch"]),
     *product(["llama", "fp8-wide-blocks", "latent-indexed"], ["one-of-two"]),
     *product(["llama-f16", "latent-indexed-128"], ["over-a-page-border"]),

@@ -17,6 +17,14 @@ from tilert.ops.attention import empty_share, visible, weigh
 from tilert.ops.memory import Memory, count
 from tilert.ops.rope import turned
 
+QUERY_ROWS = 16  # of matrix units: query heads that a tile has, of all its tokens
+
+
+def block_tokens(group: int, rows: int) -> int:
+    """Tokens of a tile of Attend, in steps of up to `rows`: blocks are as even as they can be."""
+    blocks = -(-rows // max(1, QUERY_ROWS // group))
+    return -(-rows // blocks)
+
 
 def page_share(lo: int, hi: int, split: int, splits: int) -> list[tuple[int, int]]:
     """The part of the positions [lo, hi) that belongs to `split`, [begin, end) in each of its pages.
@@ -122,14 +130,15 @@ class Append(Op):
 
 @dataclass(frozen=True, slots=True)
 class Attend(Op):
-    """Tile g * splits + s: kv head g with its group of query heads, share s of the past positions.
+    """Tile (b * kv_heads + g) * splits + s: tokens of block b, kv head g with its group of query heads,
+    share s of the past positions.
 
     q, k, v as the products left them, in buffers of their own or side by side in one: q and k are
     normed (if q_norm, k_norm) and rotated here, then all are rounded to the cache's type. Split 0 also
     attends to each token's own position. y [rows, heads * splits * (head_dim + 2)] gets the partial
     results in the layout of Attention with splits > 1; back ends may leave out shares without positions,
     for Combine leaves them out, too. A token sees the earlier tokens of its sequence in the same step as
-    part of their pages.
+    part of their pages, also where those are of another block.
     """
 
     opcode: ClassVar[int] = 9
@@ -162,7 +171,21 @@ class Attend(Op):
 
     @property
     def tiles(self) -> int:
-        return self.kv_heads * self.splits
+        return -(-self.rows // self.block) * self.kv_heads * self.splits
+
+    @property
+    def block(self) -> int:
+        """Tokens of a tile."""
+        return block_tokens(self.group, self.rows)
+
+    def place(self, tile: int) -> tuple[int, int, int]:
+        """(block, kv head, share) of a tile."""
+        block, rest = divmod(tile, self.kv_heads * self.splits)
+        return block, *divmod(rest, self.splits)
+
+    def span(self, block: int) -> tuple[int, int]:
+        """Tokens [lo, hi) of a block."""
+        return block * self.block, min((block + 1) * self.block, self.rows)
 
     @property
     def group(self) -> int:
@@ -176,17 +199,22 @@ class Attend(Op):
         out += [Region(b, 0, 1, 0, self.rows) for b in (self.positions, self.sequences)]
         out += [Region(b, 0, 1, 0, d) for b in (self.q_norm, self.k_norm) if b != NONE]
         for tile in range(lo, hi):
-            g, split = divmod(tile, self.splits)
-            out.append(Region(self.q, 0, self.rows, g * q_width, (g + 1) * q_width))
+            block, g, split = self.place(tile)
+            begin, end = self.span(block)
+            out.append(Region(self.q, begin, end, g * q_width, (g + 1) * q_width))
             out += [Region(b, -PAST, 0, g * d, (g + 1) * d) for b in (self.k_cache, self.v_cache)]
             if split == 0 or self.rows > 1:
                 fresh = ((self.k, self.k_col), (self.v, self.v_col))
-                out += [Region(b, 0, self.rows, c + g * d, c + (g + 1) * d) for b, c in fresh]
+                out += [Region(b, 0, end, c + g * d, c + (g + 1) * d) for b, c in fresh]
         return out
 
     def writes(self, lo: int, hi: int) -> list[Region]:
-        width = self.group * (self.head_dim + 2)
-        return [Region(self.y, 0, self.rows, lo * width, hi * width)]
+        width, each = self.group * (self.head_dim + 2), self.kv_heads * self.splits
+        out: list[Region] = []
+        for block in range(lo // each, -(-hi // each)):
+            first, last = max(lo - block * each, 0), min(hi - block * each, each)
+            out.append(Region(self.y, *self.span(block), first * width, last * width))
+        return out
 
     @property
     def leaves_out(self) -> tuple[int, ...]:
@@ -201,17 +229,22 @@ class Attend(Op):
     def cost(self, lo: int, hi: int, dtype_bytes: int, context: int) -> Cost:
         seen = min(context, self.window) if self.window else context
         seen = -(-seen // self.splits) * (hi - lo)
-        flops = 4 * self.rows * self.group * (seen + self.rows) * self.head_dim
+        flops = 4 * self.block * self.group * (seen + self.rows) * self.head_dim
         return Cost(0, 4 * seen * self.head_dim, flops)
 
     def reference(self, mem: Memory, lo: int, hi: int) -> None:
         """The definition, one token at a time."""
         tokens, width = count(mem, self.counts, 0), self.group * (self.head_dim + 2)
         for tile in range(lo, hi):
-            g, split = divmod(tile, self.splits)
-            fresh = fresh_rows(mem, self, g, tokens) if split == 0 or self.rows > 1 else None
-            for t in range(tokens):
-                mem.write(self.y, t, tile * width, self._token(mem, t, g, split, fresh))
+            block, g, split = self.place(tile)
+            begin, end = self.span(block)
+            end = min(end, tokens)
+            if begin >= end:
+                continue
+            fresh = fresh_rows(mem, self, g, end) if split == 0 or self.rows > 1 else None
+            for t in range(begin, end):
+                y = self._token(mem, t, g, split, fresh)
+                mem.write(self.y, t, (g * self.splits + split) * width, y)
 
     def _token(
         self, mem: Memory, t: int, g: int, split: int, fresh: tuple[np.ndarray, np.ndarray] | None
@@ -234,7 +267,7 @@ class Attend(Op):
             here |= (positions == own) & (split == 0)
             here &= (sequences == sequences[t]) & (positions >= lo)
             for part, made in zip(keys, fresh, strict=True):
-                part.append(made[here])
+                part.append(made[here[: len(made)]])
         k_SD, v_SD = (np.concatenate(part) for part in keys)
         if not len(k_SD):
             return empty_share(self.group, d)

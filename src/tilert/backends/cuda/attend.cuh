@@ -3,8 +3,9 @@
 // like to read them: [64 positions][head_dim] bf16, with the 16-byte pieces of a row permuted (see
 // swizzle).
 //
-// Scores and sums are mma products with rows of A for the query heads of all tokens of one
-// sequence; rows beyond them hold anything, and what comes of them is not used. A warp takes 16
+// Scores and sums are mma products with rows of A for the query heads of some tokens of one
+// sequence, 16 at most: further tokens of a step have tiles of their own, which other workers take.
+// Rows beyond them hold anything, and what comes of them is not used. A warp takes 16
 // positions, warps 0 to 3 the even pages of the share and warps 4 to 7 the odd ones. Each warp
 // keeps its own maximum and sums (online softmax, in powers of two); they are merged at the end.
 //
@@ -17,56 +18,67 @@
 #include "combine.cuh"
 #include "heads.cuh"
 
-template <int kHeads, int kKvHeads, int kHeadDim, int kAttnWindow, int kSplits, bool kTagged,
-          class QNorm, class KNorm, u32 kEpsBits, u32 kScaleBits, int kQPitch, int kKPitch,
-          int kVPitch, bool kTagsOut>
+template <int kHeads, int kKvHeads, int kHeadDim, int kAttnWindow, int kSplits, int kBlock,
+          bool kTagged, class QNorm, class KNorm, u32 kEpsBits, u32 kScaleBits, int kQPitch,
+          int kKPitch, int kVPitch, bool kTagsOut>
 struct Attend {
   using H = Head<kHeadDim>;
   using Values = typename H::Values;
-  static constexpr int kGroup = kHeads / kKvHeads, kRows = kGroup * kTokens;
-  static constexpr int kRowBlocks = (kRows + 15) / 16;
-  static_assert(kRowBlocks <= 2 && kHeadDim % 16 == 0 && kHeadDim <= 128, "shape of a kv head");
+  static constexpr int kGroup = kHeads / kKvHeads, kRows = kGroup * kBlock;
+  static_assert(kRows <= 16 && kHeadDim % 16 == 0 && kHeadDim <= 128, "shape of a kv head");
   static constexpr u32 kPageBytes = H::kPageBytes;
   static_assert(kPageBytes <= kSlotBytes, "a page of one kv head fits a slot");
   static constexpr int kSteps = kHeadDim / 16;
-  static constexpr u32 kTiles = kKvHeads * kSplits;
-  static constexpr int kPitch = kHeadDim + 2;
-  static constexpr int kYPitch = kHeads * kSplits * kPitch;   // of a token's results
-  static constexpr int kMergeRows = kRows < 16 ? kRows : 16;  // merged at once
-  static constexpr int kHeadsOf = kGroup + 2;   // that a token has here: queries, key, value
+  static constexpr u32 kBlockTiles = kKvHeads * kSplits;  // of kBlock tokens
+  static constexpr u32 kTiles = (kTokens + kBlock - 1) / kBlock * kBlockTiles;
+  static constexpr int kPitch = kHeadDim + 2, kMergePitch = kPitch;
+  static constexpr int kYPitch = kHeads * kSplits * kPitch;  // of a token's results
+  // Heads that a tile takes: queries, then key and value of each token up to its last.
+  static constexpr int kTaken = kRows + 2 * kTokens;
   static constexpr int kPieces = kHeadDim / 4;  // loaded at once, of a head
-  static constexpr int kLoads = (kTokens * kHeadsOf * kPieces + kThreads - 1) / kThreads;
+  static constexpr int kLoads = (kTaken * kPieces + kThreads - 1) / kThreads;
   static_assert(kTokens * kPieces <= kThreads, "a thread loads one piece of the angles");
   static __device__ __forceinline__ float scale() { return __uint_as_float(kScaleBits) * kLog2e; }
 
   // The memory between barriers: rotated queries, the new keys and values, the scores of each with
   // its own; first the heads as the products left them, then the partial results of four warps.
   struct Scratch {
-    u16 q[16 * kRowBlocks * kHeadDim], k[kTokens][kHeadDim], v[kTokens][kHeadDim];
+    u16 q[16 * kHeadDim], k[kTokens][kHeadDim], v[kTokens][kHeadDim];
     float angles[kTokens][kHeadDim];  // cosines of a position, then sines
     union {
-      float raw[kTokens * kHeadsOf][kHeadDim];
-      float merged[4][kMergeRows][kPitch];
+      float raw[kTaken][kHeadDim];
+      float merged[4][kRows][kMergePitch];
     };
     float own[kRows];
   };
   static_assert(sizeof(Scratch) <= kScratchBytes, "scratch is too small");
 
-  // Tokens [begin, end) of the step, of one sequence.
+  // Tokens [begin, end) of the step, of one sequence, whose first token in the step is `first`.
   struct Span {
-    u32 begin = 0, end = 0;
-    __device__ __forceinline__ bool next(const Params& p) {
+    u32 first = 0, begin = 0, end = 0;
+    // The next one that has tokens in [lo, hi).
+    __device__ __forceinline__ bool next(const Params& p, u32 lo, u32 hi) {
       if constexpr (kTokens == 1) {
         begin = end;
         return end++ == 0;
       }
-      begin = end;
-      if (begin >= p.count) return false;
-      do ++end;
-      while (end < p.count && p.sequences[end] == p.sequences[begin]);
+      begin = max(end, lo);
+      if (begin >= hi) return false;
+      const u32 sequence = p.sequences[begin];
+      end = begin + 1;
+      while (end < hi && p.sequences[end] == sequence) ++end;
+      first = begin;
+      while (first > 0 && p.sequences[first - 1] == sequence) --first;
       return true;
     }
+    // The next one of a tile; tiles that append have all tokens.
+    __device__ __forceinline__ bool next_of(const Params& p, u32 tile) {
+      const u32 lo = tile / kBlockTiles * kBlock;
+      return tile < kTiles ? next(p, lo, min(lo + kBlock, p.count)) : next(p, 0, p.count);
+    }
     __device__ __forceinline__ u32 tokens() const { return end - begin; }
+    __device__ __forceinline__ u32 known() const { return end - first; }  // of the sequence
+    __device__ __forceinline__ u32 before() const { return begin - first; }
   };
 
   // The pages of a span, from the first that its first token sees; a split has one of each round.
@@ -87,13 +99,13 @@ struct Attend {
     if (run.first >= kTiles) return true;
     if (!l.past(run)) return false;
     for (u32 tile = run.first; tile < run.first + run.count; ++tile)
-      for (Span span; span.next(b.params);) {
+      for (Span span; span.next_of(b.params, tile);) {
         const u32 split = tile % kSplits, first = first_of(b, span), end = end_of(b, span);
         if (idle(b, span, split)) continue;
         for (u32 round = first / kSplits; round * kSplits < end; ++round) {
           const u32 page = page_of(round, split, kSplits);
           if (page < first || page >= end) continue;
-          u64 at = H::template page_at<kKvHeads>(b, span.begin, page, tile / kSplits);
+          u64 at = H::template page_at<kKvHeads>(b, span.begin, page, tile % kBlockTiles / kSplits);
 #pragma unroll
           for (int kv = 0; kv < 2; ++kv) {
             if (!l.acquire()) return false;
@@ -111,16 +123,20 @@ struct Attend {
     Values q_norm, k_norm;
   };
 
-  // Where the products left a piece of a head, and its tag. Heads of a token: queries, key, value.
-  static __device__ __forceinline__ const float* piece_at(const Block& b, const Run& run, u32 g,
-                                                          u32 token, u32 head, u32 piece,
-                                                          u32& tag) {
-    const u32 operand = head < kGroup ? run.x : head == kGroup ? run.x2 : run.x3;
-    const u32 pitch = head < kGroup ? kQPitch : head == kGroup ? kKPitch : kVPitch;
-    tag = b.tag(operand);
-    const u32 column = head < kGroup ? g * kGroup + head : g;
-    return b.at(operand) + token * pitch + column * kHeadDim + piece * 4;
-  }
+  // A head that a tile takes: of which token, from the first that the span knows, and which one.
+  struct Taken {
+    u32 token, column, operand, pitch;
+    bool wanted;
+    __device__ __forceinline__ Taken(const Run& run, u32 g, const Span& span, u32 index,
+                                     bool queries, bool fresh) {
+      const bool query = index < kRows, value = (index - kRows) % 2;
+      token = query ? span.before() + index / kGroup : (index - kRows) / 2;
+      column = query ? g * kGroup + index % kGroup : g;
+      operand = query ? run.x : value ? run.x3 : run.x2;
+      pitch = query ? kQPitch : value ? kVPitch : kKPitch;
+      wanted = index < kTaken && token < span.known() && (query ? queries : fresh);
+    }
+  };
 
   // The tokens' angles and heads to shared memory, all loads under way at once; queries, and keys
   // and values, only where they are needed.
@@ -129,8 +145,8 @@ struct Attend {
                                                 Scratch& scratch) {
     float4 angle, v[kLoads];
     const u32 of = thread() / kPieces, at = thread() % kPieces * 4;
-    if (of < span.tokens()) {
-      const u64 row = b.position(span.begin + of);
+    if (of < span.known()) {
+      const u64 row = b.position(span.first + of);
       angle = __ldg(reinterpret_cast<const float4*>(run.bias_up + (row * kHeadDim + at) * 4));
     }
     Retry retry;
@@ -140,10 +156,11 @@ struct Attend {
       bool in[kLoads];
 #pragma unroll
       for (int i = 0; i < kLoads; ++i) {
-        const u32 index = thread() + i * kThreads, head = index / kPieces;
-        in[i] = head / kHeadsOf < span.tokens() && (head % kHeadsOf < kGroup ? queries : fresh);
-        const float* from = piece_at(b, run, g, span.begin + head / kHeadsOf, head % kHeadsOf,
-                                     index % kPieces, tag[i]);
+        const u32 index = thread() + i * kThreads;
+        const Taken head(run, g, span, index / kPieces, queries, fresh);
+        tag[i] = b.tag(head.operand), in[i] = head.wanted;
+        const float* from = b.at(head.operand) + (span.first + head.token) * head.pitch +
+                            head.column * kHeadDim + index % kPieces * 4;
         if (in[i]) v[i] = load_float4(from);
       }
 #pragma unroll
@@ -153,11 +170,11 @@ struct Attend {
                    other_tag(v[i].z, tag[i]) | other_tag(v[i].w, tag[i]);
       if (other && retry.in_vain(b, tag[0])) break;
     }
-    if (of < span.tokens()) *reinterpret_cast<float4*>(scratch.angles[of] + at) = angle;
+    if (of < span.known()) *reinterpret_cast<float4*>(scratch.angles[of] + at) = angle;
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
       const u32 index = thread() + i * kThreads;
-      if (index >= kTokens * kHeadsOf * kPieces) continue;
+      if (index >= kTaken * kPieces) continue;
       if (kTagged) v[i] = {untagged(v[i].x), untagged(v[i].y), untagged(v[i].z), untagged(v[i].w)};
       *reinterpret_cast<float4*>(scratch.raw[index / kPieces] + index % kPieces * 4) = v[i];
     }
@@ -167,8 +184,8 @@ struct Attend {
   // that they are in.
   static __device__ __forceinline__ bool takes_new(const Block& b, const Span& span, u32 split) {
     if (split == 0) return true;
-    if (span.tokens() == 1) return false;
-    const u32 first = b.position(span.begin) / kPage, last = (b.position(span.end - 1) - 1) / kPage;
+    if (span.known() == 1) return false;
+    const u32 first = b.position(span.first) / kPage, last = (b.position(span.end - 1) - 1) / kPage;
     return split == split_of(first, kSplits) || split == split_of(last, kSplits);
   }
 
@@ -179,18 +196,19 @@ struct Attend {
     gather(b, run, g, span, queries, fresh, scratch);
     sync_consumers();
 #pragma unroll 1
-    for (u32 i = warp(); i < span.tokens() * kHeadsOf; i += kWarps) {
-      const u32 token = i / kHeadsOf, head = i % kHeadsOf;
-      if (!(head < kGroup ? queries : fresh)) continue;
+    for (u32 i = warp(); i < kRows + 2 * span.known(); i += kWarps) {
+      const Taken head(run, g, span, i, queries, fresh);
+      if (!head.wanted) continue;
       Values v, angles;
       H::take(scratch.raw[i], v);
-      H::take(scratch.angles[token], angles);
-      if (head < kGroup) {
+      H::take(scratch.angles[head.token], angles);
+      if (i < kRows) {
         H::template turn<QNorm, kEpsBits>(angles, held.q_norm, v);
-        H::put(scratch.q, token * kGroup + head, v);
+        H::put(scratch.q, i, v);
       } else {
-        if (head == kGroup) H::template turn<KNorm, kEpsBits>(angles, held.k_norm, v);
-        H::put((head == kGroup ? scratch.k : scratch.v)[token], 0, v);
+        const bool key = (i - kRows) % 2 == 0;
+        if (key) H::template turn<KNorm, kEpsBits>(angles, held.k_norm, v);
+        H::put((key ? scratch.k : scratch.v)[head.token], 0, v);
       }
     }
     sync_consumers();
@@ -219,13 +237,13 @@ struct Attend {
   }
 
   // Scores of the tokens' own positions, in powers of two; one key each needs no matrix unit.
-  static __device__ __forceinline__ void score_own(Scratch& scratch, u32 rows) {
+  static __device__ __forceinline__ void score_own(Scratch& scratch, u32 rows, u32 before) {
 #pragma unroll 1
     for (u32 r = warp() - kWarps / 2; r < rows; r += kWarps / 2) {
       float sum = 0;
       for (u32 e = lane(); e < kHeadDim; e += 32) {
         const u32 q = r * kHeadDim + swizzle<kHeadDim>(r, e / 8) * 8 + e % 8;
-        sum = fmaf(BF16::widen(scratch.q[q]), BF16::widen(scratch.k[r / kGroup][e]), sum);
+        sum = fmaf(BF16::widen(scratch.q[q]), BF16::widen(scratch.k[before + r / kGroup][e]), sum);
       }
       sum = warp_sum(sum) * scale();
       if (lane() == 0) scratch.own[r] = sum;
@@ -235,9 +253,9 @@ struct Attend {
   // The 16 positions of this warp in a page get what the step's earlier tokens have for them.
   static __device__ __forceinline__ void patch(const Block& b, const Span& span, u32 position0,
                                                const u16 (&made)[kTokens][kHeadDim], u16* page) {
-    const u32 first = b.position(span.begin);
+    const u32 first = b.position(span.first);
 #pragma unroll 1
-    for (u32 t = 0; t + 1 < span.tokens(); ++t) {
+    for (u32 t = 0; t + 1 < span.known(); ++t) {
       const u32 row = first + t - position0;
       if (row >= 16) continue;
       put_row(made[t], page, position0 % kPage + row);
@@ -255,22 +273,16 @@ struct Attend {
   // s = q k^T of 16 positions. The queries are read again each time: held in registers they would
   // be a fifth of all that a thread has.
   static __device__ __forceinline__ void score(const u16* q, const u16* k, u32 row0,
-                                               float (&s)[kRowBlocks][2][4]) {
+                                               float (&s)[2][4]) {
 #pragma unroll
-    for (int r = 0; r < kRowBlocks; ++r)
-#pragma unroll
-      for (int i = 0; i < 8; ++i) s[r][i / 4][i % 4] = 0;
+    for (int i = 0; i < 8; ++i) s[i / 4][i % 4] = 0;
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
-      u32 m[4];
+      u32 m[4], a[4];
       load_at(m, k, row0 + lane() % 8 + lane() / 16 * 8, step * 2 + lane() / 8 % 2);
-#pragma unroll
-      for (int r = 0; r < kRowBlocks; ++r) {
-        u32 a[4];
-        load_at(a, q, r * 16 + lane() % 16, step * 2 + lane() / 16);
-        multiply(s[r][0], a, m[0], m[1]);
-        multiply(s[r][1], a, m[2], m[3]);
-      }
+      load_at(a, q, lane() % 16, step * 2 + lane() / 16);
+      multiply(s[0], a, m[0], m[1]);
+      multiply(s[1], a, m[2], m[3]);
     }
   }
 
@@ -282,10 +294,10 @@ struct Attend {
   // Positions [lo, hi) that the two rows of a lane see.
   struct Visible {
     int lo[2], hi[2];
-    __device__ __forceinline__ void find(const Block& b, const Span& span, int block) {
+    __device__ __forceinline__ void find(const Block& b, const Span& span) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const u32 token = kTokens == 1 ? 0 : (block * 16 + half * 8 + lane() / 4) / kGroup;
+        const u32 token = kTokens == 1 ? 0 : (half * 8 + lane() / 4) / kGroup;
         const bool in = kTokens == 1 || token < span.tokens();
         hi[half] = in ? b.position(span.begin + token) : 0;
         lo[half] = in ? first_visible(hi[half], kAttnWindow) : 0;
@@ -334,8 +346,7 @@ struct Attend {
     p[2] = pack_bf16(s[1][0], s[1][1]), p[3] = pack_bf16(s[1][2], s[1][3]);
   }
 
-  static __device__ __forceinline__ void add_values(State (&state)[kRowBlocks],
-                                                    const u32 (&p)[kRowBlocks][4], const u16* v,
+  static __device__ __forceinline__ void add_values(State& state, const u32 (&p)[4], const u16* v,
                                                     u32 row0) {
     u32 row = row0 + lane() % 16;
 #pragma unroll
@@ -343,19 +354,16 @@ struct Attend {
       u32 m[4], piece = d * 2 + lane() / 16;
       load_matrices_transposed(
           m, shared_address(v + row * kHeadDim + swizzle<kHeadDim>(row, piece) * 8));
-#pragma unroll
-      for (int r = 0; r < kRowBlocks; ++r) {
-        multiply(state[r].out[2 * d], p[r], m[0], m[1]);
-        multiply(state[r].out[2 * d + 1], p[r], m[2], m[3]);
-      }
+      multiply(state.out[2 * d], p, m[0], m[1]);
+      multiply(state.out[2 * d + 1], p, m[2], m[3]);
     }
   }
 
-  static __device__ __forceinline__ void store_state(const State& state, float (*to)[kPitch]) {
+  static __device__ __forceinline__ void store_state(const State& state, float (*to)[kMergePitch]) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       int row = lane() / 4 + half * 8;
-      if (row >= kMergeRows) continue;
+      if (row >= kRows) continue;
       if (lane() % 4 == 0)
         to[row][kHeadDim] = state.most[half], to[row][kHeadDim + 1] = state.sum[half];
 #pragma unroll
@@ -367,11 +375,11 @@ struct Attend {
   }
 
   // What another warp has found joins this warp's.
-  static __device__ __forceinline__ void join(State& state, float (*from)[kPitch]) {
+  static __device__ __forceinline__ void join(State& state, float (*from)[kMergePitch]) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       int row = lane() / 4 + half * 8;
-      if (row >= kMergeRows) continue;
+      if (row >= kRows) continue;
       float other = from[row][kHeadDim], most = fmaxf(state.most[half], other);
       float base = most == -infinity() ? 0 : most;
       float mine = exp2_fast(state.most[half] - base), theirs = exp2_fast(other - base);
@@ -387,9 +395,9 @@ struct Attend {
     }
   }
 
-  // Rows [first, first + 16): warps 4 to 7, if they had pages, give to 0 to 3, and all threads add
-  // up those four and the tokens' own positions. y: of the span's first token, this tile's columns.
-  static __device__ __forceinline__ void merge(State& state, Scratch& scratch, u32 first, u32 rows,
+  // Warps 4 to 7, if they had pages, give to 0 to 3, and all threads add up those four and the
+  // tokens' own positions. y: of the span's first token, this tile's columns.
+  static __device__ __forceinline__ void merge(State& state, Scratch& scratch, const Span& span,
                                                bool both, bool own, float* y, u32 tag) {
     if (both) {
       if (warp() >= 4) store_state(state, scratch.merged[warp() - 4]);
@@ -401,31 +409,31 @@ struct Attend {
     sync_consumers();
     constexpr int kRowPairs = kPitch / 2;  // of columns; the last is maximum and sum
 #pragma unroll 1
-    for (u32 i = thread(); i < min(rows - first, 16u) * kRowPairs; i += kThreads) {
-      const u32 part = i / kRowPairs, column = i % kRowPairs * 2, row = first + part;
-      float2 v = merged(scratch, row, part, column, own);
+    for (u32 i = thread(); i < span.tokens() * kGroup * kRowPairs; i += kThreads) {
+      const u32 row = i / kRowPairs, column = i % kRowPairs * 2;
+      float2 v = merged(scratch, row, column, own, span.before());
       if constexpr (kTagsOut) v = {tagged(v.x, tag), tagged(v.y, tag)};
       store_float2(y + row / kGroup * kYPitch + row % kGroup * kPitch + column, v);
     }
   }
 
-  static __device__ __forceinline__ float2 merged(const Scratch& scratch, u32 row, u32 part,
-                                                  u32 column, bool own) {
+  static __device__ __forceinline__ float2 merged(const Scratch& scratch, u32 row, u32 column,
+                                                  bool own, u32 before) {
     const bool last = column == kHeadDim;
     float most = own ? scratch.own[row] : -infinity();
 #pragma unroll
-    for (int w = 0; w < 4; ++w) most = fmaxf(most, scratch.merged[w][part][kHeadDim]);
+    for (int w = 0; w < 4; ++w) most = fmaxf(most, scratch.merged[w][row][kHeadDim]);
     const float base = most == -infinity() ? 0 : most;
     float2 sum = {0, 0};
     if (own) {
-      const u16* v = scratch.v[row / kGroup];
+      const u16* v = scratch.v[before + row / kGroup];
       const float weight = exp2_fast(scratch.own[row] - base);
       sum.x = last ? 0 : weight * BF16::widen(v[column]);
       sum.y = last ? weight : weight * BF16::widen(v[column + 1]);
     }
 #pragma unroll
     for (int w = 0; w < 4; ++w) {
-      const float* from = scratch.merged[w][part];
+      const float* from = scratch.merged[w][row];
       const float weight = exp2_fast(from[kHeadDim] - base);
       if (!last) sum.x = fmaf(weight, from[column], sum.x);
       sum.y = fmaf(weight, from[column + 1], sum.y);
@@ -437,20 +445,18 @@ struct Attend {
   static __device__ __forceinline__ void tile(Block& b, const Run& run, const Held& held, u32 index,
                                               const Span& span, Scratch& scratch) {
     const bool appends = index >= kTiles;
-    const u32 g = appends ? index - kTiles : index / kSplits, split = index % kSplits;
-    const u32 rows = span.tokens() * kGroup;
+    const u32 place = index % kBlockTiles, g = appends ? index - kTiles : place / kSplits;
+    const u32 split = place % kSplits;
     if (!appends && idle(b, span, split)) return;
     prepare(b, run, held, g, span, !appends, appends || takes_new(b, span, split), scratch);
     if (appends) return append(b, run, g, span, scratch);
-    if (split == 0 && warp() >= kWarps / 2) score_own(scratch, rows);
-    State state[kRowBlocks];
-    Visible seen[kRowBlocks];
+    if (split == 0 && warp() >= kWarps / 2)
+      score_own(scratch, span.tokens() * kGroup, span.before());
+    State state;
+    Visible seen;
+    seen.find(b, span);
 #pragma unroll
-    for (int r = 0; r < kRowBlocks; ++r) {
-      seen[r].find(b, span, r);
-#pragma unroll
-      for (int i = 0; i < kHeadDim / 2; ++i) state[r].out[i / 4][i % 4] = 0;
-    }
+    for (int i = 0; i < kHeadDim / 2; ++i) state.out[i / 4][i % 4] = 0;
     bool both = false;
     const u32 first = first_of(b, span), end = end_of(b, span);
     for (u32 round = first / kSplits; round * kSplits < end; ++round) {
@@ -459,32 +465,24 @@ struct Attend {
       both |= round % 2;
       add_page(b, span, page, round % 2 == (warp() >= 4), scratch, seen, state);
     }
-    float* y = b.at(run.y) + span.begin * kYPitch + index * kGroup * kPitch;
-#pragma unroll 1
-    for (int r = 0; r < kRowBlocks; ++r) {  // in a loop: this is much code, that runs once
-      State& last = state[kRowBlocks - 1];
-      if (r + 1 == kRowBlocks && kRowBlocks > 1) state[0] = last;
-      if (u32(r * 16) < rows)
-        merge(state[0], scratch, r * 16, rows, both, split == 0, y, b.tag(run.y));
-      sync_consumers();
-    }
+    float* y = b.at(run.y) + span.begin * kYPitch + place * kGroup * kPitch;
+    merge(state, scratch, span, both, split == 0, y, b.tag(run.y));
+    sync_consumers();
   }
 
   // A page's keys and then its values, each a unit of the ring.
   static __device__ __forceinline__ void add_page(Block& b, const Span& span, u32 page, bool mine,
-                                                  const Scratch& scratch,
-                                                  const Visible (&seen)[kRowBlocks],
-                                                  State (&state)[kRowBlocks]) {
+                                                  const Scratch& scratch, const Visible& seen,
+                                                  State& state) {
     const u32 row0 = warp() % 4 * 16, from = page * kPage + row0;
-    const bool fresh = kTokens > 1 && span.tokens() > 1 && from + 16 > b.position(span.begin);
-    u32 p[kRowBlocks][4];
+    const bool fresh = kTokens > 1 && span.known() > 1 && from + 16 > b.position(span.first);
+    u32 p[4];
     wait_full(b);
     if (mine) {
       if (fresh) patch(b, span, from, scratch.k, reinterpret_cast<u16*>(b.slot()));
-      float s[kRowBlocks][2][4];
+      float s[2][4];
       score(scratch.q, reinterpret_cast<const u16*>(b.slot()), row0, s);
-#pragma unroll
-      for (int r = 0; r < kRowBlocks; ++r) weigh(state[r], s[r], seen[r], int(from), p[r]);
+      weigh(state, s, seen, int(from), p);
     }
     release_slot(b);
     wait_full(b);
@@ -502,7 +500,7 @@ struct Attend {
     if (!wait_for_inputs<kTagged>(b, run)) return false;
     Scratch& scratch = *reinterpret_cast<Scratch*>(b.scratch);
     for (u32 i = run.first; i < run.first + run.count; ++i)
-      for (Span span; span.next(b.params);) tile(b, run, held, i, span, scratch);
+      for (Span span; span.next_of(b.params, i);) tile(b, run, held, i, span, scratch);
     if (thread() == 0) run.first < kTiles ? signal<kTagsOut>(b, run) : signal<false>(b, run);
     return true;
   }

@@ -20,6 +20,7 @@ from tilert.ops import (
     Route,
     Select,
 )
+from tilert.ops.attend import QUERY_ROWS, block_tokens
 
 SLOT_PAD = 128  # bytes behind a slot: rows that are not aligned arrive with their neighbours' bytes
 DRAW_BYTES = 13 << 10  # struct DrawScratch
@@ -36,7 +37,6 @@ UNIT_ROWS = 16  # of a latent cache, in a slot
 MAX_UNITS = 4  # of a latent cache that are taken together
 MAX_CHOSEN = MAX_GROUPS = 32  # experts of a token, groups of experts: one for each lane of a warp
 MAX_INDEX_HEADS = 64  # of an indexer: a warp has all of a token's in its registers
-MAX_ROWS = 32  # of query heads, of all tokens of a step: two blocks of 16 for the matrix units
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +68,6 @@ def step_rows(program: Program, available: int) -> int:
 
 def _holds(program: Program, op: Op, tokens: int) -> bool:
     """Whether the registers of a block take an op of so many tokens."""
-    if isinstance(op, Attend):
-        return tokens * op.group <= MAX_ROWS
     if isinstance(op, PRODUCTS) and op.x_type == DType.F32:
         return _plain_words(program, op, tokens) <= PLAIN_WORDS
     return True
@@ -104,20 +102,26 @@ class _Cut:
 
 
 def kept_bytes(program: Program, op: PRODUCTS, tokens: int) -> int:
-    """What registers do not hold of a product's x' for so many tokens (Matrix::Operand), and room for what
-    is normed on its way there (Staging), in bytes."""
+    """What registers do not hold of a product's x' for so many tokens (Matrix::Operand), in bytes."""
     if op.x_type == DType.F32:
         return 0
     cut, itemsize = _Cut.of(program, op), program.weight_itemsize(op)
     segments = max(1, 16 // cut.unit_rows)
     steps = cut.steps(64 * WARPS * segments)
     words = max(1, segments * max(tokens, 2) // 8) * 8 // itemsize  # of a step
-    rest = max(0, steps - HELD_WORDS // words) * words * 4 * THREADS
-    if tokens == 1 or isinstance(op, ExpertDown) or op.norm == NONE:
-        return rest
-    rounds = steps * max(1, segments // 4) * (2 // itemsize)  # loads of a lane, of a token
-    at_once = min(tokens, 1 if rounds >= 8 else 2 if rounds >= 4 else 4)
-    return rest + WARPS * at_once * steps * segments * (64 // itemsize) * 2
+    return max(0, steps - HELD_WORDS // words) * words * 4 * THREADS
+
+
+def _staged_bytes(program: Program, op: PRODUCTS, tokens: int) -> int:
+    """What normed x' of several tokens takes on its way to registers (struct Staging), in bytes."""
+    if tokens == 1 or op.x_type == DType.F32 or isinstance(op, ExpertDown) or op.norm == NONE:
+        return 0
+    cut, itemsize = _Cut.of(program, op), program.weight_itemsize(op)
+    segments = max(1, 16 // cut.unit_rows)
+    steps = cut.steps(64 * WARPS * segments)
+    loads = steps * max(1, segments // 4) * (2 // itemsize)  # of a lane, for a token
+    at_once = min(tokens, 1 if loads >= 8 else 2 if loads >= 4 else 4)
+    return WARPS * at_once * steps * segments * (64 // itemsize) * 2
 
 
 def _plain_words(program: Program, op: PRODUCTS, tokens: int) -> int:
@@ -155,9 +159,10 @@ def scratch_bytes(program: Program, tokens: int) -> int:
 
 
 def _scratch(program: Program, op: Op, tokens: int) -> int:
-    """Of one op: its Scratch; of a product x' beyond the registers; scores where Route sorts out groups."""
+    """Of one op: its Scratch; of a product x' that is not in registers, or on its way there; scores where Route
+    sorts out groups."""
     if isinstance(op, PRODUCTS):
-        return kept_bytes(program, op, tokens)
+        return kept_bytes(program, op, tokens) + _staged_bytes(program, op, tokens)
     if isinstance(op, Attend):
         return _attend_bytes(op.group, op.head_dim, tokens)
     if isinstance(op, Combine):
@@ -178,9 +183,9 @@ def _scratch(program: Program, op: Op, tokens: int) -> int:
 
 
 def _attend_bytes(group: int, head_dim: int, tokens: int) -> int:
-    rows = group * tokens
-    halves = (-(-rows // 16) * 16 + 2 * tokens) * head_dim
-    raw, merged = tokens * (group + 2) * head_dim, 4 * min(rows, 16) * (head_dim + 2)
+    rows = group * block_tokens(group, tokens)
+    halves = (QUERY_ROWS + 2 * tokens) * head_dim
+    raw, merged = (rows + 2 * tokens) * head_dim, 4 * rows * (head_dim + 2)
     return 2 * halves + 4 * (tokens * head_dim + max(raw, merged) + rows)
 
 

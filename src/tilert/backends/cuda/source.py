@@ -59,6 +59,7 @@ from tilert.ops.logprobs import MOST, REPORT_WORDS, SURVEY_WORDS
 FOLDER = Path(__file__).parent
 HEADERS = (
     "ptx.cuh", "program.cuh", "tile.cuh", "inputs.cuh", "staged.cuh", "products.cuh", "linear.cuh",
+    "ptx.cuh", "program.cuh", "tile.cuh", "inputs.cuh", "staged.cuh", "products.cuh", "linear.cuh",
     "combine.cuh", "heads.cuh", "attend.cuh", "sample.cuh", "draw.cuh", "logprobs.cuh", "experts.cuh",
     "latents.cuh", "mla.cuh", "select.cuh", "index.cuh", "norm.cuh", "shape.cuh", "shapes.cuh",
 )  # fmt: skip
@@ -141,7 +142,7 @@ def _type(program: Program, op: Op, tags: Tags) -> str:
         assert passes(program)[-1] == 1, "its waits need not say where the tokens of a pass are"
         norms = ", ".join(_weight(program, b) for b in (op.q_norm, op.k_norm))
         return (
-            f"Attend<{op.heads}, {op.kv_heads}, {op.head_dim}, {op.window}, {op.splits},"
+            f"Attend<{op.heads}, {op.kv_heads}, {op.head_dim}, {op.window}, {op.splits}, {op.block},"
             f" {_flag(all(b in tags.writers for b in (op.q, op.k, op.v)))}, {norms},"
             f" {_bits(op.eps)}, {_bits(op.scale)},"
             f" {', '.join(str(program.buffers[b].cols) for b in (op.q, op.k, op.v))},"
