@@ -31,8 +31,9 @@ struct Attend {
   static constexpr int kSteps = kHeadDim / 16;
   static constexpr u32 kBlockTiles = kKvHeads * kSplits;  // of kBlock tokens
   static constexpr u32 kTiles = (kTokens + kBlock - 1) / kBlock * kBlockTiles;
-  static constexpr int kPitch = kHeadDim + 2, kMergePitch = kPitch;
-  static constexpr int kYPitch = kHeads * kSplits * kPitch;  // of a token's results
+  static constexpr int kPitch = kHeadDim + 2;
+  static constexpr int kMergePitch = kTokens == 1 ? kPitch : kHeadDim + 8;  // rows in other banks
+  static constexpr int kYPitch = kHeads * kSplits * kPitch;                 // of a token's results
   // Heads that a tile takes: queries, then key and value of each token up to its last.
   static constexpr int kTaken = kRows + 2 * kTokens;
   static constexpr int kPieces = kHeadDim / 4;  // loaded at once, of a head

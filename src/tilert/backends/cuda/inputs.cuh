@@ -158,7 +158,7 @@ struct Inputs {
     });
 #pragma unroll
     for (int i = 0; i < Layout::kPair; ++i) {
-      const float sum = row_sum<Layout>(sums[i]);
+      const float sum = row_sum(sums[i]);
       if (lane() % 4 == 0 && lane() / 4 < kTokens && lane() / 4 == Layout::row(i))
         b.shared.squares[warp()][lane() / 4] = sum;
     }
@@ -166,23 +166,29 @@ struct Inputs {
 
   // The same of several tokens for the matrix units, some at a time. Each is taken as if it were
   // alone, so that its squares are summed in that order; then the lanes of a warp exchange what
-  // they have made. In a loop: unrolled, this is half of an op's code, for all that it runs once.
+  // they have made, while the next ones are loaded. In a loop: unrolled, this is half of an op's
+  // code, for all that it runs once.
   template <bool kTagged, class T, int kPitch, class Weight>
   static __device__ __forceinline__ void stage(Block& b, const Run& run, u32 first_x,
                                                const Weight& weight, Operand& out) {
     using Staged = typename Layout::Staged;
     constexpr int kAtOnce = Staged::kAtOnce;
     const float* from = b.at(run.x) + first_x;
+    using Rows = Values[kAtOnce][Alone::kRounds];
+    Rows v, next = {};
 #pragma unroll 1
-    for (int first = 0; first < kTokens; first += kAtOnce, from += kAtOnce * kPitch) {
-      float v[kAtOnce][Alone::kRounds][kWide];
-      load_rows<kTagged, kPitch>(b, from, b.tag(run.x), v);
+    for (int first = -kAtOnce; first < kTokens; first += kAtOnce, from += kAtOnce * kPitch) {
+      each(v, [&](int t, int r, int i) { v[t][r][i] = next[t][r][i]; });
+      if (first + kAtOnce < kTokens) load_rows<kPitch>(from, next);
+      if (first < 0) continue;
+      if constexpr (kTagged) check<kPitch>(b, from - kAtOnce * kPitch, b.tag(run.x), v);
+      float sums[kAtOnce];
 #pragma unroll
       for (int t = 0; t < kAtOnce; ++t) {
-        float sums[Alone::kParts] = {};
+        float parts[Alone::kParts] = {};
 #pragma unroll
         for (int r = 0; r < Alone::kRounds; ++r) {
-          float& sum = sums[Alone::part(r)];
+          float& sum = parts[Alone::part(r)];
 #pragma unroll
           for (int i = 0; i < kWide; ++i) {
             sum = fmaf(v[t][r][i], v[t][r][i], sum);
@@ -190,58 +196,71 @@ struct Inputs {
           }
           Staged::put(b, t, r, v[t][r]);
         }
-        const float sum = row_sum<Alone>(sums);
-        if (lane() == 0) b.shared.squares[warp()][first + t] = sum;
+        sums[t] = part_sum<Alone>(parts);
       }
+      constexpr int kShare = 32 / kAtOnce;  // lanes that get the sum of a token
+      const float sum = warp_sums(sums);
+      if (lane() % kShare == 0) b.shared.squares[warp()][first + lane() / kShare] = sum;
       __syncwarp();
       Staged::take(b, first, out);
       __syncwarp();
     }
   }
 
-  // Rows of kRows tokens, without tags; again while those say that some words are late.
-  template <bool kTagged, int kPitch, int kRows>
-  static __device__ __forceinline__ void load_rows(const Block& b, const float* from, u32 tag,
-                                                   float (&v)[kRows][Alone::kRounds][kWide]) {
-    Retry retry;
-    for (u32 other = 1; other;) {
-      other = 0;
-#pragma unroll
-      for (int t = 0; t < kRows; ++t)
-#pragma unroll
-        for (int r = 0; r < Alone::kRounds; ++r) load<Alone, kPitch>(from + t * kPitch, r, v[t][r]);
-      if constexpr (!kTagged) return;
-#pragma unroll
-      for (int t = 0; t < kRows; ++t)
-#pragma unroll
-        for (int r = 0; r < Alone::kRounds; ++r)
-#pragma unroll
-          for (int i = 0; i < kWide; ++i)
-            if (Alone::inside(r)) other |= other_tag(v[t][r][i], tag);
-      if (other && retry.in_vain(b, tag)) break;
-    }
+  using Values = float[kWide];
+  template <int kRows, class Do>
+  static __device__ __forceinline__ void each(const Values (&)[kRows][Alone::kRounds], Do act) {
 #pragma unroll
     for (int t = 0; t < kRows; ++t)
 #pragma unroll
       for (int r = 0; r < Alone::kRounds; ++r)
 #pragma unroll
-        for (int i = 0; i < kWide; ++i) v[t][r][i] = untagged(v[t][r][i]);
+        for (int i = 0; i < kWide; ++i) act(t, r, i);
+  }
+
+  // What this thread takes of kRows tokens that are normed.
+  template <int kPitch, int kRows>
+  static __device__ __forceinline__ void load_rows(const float* from,
+                                                   Values (&v)[kRows][Alone::kRounds]) {
+#pragma unroll
+    for (int t = 0; t < kRows; ++t)
+#pragma unroll
+      for (int r = 0; r < Alone::kRounds; ++r) load<Alone, kPitch>(from + t * kPitch, r, v[t][r]);
+  }
+  // Words that have come, without their tags; again while those say that some are late.
+  template <int kPitch, int kRows>
+  static __device__ __forceinline__ void check(const Block& b, const float* from, u32 tag,
+                                               Values (&v)[kRows][Alone::kRounds]) {
+    Retry retry;
+    for (;;) {
+      u32 other = 0;
+      each(v, [&](int t, int r, int i) {
+        if (Alone::inside(r)) other |= other_tag(v[t][r][i], tag);
+      });
+      if (!other || retry.in_vain(b, tag)) break;
+      load_rows<kPitch>(from, v);
+    }
+    each(v, [&](int t, int r, int i) { v[t][r][i] = untagged(v[t][r][i]); });
   }
 
   // The sum of a row over all lanes of a warp, for those that hold it. Parts are what lanes are
   // where there are fewer tokens, so the order of the sum is the same for any number of them.
+  static __device__ __forceinline__ float row_sum(float (&parts)[Layout::kParts]) {
+    float sum = part_sum<Layout>(parts);
+#pragma unroll
+    for (int o = 16; o >= 4 * Layout::kWidth; o /= 2) sum += __shfl_xor_sync(~0u, sum, o);
+#pragma unroll
+    for (int o = 4; o; o /= 2) sum += __shfl_xor_sync(~0u, sum, o);
+    return sum;
+  }
+
   template <class L>
-  static __device__ __forceinline__ float row_sum(float (&parts)[L::kParts]) {
+  static __device__ __forceinline__ float part_sum(float (&parts)[L::kParts]) {
 #pragma unroll
     for (int n = L::kParts / 2; n; n /= 2)
 #pragma unroll
       for (int i = 0; i < n; ++i) parts[i] += parts[i + n];
-    float sum = parts[0];
-#pragma unroll
-    for (int o = 16; o >= 4 * L::kWidth; o /= 2) sum += __shfl_xor_sync(~0u, sum, o);
-#pragma unroll
-    for (int o = 4; o; o /= 2) sum += __shfl_xor_sync(~0u, sum, o);
-    return sum;
+    return parts[0];
   }
 
   // Loads all pieces of this thread, again while tags say that some are late, and gives each to

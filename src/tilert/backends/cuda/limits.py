@@ -159,8 +159,8 @@ def scratch_bytes(program: Program, tokens: int) -> int:
 
 
 def _scratch(program: Program, op: Op, tokens: int) -> int:
-    """Of one op: its Scratch; of a product x' that is not in registers, or on its way there; scores where Route
-    sorts out groups."""
+    """Of one op: its Scratch; of a product x' that is not in registers, or on its way there; scores where
+    Route sorts out groups."""
     if isinstance(op, PRODUCTS):
         return kept_bytes(program, op, tokens) + _staged_bytes(program, op, tokens)
     if isinstance(op, Attend):
@@ -185,7 +185,7 @@ def _scratch(program: Program, op: Op, tokens: int) -> int:
 def _attend_bytes(group: int, head_dim: int, tokens: int) -> int:
     rows = group * block_tokens(group, tokens)
     halves = (QUERY_ROWS + 2 * tokens) * head_dim
-    raw, merged = (rows + 2 * tokens) * head_dim, 4 * rows * (head_dim + 2)
+    raw, merged = (rows + 2 * tokens) * head_dim, 4 * rows * (head_dim + (2 if tokens == 1 else 8))
     return 2 * halves + 4 * (tokens * head_dim + max(raw, merged) + rows)
 
 

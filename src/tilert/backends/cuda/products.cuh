@@ -21,23 +21,6 @@ struct Scaled {
   static constexpr int kRows = kBlockRows, kCols = kBlockCols;
 };
 
-// Sums over the warp of kCount values; lane l gets the one of index l / (32 / kCount).
-template <int kCount>
-__device__ __forceinline__ float warp_sums(float (&v)[kCount]) {
-  int offset = 16;
-#pragma unroll
-  for (int n = kCount; n > 1; n /= 2, offset /= 2) {
-    bool upper = lane() & offset;
-#pragma unroll
-    for (int i = 0; i < n / 2; ++i) {
-      float send = upper ? v[i] : v[i + n / 2], keep = upper ? v[i + n / 2] : v[i];
-      v[i] = keep + __shfl_xor_sync(~0u, send, offset);
-    }
-  }
-  for (; offset; offset /= 2) v[0] += __shfl_xor_sync(~0u, v[0], offset);
-  return v[0];
-}
-
 // Where the part of this warp for a sum of the chunk goes, one for each row of x'.
 __device__ __forceinline__ float* part_of_sum(Block& b, int sum, int part, int row) {
   return b.shared.partial[b.chunk & 1][row] + sum * kPartialPitch + part;
@@ -332,8 +315,10 @@ struct Matrix {
       if (piece * kPieceSteps + i < kSteps) add(w, piece * kPieceSteps + i, i, x, sums);
   }
 
-  // Two whole tiles, so that the products of one hide what the other waits for.
-  static constexpr int kTogether = T::kWhole && kRowBlocks == 1 && kColumnBlocks * kProducts <= 8 &&
+  // Two whole tiles, so that the products of one hide what the other waits for; where tokens have
+  // several blocks of columns, those do that for each other.
+  static constexpr bool kAside = kTokens == 1 ? kColumnBlocks * kProducts <= 8 : kColumnBlocks == 1;
+  static constexpr int kTogether = T::kWhole && kRowBlocks == 1 && kAside &&
                                            (!kScaled || Scales::kRows % (2 * T::kTileRows) == 0)
                                        ? 2
                                        : 1;

@@ -221,6 +221,23 @@ __device__ __forceinline__ float warp_sum(float v) {
   return v;
 }
 
+// Sums over the warp of kCount values; lane l gets the one of index l / (32 / kCount).
+template <int kCount>
+__device__ __forceinline__ float warp_sums(float (&v)[kCount]) {
+  int offset = 16;
+#pragma unroll
+  for (int n = kCount; n > 1; n /= 2, offset /= 2) {
+    bool upper = lane() & offset;
+#pragma unroll
+    for (int i = 0; i < n / 2; ++i) {
+      float send = upper ? v[i] : v[i + n / 2], keep = upper ? v[i + n / 2] : v[i];
+      v[i] = keep + __shfl_xor_sync(~0u, send, offset);
+    }
+  }
+  for (; offset; offset /= 2) v[0] += __shfl_xor_sync(~0u, v[0], offset);
+  return v[0];
+}
+
 // Polled by spinning threads now and then: has somebody ended the launch, or has it taken too long?
 // Everybody who is still waiting when a launch fails says for what.
 __device__ __noinline__ bool given_up(const Params& p, u64 since, u32 run, u32 step, u32 counter,
