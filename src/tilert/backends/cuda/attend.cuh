@@ -67,8 +67,10 @@ struct Attend {
       if (begin >= hi) return false;
       const u32 sequence = p.sequences[begin];
       end = begin + 1;
+#pragma unroll 1
       while (end < hi && p.sequences[end] == sequence) ++end;
       first = begin;
+#pragma unroll 1
       while (first > 0 && p.sequences[first - 1] == sequence) --first;
       return true;
     }
@@ -408,40 +410,60 @@ struct Attend {
     }
     if (warp() < 4) store_state(state, scratch.merged[warp()]);
     sync_consumers();
-    constexpr int kRowPairs = kPitch / 2;  // of columns; the last is maximum and sum
-#pragma unroll 1
-    for (u32 i = thread(); i < span.tokens() * kGroup * kRowPairs; i += kThreads) {
-      const u32 row = i / kRowPairs, column = i % kRowPairs * 2;
-      float2 v = merged(scratch, row, column, own, span.before());
+    constexpr u32 kRowPairs = kPitch / 2;  // of columns; the last is maximum and sum
+    const u32 rows = span.tokens() * kGroup;
+    const auto put = [&](const Parts& parts, u32 row, u32 pair) {
+      float2 v = parts.sum(scratch, row, pair * 2, span.before());
       if constexpr (kTagsOut) v = {tagged(v.x, tag), tagged(v.y, tag)};
-      store_float2(y + row / kGroup * kYPitch + row % kGroup * kPitch + column, v);
+      store_float2(y + row / kGroup * kYPitch + row % kGroup * kPitch + pair * 2, v);
+    };
+    if constexpr (kTokens == 1) {
+#pragma unroll 1
+      for (u32 i = thread(); i < rows * kRowPairs; i += kThreads)
+        put(Parts(scratch, i / kRowPairs, own), i / kRowPairs, i % kRowPairs);
+    } else {  // a thread has one row, whose parts it weighs once
+      constexpr u32 kOf = kThreads / 16;
+      const u32 row = thread() / kOf;
+      if (row >= rows) return;
+      const Parts parts(scratch, row, own);
+#pragma unroll 1
+      for (u32 pair = thread() % kOf; pair < kRowPairs; pair += kOf) put(parts, row, pair);
     }
   }
 
-  static __device__ __forceinline__ float2 merged(const Scratch& scratch, u32 row, u32 column,
-                                                  bool own, u32 before) {
-    const bool last = column == kHeadDim;
-    float most = own ? scratch.own[row] : -infinity();
+  // The parts of a row, of four warps and of the token's own position, and their weights.
+  struct Parts {
+    float most, base, weight[4], own_weight = 0;
+    bool own;
+    __device__ __forceinline__ Parts(const Scratch& scratch, u32 row, bool with_own)
+        : own(with_own) {
+      most = own ? scratch.own[row] : -infinity();
 #pragma unroll
-    for (int w = 0; w < 4; ++w) most = fmaxf(most, scratch.merged[w][row][kHeadDim]);
-    const float base = most == -infinity() ? 0 : most;
-    float2 sum = {0, 0};
-    if (own) {
-      const u16* v = scratch.v[before + row / kGroup];
-      const float weight = exp2_fast(scratch.own[row] - base);
-      sum.x = last ? 0 : weight * BF16::widen(v[column]);
-      sum.y = last ? weight : weight * BF16::widen(v[column + 1]);
-    }
+      for (int w = 0; w < 4; ++w) most = fmaxf(most, scratch.merged[w][row][kHeadDim]);
+      base = most == -infinity() ? 0 : most;
+      if (own) own_weight = exp2_fast(scratch.own[row] - base);
 #pragma unroll
-    for (int w = 0; w < 4; ++w) {
-      const float* from = scratch.merged[w][row];
-      const float weight = exp2_fast(from[kHeadDim] - base);
-      if (!last) sum.x = fmaf(weight, from[column], sum.x);
-      sum.y = fmaf(weight, from[column + 1], sum.y);
+      for (int w = 0; w < 4; ++w) weight[w] = exp2_fast(scratch.merged[w][row][kHeadDim] - base);
     }
-    if (last) sum.x = most / kLog2e;
-    return sum;
-  }
+    __device__ __forceinline__ float2 sum(const Scratch& scratch, u32 row, u32 column,
+                                          u32 before) const {
+      const bool last = column == kHeadDim;
+      float2 sum = {0, 0};
+      if (own) {
+        const u16* v = scratch.v[before + row / kGroup];
+        sum.x = last ? 0 : own_weight * BF16::widen(v[column]);
+        sum.y = last ? own_weight : own_weight * BF16::widen(v[column + 1]);
+      }
+#pragma unroll
+      for (int w = 0; w < 4; ++w) {
+        const float* from = scratch.merged[w][row];
+        if (!last) sum.x = fmaf(weight[w], from[column], sum.x);
+        sum.y = fmaf(weight[w], from[column + 1], sum.y);
+      }
+      if (last) sum.x = most / kLog2e;
+      return sum;
+    }
+  };
 
   static __device__ __forceinline__ void tile(Block& b, const Run& run, const Held& held, u32 index,
                                               const Span& span, Scratch& scratch) {

@@ -59,7 +59,6 @@ from tilert.ops.logprobs import MOST, REPORT_WORDS, SURVEY_WORDS
 FOLDER = Path(__file__).parent
 HEADERS = (
     "ptx.cuh", "program.cuh", "tile.cuh", "inputs.cuh", "staged.cuh", "products.cuh", "linear.cuh",
-    "ptx.cuh", "program.cuh", "tile.cuh", "inputs.cuh", "staged.cuh", "products.cuh", "linear.cuh",
     "combine.cuh", "heads.cuh", "attend.cuh", "sample.cuh", "draw.cuh", "logprobs.cuh", "experts.cuh",
     "latents.cuh", "mla.cuh", "select.cuh", "index.cuh", "norm.cuh", "shape.cuh", "shapes.cuh",
 )  # fmt: skip
