@@ -109,6 +109,17 @@ def test_bytes_are_balanced_over_workers(workers: int, tokens: int) -> None:
     assert max(moved) <= 1.03 * sum(moved) / workers
 
 
+@pytest.mark.parametrize("tokens", [1, 4, 8])
+def test_what_takes_mostly_latency_is_dealt_to_all_workers(tokens: int) -> None:
+    """Also where there are more tiles than workers: 256 heads of eight tokens were on four of them."""
+    program = compiled(LLAMA_1B, machine.H100, tokens, context=2048, layers=2)
+    for index, op in enumerate(program.ops):
+        if isinstance(op, Attend | Combine):
+            runs = [r.hi - r.lo for queue in program.queues for r in queue if r.op == index]
+            assert max(runs) == -(-op.tiles // 132), op
+            assert len(runs) == min(op.tiles, 132), op
+
+
 def test_norms_are_folded_for_few_tokens_only() -> None:
     few, many = (compiled(TINY, machine.cpu(2), tokens) for tokens in (1, 64))
     assert sum(isinstance(op, Norm) for op in few.ops) == 1  # the last, which gathers

@@ -51,9 +51,10 @@ class _Deal:
             if beside:
                 ranges = beside[i]
             else:
-                # A tile without weights takes mostly latency: two of them on one worker would take twice
-                # as long.
-                alone = self.machine.slots and op.tiles <= self.machine.workers and not uniform(op)
+                # A tile without weights takes mostly latency, which its bytes and flops do not tell: two
+                # of them on one worker would take twice as long. By its flops, 256 heads of `Combine`
+                # were four workers'.
+                alone = self.machine.slots and not uniform(op)
                 even = alone or self.by_op
                 ranges = _evenly(op.tiles, self.load) if even else _ranges(seconds[i], self.load)
             self._put(index, op, ranges, seconds[i])
