@@ -146,7 +146,7 @@ struct Attend {
   static __device__ __forceinline__ void gather(const Block& b, const Run& run, u32 g,
                                                 const Span& span, bool queries, bool fresh,
                                                 Scratch& scratch) {
-    float4 angle, v[kLoads];
+    float4 angle = {}, v[kLoads] = {};  // else kept, for who loads none, from run to run
     const u32 of = thread() / kPieces, at = thread() % kPieces * 4;
     if (of < span.known()) {
       const u64 row = b.position(span.first + of);
@@ -273,17 +273,24 @@ struct Attend {
     float out[kHeadDim / 8][4];
   };
 
+  // Of what follows from it the compiler keeps nothing from run to run: steps of several tokens
+  // have no registers for that.
+  static __device__ __forceinline__ u32 lane_here() {
+    return kTokens > 1 ? opaque(lane()) : lane();
+  }
+
   // s = q k^T of 16 positions. The queries are read again each time: held in registers they would
   // be a fifth of all that a thread has.
   static __device__ __forceinline__ void score(const u16* q, const u16* k, u32 row0,
                                                float (&s)[2][4]) {
+    const u32 here = lane_here();
 #pragma unroll
     for (int i = 0; i < 8; ++i) s[i / 4][i % 4] = 0;
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       u32 m[4], a[4];
-      load_at(m, k, row0 + lane() % 8 + lane() / 16 * 8, step * 2 + lane() / 8 % 2);
-      load_at(a, q, lane() % 16, step * 2 + lane() / 16);
+      load_at(m, k, row0 + here % 8 + here / 16 * 8, step * 2 + here / 8 % 2);
+      load_at(a, q, here % 16, step * 2 + here / 16);
       multiply(s[0], a, m[0], m[1]);
       multiply(s[1], a, m[2], m[3]);
     }
@@ -351,10 +358,10 @@ struct Attend {
 
   static __device__ __forceinline__ void add_values(State& state, const u32 (&p)[4], const u16* v,
                                                     u32 row0) {
-    u32 row = row0 + lane() % 16;
+    const u32 here = lane_here(), row = row0 + here % 16;
 #pragma unroll
     for (int d = 0; d < kHeadDim / 16; ++d) {
-      u32 m[4], piece = d * 2 + lane() / 16;
+      u32 m[4], piece = d * 2 + here / 16;
       load_matrices_transposed(
           m, shared_address(v + row * kHeadDim + swizzle<kHeadDim>(row, piece) * 8));
       multiply(state.out[2 * d], p, m[0], m[1]);
@@ -499,7 +506,7 @@ struct Attend {
                                                   State& state) {
     const u32 row0 = warp() % 4 * 16, from = page * kPage + row0;
     const bool fresh = kTokens > 1 && span.known() > 1 && from + 16 > b.position(span.first);
-    u32 p[4];
+    u32 p[4] = {};
     wait_full(b);
     if (mine) {
       if (fresh) patch(b, span, from, scratch.k, reinterpret_cast<u16*>(b.slot()));

@@ -166,8 +166,7 @@ struct Inputs {
 
   // The same of several tokens for the matrix units, some at a time. Each is taken as if it were
   // alone, so that its squares are summed in that order; then the lanes of a warp exchange what
-  // they have made, while the next ones are loaded. In a loop: unrolled, this is half of an op's
-  // code, for all that it runs once.
+  // they have made. In a loop: unrolled, this is half of an op's code, for all that it runs once.
   template <bool kTagged, class T, int kPitch, class Weight>
   static __device__ __forceinline__ void stage(Block& b, const Run& run, u32 first_x,
                                                const Weight& weight, Operand& out) {
@@ -175,13 +174,12 @@ struct Inputs {
     constexpr int kAtOnce = Staged::kAtOnce;
     const float* from = b.at(run.x) + first_x;
     using Rows = Values[kAtOnce][Alone::kRounds];
-    Rows v, next = {};
+    Rows v;
+    out.clear();
 #pragma unroll 1
-    for (int first = -kAtOnce; first < kTokens; first += kAtOnce, from += kAtOnce * kPitch) {
-      each(v, [&](int t, int r, int i) { v[t][r][i] = next[t][r][i]; });
-      if (first + kAtOnce < kTokens) load_rows<kPitch>(from, next);
-      if (first < 0) continue;
-      if constexpr (kTagged) check<kPitch>(b, from - kAtOnce * kPitch, b.tag(run.x), v);
+    for (int first = 0; first < kTokens; first += kAtOnce, from += kAtOnce * kPitch) {
+      load_rows<kPitch>(from, v);
+      if constexpr (kTagged) check<kPitch>(b, from, b.tag(run.x), v);
       float sums[kAtOnce];
 #pragma unroll
       for (int t = 0; t < kAtOnce; ++t) {

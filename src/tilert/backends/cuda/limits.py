@@ -120,7 +120,7 @@ def _staged_bytes(program: Program, op: PRODUCTS, tokens: int) -> int:
     segments = max(1, 16 // cut.unit_rows)
     steps = cut.steps(64 * WARPS * segments)
     loads = steps * max(1, segments // 4) * (2 // itemsize)  # of a lane, for a token
-    at_once = min(tokens, 1 if loads >= 8 else 2 if loads >= 4 else 4)
+    at_once = min(tokens, 1 if loads > 4 else 2 if loads > 2 else 4)
     return WARPS * at_once * steps * segments * (64 // itemsize) * 2
 
 

@@ -132,6 +132,16 @@ struct Matrix {
     __device__ __forceinline__ explicit Operand(const Block& b)
         : rest(reinterpret_cast<uint4*>(b.scratch) + thread()) {}
 
+    // Of what is first written in some lanes alone. Else its registers would be kept for it from
+    // one run of the op to the next.
+    __device__ __forceinline__ void clear() {
+#pragma unroll
+      for (int i = 0; i < kHeld; ++i)
+#pragma unroll
+        for (int m = 0; m < kColumnBlocks; ++m)
+#pragma unroll
+          for (int w = 0; w < 2 * kProducts; ++w) b[i][m][w] = 0;
+    }
     // The words of one step and column block.
     __device__ __forceinline__ void get(int step, int m, u32 (&to)[2 * kProducts]) const {
 #pragma unroll

@@ -33,11 +33,11 @@ struct AsOneToken {
 };
 
 // Room for some tokens, [kWarps, kAtOnce, kSteps, kSegments, kBlock] in 16 bits, behind what
-// registers do not hold: so many that eight loads of a lane are under way.
+// registers do not hold: so many that up to eight loads of a lane are under way.
 template <class M>
 struct Staging {
   using Alone = AsOneToken<M>;
-  static constexpr int kLoads = Alone::kRounds, kMost = kLoads >= 8 ? 1 : kLoads >= 4 ? 2 : 4;
+  static constexpr int kLoads = Alone::kRounds, kMost = kLoads > 4 ? 1 : kLoads > 2 ? 2 : 4;
   static constexpr int kAtOnce = kMost < kTokens ? kMost : kTokens;
   static constexpr int kTokenSize = M::kSteps * M::kSegments * M::kBlock;
   static_assert(M::kRestBytes + kWarps * kAtOnce * kTokenSize * 2 <= kScratchBytes, "no room");
