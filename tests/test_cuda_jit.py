@@ -158,6 +158,21 @@ def test_what_verifies_and_makes_guesses_does_not_spill(tmp_path: Path) -> None:
         assert used.stack == used.spill_stores == used.spill_loads == 0, (number, used)
 
 
+@pytest.mark.parametrize(
+    ("name", "tokens", "stack"), [("llama-8b", 4, 64), ("llama-1b", 8, 128), ("llama-8b", 8, 256)]
+)
+def test_kernels_of_several_tokens_have_their_registers(
+    name: str, tokens: int, stack: int, tmp_path: Path
+) -> None:
+    """Of all ops together: a register that only some lanes write, and none before, is kept for its op from
+    one run to the next, and what others spill for it only the whole kernel shows."""
+    source = source_of(name, "sm_90a", tokens)
+    cubin = compile_cubin(
+        source.text, name=KERNEL, arch="sm_90a", headers=source.headers, cache=tmp_path
+    )
+    assert cubin.resources[KERNEL].stack <= stack
+
+
 # What is of each token by itself, and how many bytes of stack it may take: down products keep some of x'
 # while they make the next of it.
 OF_TOKENS = {
