@@ -8,11 +8,12 @@ from tilert.backends.cuda import shapes
 from tilert.backends.cuda.shapes import PRODUCTS, WARPS, matrices
 from tilert.errors import UserError
 from tilert.ir.dtype import DType
-from tilert.ir.program import Op, Program
+from tilert.ir.program import NONE, Op, Program
 from tilert.ops import (
     Attend,
     Combine,
     Draw,
+    ExpertDown,
     IndexRope,
     IndexScore,
     LatentAppend,
