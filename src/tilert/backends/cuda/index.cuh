@@ -258,9 +258,9 @@ struct IndexScore {
 
  private:
   // What a warp multiplies keys with, and the weights of a lane's two heads of each block.
-  struct Queries {
-    u32 a[kBlocks][kSteps][4];
-    float weight[kBlocks][2];
+  struct Queries {  // set, so that no register is kept for them through all other ops
+    u32 a[kBlocks][kSteps][4] = {};
+    float weight[kBlocks][2] = {};
   };
 
   static __device__ __forceinline__ bool scored(const Block& b, u32 token) {
