@@ -100,6 +100,6 @@ def test_a_queue_is_cut_where_it_takes_more_than_a_slot() -> None:
     assert laid_out(long, 4, 0) == Layout(4, ENTRIES)
     assert laid_out(long, 3, 0) == Layout(3, ENTRIES)
     assert laid_out(long, 4, queue_bytes(long, 0)) == Layout(4, 0)
-    longer: Any = replace(program, queues=tuple(queue * 4 for queue in program.queues))
+    longer: Any = replace(program, queues=tuple(queue * 3 for queue in program.queues))
     assert 0 < queue_bytes(longer, 0) - queue_bytes(longer, ENTRIES) < slot
     assert laid_out(longer, 4, 0) == Layout(3, 0)

@@ -325,9 +325,9 @@ struct Matrix {
       if (piece * kPieceSteps + i < kSteps) add(w, piece * kPieceSteps + i, i, x, sums);
   }
 
-  // Two whole tiles, so that the products of one hide what the other waits for; where tokens have
-  // several blocks of columns, those do that for each other.
-  static constexpr bool kAside = kTokens == 1 ? kColumnBlocks * kProducts <= 8 : kColumnBlocks == 1;
+  // Two whole tiles, so that the products of one hide what the other waits for; where many tokens
+  // have several blocks of columns, those do that for each other.
+  static constexpr bool kAside = kTokens <= 4 ? kColumnBlocks * kProducts <= 8 : kColumnBlocks == 1;
   static constexpr int kTogether = T::kWhole && kRowBlocks == 1 && kAside &&
                                            (!kScaled || Scales::kRows % (2 * T::kTileRows) == 0)
                                        ? 2

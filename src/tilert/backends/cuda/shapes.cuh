@@ -15,8 +15,8 @@ struct AnyShape {
   static constexpr int kLane = 16, kBlock = 4 * kLane;  // elements of a block, of it in a lane
   static constexpr int kProducts = kLane / 4, kHalf = kBlock / 2;
   static constexpr float kInputFactor = 1 / 16.0f, kSumFactor = 16;  // of x' in f16
-  static constexpr int kTogether =
-      kTokens == 1 ? 4 : 2;                     // tiles whose products hide each other's waits
+  // Tiles whose products hide each other's waits; all their units are in the ring at once.
+  static constexpr int kTogether = kTokens == 1 && kSlots >= 4 ? 4 : 2;
   static constexpr int kMostColumns = kTokens;  // blocks of 8 columns: 8 segments of each token
   static constexpr u32 kPad = 32;  // elements behind each token's x: no two in the same banks
 
