@@ -176,7 +176,7 @@ struct Route {
   static __device__ __forceinline__ float score(float (&v)[kEach]) {
     if constexpr (kScoring == kSigmoid) {
 #pragma unroll
-      for (int i = 0; i < kEach; ++i) v[i] = 1 / (1 + exp2_fast(-v[i] * kLog2e));
+      for (int i = 0; i < kEach; ++i) v[i] = reciprocal(1 + exp2_fast(-v[i] * kLog2e));
       return 1;
     }
     float most = -infinity(), sum = 0;

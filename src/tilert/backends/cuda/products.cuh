@@ -460,7 +460,8 @@ struct Scalar {
   static __device__ __forceinline__ bool inside(int round) { return chunk_inside(round / kTokens); }
   struct Operand {
     float x[kTokens][kOwnChunks][kWide] = {};
-    float scale[T::kMatrices][kOwnChunks] = {};  // of this thread's chunks, for the rows of one block
+    float scale[T::kMatrices][kOwnChunks] =
+        {};  // of this thread's chunks, for the rows of one block
     u32 group = 0xffffffffu, token = 0;
     __device__ __forceinline__ explicit Operand(const Block&) {}
   };
