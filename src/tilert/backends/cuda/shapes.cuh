@@ -18,6 +18,7 @@ struct AnyShape {
   // Tiles whose products hide each other's waits; all their units are in the ring at once.
   static constexpr int kTogether = kTokens == 1 && kSlots >= 4 ? 4 : 2;
   static constexpr int kMostColumns = kTokens;  // blocks of 8 columns: 8 segments of each token
+  static constexpr u32 kNamed = 4;              // experts of which the loader knows at a time
   static constexpr u32 kPad = 32;  // elements behind each token's x: no two in the same banks
 
   // What a lane is in all products of an op, and where in a unit, in x' and among a tile's scales
@@ -116,19 +117,29 @@ struct AnyShape {
   static __device__ __forceinline__ bool stream_tile(Loader& l, const Run& run, const Shape& s,
                                                      u32 row, u32 token) {
     if (!l.acquire()) return false;
-    const u32 row_bytes = s.k;
-    const u32 bytes = min(s.tile_rows, run.count - row) * row_bytes;
+    const u8 *from = run.w, *up = run.w_up;
+    const u32 bytes = min(s.tile_rows, run.count - row) * s.k, pitch = s.tile_rows * s.k;
     l.expect(bytes * s.matrices * s.parts);
-    u32 at = row, pitch = s.tile_rows * row_bytes;
-    if (s.rows == kInTurn) {
-      const u32 in_all = run.first + row, slot = quotient(in_all, s.bank_inverse);
-      at = in_all - slot * s.bank_rows + expert(l.b, s, token, slot) * s.bank_rows;
-    }
+    if (s.rows == kSideBySide) {
+      from += u64(run.first + row) * s.k;
 #pragma unroll 1
-    for (u32 i = 0; i < s.matrices * s.parts; ++i) {
-      if (s.rows == kSideBySide) at = expert(l.b, s, token, i) * s.bank_rows + run.first + row;
-      const u8* from = i && s.matrices > 1 ? run.w_up : run.w;
-      l.copy(i * pitch, from + u64(at) * row_bytes, bytes);
+      for (u32 first = 0; first < s.parts; first += kNamed) {
+        u32 of[kNamed];  // experts, read at once: one after another would take longer than to copy
+#pragma unroll
+        for (u32 i = 0; i < kNamed; ++i) of[i] = expert(l.b, s, token, min(first + i, s.parts - 1));
+#pragma unroll
+        for (u32 i = 0; i < kNamed; ++i)
+          if (first + i < s.parts)
+            l.copy((first + i) * pitch, from + u64(of[i] * s.bank_rows) * s.k, bytes);
+      }
+    } else {
+      u32 at = row;
+      if (s.rows == kInTurn) {
+        const u32 in_all = run.first + row, slot = quotient(in_all, s.bank_inverse);
+        at = in_all - slot * s.bank_rows + expert(l.b, s, token, slot) * s.bank_rows;
+      }
+      l.copy(0, from + u64(at) * s.k, bytes);
+      if (s.matrices > 1) l.copy(pitch, up + u64(at) * s.k, bytes);
     }
     l.next();
     return true;
