@@ -18,6 +18,7 @@ from tilert.backends.cuda.jit import TARGETS
 from tilert.backends.cuda.limits import fitting
 from tilert.backends.cuda.source import SHAPE_SHIFT, Source, generate
 from tilert.ir.program import Program
+from tilert.ir.tags import derive
 from tilert.ops import ExpertDown, ExpertGate, Linear
 
 
@@ -35,7 +36,7 @@ def shapes_in(source: Source) -> list[list[str]]:
     return [row.split(", ") for row in re.findall(r"\{([^{}]+)\}", source.headers["shapes.h"])]
 
 
-@pytest.mark.parametrize("name", ["fp8-wide-blocks", "fp8-latent"])
+@pytest.mark.parametrize("name", ["fp8-wide-blocks", "fp8-latent", "fp8-indexed"])
 def test_tokens_equal_the_interpreter(name: str, devices: Devices) -> None:
     program, _ = kernel.compiled(name)
     source = source_of(program)
@@ -68,6 +69,16 @@ def test_chosen_experts(devices: Devices) -> None:
 
 def test_each_token_has_experts_of_its_own(devices: Devices) -> None:
     experts.test_each_token_has_experts_of_its_own("fp8-side-by-side", 4, devices)
+
+
+def test_what_nobody_reads_is_left_out_where_a_step_has_one_pass() -> None:
+    program, _ = kernel.compiled("fp8-indexed")
+    op = next(op for op in program.ops if isinstance(op, Linear) and op.beyond)
+    assert shapes.has_shape(program, op)
+    tags = derive(program)
+    rows = [shapes.initializer(program, op, tags, spared=s).split(", ") for s in (True, False)]
+    assert [(a, b) for a, b in zip(*rows, strict=True) if a != b] == [(str(op.beyond), "0")]
+    assert rows[0] in shapes_in(source_of(program))
 
 
 def test_what_divides_is_multiplied_exactly() -> None:

@@ -62,6 +62,8 @@ def has_shape(program: Program, op: Op) -> bool:
         and program.buffers[op.x].dtype is DType.F32
         and (norm == NONE or program.buffers[norm].dtype is DType.BF16)
         and _bank_rows(op) % op.tile_rows == 0
+        and parts(op) * matrices(op)
+        <= WARPS  # each fetches the scales of one, for any number of tokens
         and _has_scales(program, op)
     )
 
@@ -116,12 +118,13 @@ def _inverse(divisor: int) -> int:
     return -(-(1 << 31) // divisor) if divisor else 0
 
 
-def initializer(program: Program, op: PRODUCTS, tags: Tags) -> str:
-    """An op's struct Shape."""
+def initializer(program: Program, op: PRODUCTS, tags: Tags, *, spared: bool) -> str:
+    """An op's struct Shape; spared: a product that nobody reads may be left out."""
     kind = {ExpertGate: IN_TURN, ExpertDown: SIDE_BY_SIDE}.get(type(op), STRAIGHT)
     count, stride, beyond, epilogue = 0, 0, 0, "kGate" if isinstance(op, ExpertGate) else "kAdd"
     if isinstance(op, Linear):
-        epilogue, beyond = ("kStore", "kAdd", "kGate")[op.epilogue], op.beyond
+        epilogue, beyond = ("kStore", "kAdd", "kGate")[op.epilogue], op.beyond if spared else 0
+        assert not (beyond and op.y in tags.writers), "a word that is not written has an old tag"
         kind, stride = (DIAGONAL, op.x_stride) if op.groups > 1 else (STRAIGHT, 0)
     else:
         count = op.top_k
@@ -133,7 +136,6 @@ def initializer(program: Program, op: PRODUCTS, tags: Tags) -> str:
     fitting = _items(program.tokens) // (each * tables)
     step = _step(op)
     weight_step = step if parts(op) == 1 else step * op.tile_rows * matrices(op)
-    assert fitting, "a warp fetches the scales of all parts"
     segments = 16 // (op.tile_rows * matrices(op))
     inverses = (_inverse(n) for n in (bank, each, op.k, op.k // 64))
     one = program.tokens == 1  # then shapes do not differ by the width of an activation

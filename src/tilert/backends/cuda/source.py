@@ -85,13 +85,16 @@ def generate(program: Program, layout: Layout, *, trace: bool = False) -> Source
     """
     known, table = dict[str, int](), dict[str, int]()
     tags, shared = derive(program), shapes.shares_code(program)
+    # With several passes a loader knows too late where its tokens are.
+    several = passes(program)[-1] > 1
 
     def variant(op: Op) -> int:
         if not (shared and isinstance(op, shapes.PRODUCTS) and shapes.has_shape(program, op)):
             return known.setdefault(_type(program, op, tags), len(known))
         code = known.setdefault("AnyShape", len(known))
-        shape = table.setdefault(shapes.initializer(program, op, tags), len(table))
-        return code | shape << SHAPE_SHIFT
+        shape = shapes.initializer(program, op, tags, spared=not several)
+        number = table.setdefault(shape, len(table))
+        return code | number << SHAPE_SHIFT
 
     variants = [variant(op) for op in program.ops]
     most = 1 << SHAPE_SHIFT, 1 << PASS_SHIFT - SHAPE_SHIFT
