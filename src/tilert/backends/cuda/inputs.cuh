@@ -29,6 +29,16 @@ struct Weighted {
   static constexpr bool kTagged = false, kNormed = false;  // the weights have no tags
 };
 
+// By what a normed row is divided, of the squares that its warps have summed up; inverse: of the
+// number of elements.
+template <int kRowWarps>
+__device__ __forceinline__ float norm_factor(const Block& b, int row, float inverse, float eps) {
+  float sum = 0;
+#pragma unroll
+  for (int i = 0; i < kRowWarps; ++i) sum += b.shared.squares[i][row];
+  return inverse_root(fmaf(sum, inverse, eps));
+}
+
 template <class Layout>
 struct Inputs {
   static constexpr int kRounds = Layout::kRounds, kWide = Layout::kWide;
@@ -128,10 +138,7 @@ struct Inputs {
   template <bool kTagged, class T, u32 kEps, int kPitch>
   struct Factor<Normed<kTagged, T, kEps, kPitch>> {
     static __device__ __forceinline__ float of(const Block& b, int row) {
-      float sum = 0;
-#pragma unroll
-      for (int i = 0; i < Layout::kRowWarps; ++i) sum += b.shared.squares[i][row];
-      return inverse_root(fmaf(sum, 1.0f / Layout::kK, __uint_as_float(kEps)));
+      return norm_factor<Layout::kRowWarps>(b, row, 1.0f / Layout::kK, __uint_as_float(kEps));
     }
   };
 

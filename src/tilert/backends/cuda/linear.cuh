@@ -7,6 +7,31 @@
 
 enum Epilogue { kStore = 0, kAdd = 1, kGate = 2 };
 
+// What the sum of an output is added to.
+__device__ __forceinline__ float residual(const Block& b, const Run& run, u32 y, bool tagged) {
+  const float* const old[1] = {b.at(run.y) + y};
+  if (!tagged) return load_float(old[0]);
+  const u32 tag[1] = {b.tag(run.x2)};
+  float v[1];
+  load_tagged(b, old, tag, v);
+  return v[0];
+}
+
+__device__ __forceinline__ float silu(float v) { return v / (1 + exp2_fast(-v * kLog2e)); }
+
+// Whether a token of the step sees more than so many positions.
+__device__ __forceinline__ bool sees_beyond(const Block& b, u32 positions) {
+  bool sees = false;
+  for (u32 t = 0; t < (kTokens == 1 ? 1 : b.params.count); ++t) sees |= b.position(t) >= positions;
+  return sees;
+}
+// The hand-off of a run that is left out. False: the launch has ended.
+__device__ __forceinline__ bool pass_on(Block& b, const Run& run) {
+  if (!wait_for_inputs<false>(b, run)) return false;
+  if (thread() == 0) signal<false>(b, run);
+  return true;
+}
+
 template <bool kFirst, class A, class B>
 struct Either {
   using Type = A;
@@ -62,14 +87,6 @@ struct Linear {
     Product::leave(b, in_chunk, token, sums);
   }
 
-  static __device__ __forceinline__ float add_up(Block& b, int row, int token) {
-    const float* from = part_of_sum(b, row, 0, token);
-    float sum = 0;
-#pragma unroll
-    for (int i = 0; i < Product::kRowWarps; ++i) sum += from[i];
-    return sum;
-  }
-
   // One output of a chunk, for a lane: of which token, and where; which row in the chunk and in the
   // run.
   struct Place {
@@ -104,13 +121,7 @@ struct Linear {
       }
     }
     if (!at.inside) return rest;
-    if constexpr (kEpilogue == kAdd) {
-      const float* const old[1] = {b.at(run.y) + at.y};
-      const u32 tag[1] = {b.tag(run.x2)};
-      float v[1];
-      if constexpr (kTagged) load_tagged(b, old, tag, v);
-      rest.old = kTagged ? v[0] : load_float(old[0]);
-    }
+    if constexpr (kEpilogue == kAdd) rest.old = residual(b, run, at.y, kTagged);
     if constexpr (kRowScaled) {
       rest.scale = __ldg(run.scale + scale);
       if (T::kMatrices == 2) rest.scale_up = __ldg(run.scale_up + scale);
@@ -120,7 +131,8 @@ struct Linear {
 
   static __device__ __forceinline__ float finished(Block& b, const Run& run, const Place& at,
                                                    int matrix, float factor) {
-    float y = add_up(b, matrix * kChunkRows + at.in_chunk, at.token) * factor;
+    float y = sum_of_parts<Product::kRowWarps>(b, matrix * kChunkRows + at.in_chunk, at.token);
+    y *= factor;
     if constexpr (Bias::kGiven)
       y += Bias::widen(
           reinterpret_cast<const typename Bias::Bits*>(matrix ? run.bias_up : run.bias)[at.row]);
@@ -132,8 +144,7 @@ struct Linear {
     if (!at.inside) return;
     const float factor = In::template Factor<Input>::of(b, at.token);
     float y = finished(b, run, at, 0, factor * rest.scale);
-    if constexpr (kEpilogue == kGate)
-      y = y / (1 + exp2_fast(-y * kLog2e)) * finished(b, run, at, 1, factor * rest.scale_up);
+    if constexpr (kEpilogue == kGate) y = silu(y) * finished(b, run, at, 1, factor * rest.scale_up);
     if constexpr (kEpilogue == kAdd) y += rest.old;
     store_output<kTagged, kNarrow>(b.at(run.y), at.y, y, b.tag(run.y));
   }
@@ -236,20 +247,9 @@ struct Linear {
 template <int kPositions, class Op>
 struct Beyond {
   static __device__ __forceinline__ bool stream(Loader& l, const Run& run) {
-    return !wanted(l.b) || Op::stream(l, run);
+    return !sees_beyond(l.b, kPositions) || Op::stream(l, run);
   }
   static __device__ __forceinline__ bool consume(Block& b, const Run& run) {
-    if (wanted(b)) return Op::consume(b, run);
-    if (!wait_for_inputs<false>(b, run)) return false;
-    if (thread() == 0) signal<false>(b, run);
-    return true;
-  }
-
- private:
-  static __device__ __forceinline__ bool wanted(const Block& b) {
-    bool wanted = false;
-    for (u32 t = 0; t < (kTokens == 1 ? 1 : b.params.count); ++t)
-      wanted |= b.position(t) >= kPositions;
-    return wanted;
+    return sees_beyond(b, kPositions) ? Op::consume(b, run) : pass_on(b, run);
   }
 };

@@ -25,6 +25,14 @@ struct Scaled {
 __device__ __forceinline__ float* part_of_sum(Block& b, int sum, int part, int row) {
   return b.shared.partial[b.chunk & 1][row] + sum * kPartialPitch + part;
 }
+template <int kParts>
+__device__ __forceinline__ float sum_of_parts(Block& b, int sum, int row) {
+  const float* from = part_of_sum(b, sum, 0, row);
+  float all = 0;
+#pragma unroll
+  for (int i = 0; i < kParts; ++i) all += from[i];
+  return all;
+}
 
 // Matrix units, for bf16 and e4m3, with f32 sums. x' is rounded: to bf16, or for weights in e4m3,
 // which are widened to f16, to f16 of x' / 16, so that only what is beyond a million is cut off.

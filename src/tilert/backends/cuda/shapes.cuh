@@ -55,11 +55,7 @@ struct AnyShape {
     return kShapes[shape_of(run)];
   }
   static __device__ __forceinline__ bool left_out(const Block& b, const Shape& s) {
-    if (s.beyond == 0) return false;
-    bool wanted = false;
-    for (u32 t = 0; t < (kTokens == 1 ? 1 : b.params.count); ++t)
-      wanted |= b.position(t) >= s.beyond;
-    return !wanted;
+    return s.beyond && !sees_beyond(b, s.beyond);
   }
 
   // The loader's side. False: the launch has ended.
@@ -85,11 +81,7 @@ struct AnyShape {
   static __device__ __forceinline__ bool consume(Block& b, const Run& run) {
     const Shape& s = shape(run);
     const bool silent = s.tagged_x && !s.chosen();  // all inputs say whether they are there
-    if (left_out(b, s)) {
-      if (!wait_for_inputs(b, run, false)) return false;
-      if (thread() == 0) signal(b, run, false);
-      return true;
-    }
+    if (left_out(b, s)) return pass_on(b, run);
     const Lane me(s);
     const bool known = !s.chosen() || run.x3 == 0;  // what is chosen: whose the scales are
     Scales scales = {};
@@ -225,9 +217,9 @@ struct AnyShape {
     }
   }
 
-  // x', in shared memory: of each token a 16th of its elements in f16. A block's
-  // elements lie as lanes read them: 8 of each quad, then the other 8, and in every other block the
-  // two halves are exchanged, so that lanes of two segments read from all banks.
+  // x', in shared memory: of each token a 16th of its elements in f16. A block's elements lie as
+  // lanes read them: 8 of each quad, then the other 8, and in every other block the two halves are
+  // exchanged, so that lanes of two segments read from all banks.
 
   static __device__ __forceinline__ u16* x(Block& b) { return reinterpret_cast<u16*>(b.scratch); }
   static __device__ __forceinline__ u32 place(u32 block, u32 quad) {
@@ -541,37 +533,16 @@ struct AnyShape {
   using Rest = float;
   static __device__ __forceinline__ Rest fetch_rest(const Block& b, const Run& run, const Shape& s,
                                                     const Place& at) {
-    if (!at.inside || s.epilogue != kAdd) return 0;
-    const float* const old[1] = {b.at(run.y) + at.y};
-    if (!s.tagged_y) return load_float(old[0]);
-    const u32 tag[1] = {b.tag(run.x2)};
-    float v[1];
-    load_tagged(b, old, tag, v);
-    return v[0];
-  }
-
-  static __device__ __forceinline__ float add_up(Block& b, int row, int token) {
-    const float* from = part_of_sum(b, row, 0, token);
-    float sum = 0;
-#pragma unroll
-    for (int i = 0; i < kWarps; ++i) sum += from[i];
-    return sum;
+    return at.inside && s.epilogue == kAdd ? residual(b, run, at.y, s.tagged_y) : 0;
   }
 
   static __device__ __forceinline__ void finish(Block& b, const Run& run, const Shape& s,
                                                 const Place& at, Rest rest) {
     if (!at.inside) return;
-    float factor = 1;
-    if (s.normed) {
-      float sum = 0;
-#pragma unroll
-      for (int i = 0; i < kWarps; ++i) sum += b.shared.squares[i][at.token];
-      factor = inverse_root(fmaf(sum, s.inverse, s.eps));
-    }
-    float y = add_up(b, at.in_chunk, at.token) * factor;
+    const float factor = s.normed ? norm_factor<kWarps>(b, at.token, s.inverse, s.eps) : 1;
+    float y = sum_of_parts<kWarps>(b, at.in_chunk, at.token) * factor;
     if (s.epilogue == kGate)
-      y = y / (1 + exp2_fast(-y * kLog2e)) *
-          (add_up(b, kChunkRows + at.in_chunk, at.token) * factor);
+      y = silu(y) * (sum_of_parts<kWarps>(b, kChunkRows + at.in_chunk, at.token) * factor);
     y += rest;
     const u32 tag = b.tag(run.y);
     if (s.narrow_y)
