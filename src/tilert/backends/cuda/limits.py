@@ -151,12 +151,9 @@ def shared_struct_bytes(program: Program, tokens: int) -> int:
 
 def scratch_bytes(program: Program, tokens: int) -> int:
     """Bytes that one op has for itself in steps of so many tokens."""
-    shared = shapes.shares_code(program)
     sizes = [
-        shapes.scratch_bytes(program, op, tokens)
-        if shared and isinstance(op, PRODUCTS) and shapes.has_shape(program, op)
-        else _scratch(program, op, tokens)
-        for op in program.ops
+        shapes.input_bytes(shared, tokens) if shared else _scratch(program, op, tokens)
+        for op, shared in zip(program.ops, shapes.sharing(program), strict=True)
     ]
     return -(-max([256, *sizes]) // 16) * 16
 

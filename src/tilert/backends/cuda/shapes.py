@@ -8,7 +8,7 @@ has more than FEW, those that the one body can do share it.
 from __future__ import annotations
 
 from tilert.ir.dtype import DType
-from tilert.ir.program import NONE, Op, Program
+from tilert.ir.program import NONE, Program
 from tilert.ir.tags import Tags
 from tilert.ops import ExpertDown, ExpertGate, Linear
 
@@ -16,14 +16,18 @@ FEW = 8
 COLUMNS = 64  # of scales in a part, at most: two for each lane
 WARPS = 8  # that compute
 PAD = 32  # AnyShape::kPad
-UNIT_ROWS = (2, 4, 8, 16)  # rows of a unit of which 16 segments are made
+SEGMENTED = (2, 4, 8, 16)  # rows of a unit of which 16 segments are made
 STRAIGHT, DIAGONAL, IN_TURN, SIDE_BY_SIDE = range(4)  # enum Rows
 PRODUCTS = Linear | ExpertGate | ExpertDown
 
 
-def shares_code(program: Program) -> bool:
-    """Whether a program has so many shapes of products that they share code."""
-    return len({_key(program, op) for op in program.ops if isinstance(op, PRODUCTS)}) > FEW
+def sharing(program: Program) -> list[PRODUCTS | None]:
+    """The program's ops, those that have code of their own as None; all have where shapes are few."""
+    kinds = {_key(program, op) for op in program.ops if isinstance(op, PRODUCTS)}
+    return [
+        op if len(kinds) > FEW and isinstance(op, PRODUCTS) and has_shape(program, op) else None
+        for op in program.ops
+    ]
 
 
 def _key(program: Program, op: PRODUCTS) -> tuple[object, ...]:
@@ -43,12 +47,10 @@ def matrices(op: PRODUCTS) -> int:
     return 1 if isinstance(op, ExpertDown) or op.w_up == NONE else 2
 
 
-def has_shape(program: Program, op: Op) -> bool:
+def has_shape(program: Program, op: PRODUCTS) -> bool:
     """Whether the one body of code can do an op: its weights are e4m3 with scales for blocks, and a tile's
     rows fit a slot."""
-    if not isinstance(op, PRODUCTS) or op.x_type == DType.F32:
-        return False
-    if isinstance(op, Linear) and op.bias != NONE:
+    if op.x_type == DType.F32 or (isinstance(op, Linear) and op.bias != NONE):
         return False
     weights = program.buffers[op.w]
     if weights.dtype is not DType.F8E4M3 or weights.scale == NONE:
@@ -56,7 +58,7 @@ def has_shape(program: Program, op: Op) -> bool:
     rows = op.tile_rows * matrices(op)
     norm = NONE if isinstance(op, ExpertDown) else op.norm
     return (
-        rows in UNIT_ROWS
+        rows in SEGMENTED
         and op.k % 64 == 0
         and rows * parts(op) * op.k <= program.machine.slot_bytes
         and program.buffers[op.x].dtype is DType.F32
@@ -98,18 +100,12 @@ def _items(tokens: int) -> int:
 
 def kept_scales(program: Program, tokens: int) -> int:
     """How many scales a block keeps in shared memory (kShapeScales); 0 where no product shares code."""
-    if not shares_code(program):
-        return 0
-    own = [
-        -(-op.k // program.buffers[op.w].block[1])
-        for op in program.ops
-        if isinstance(op, PRODUCTS) and has_shape(program, op)
-    ]
+    own = [-(-op.k // program.buffers[op.w].block[1]) for op in sharing(program) if op]
     return _items(tokens) * max(own, default=0)
 
 
-def scratch_bytes(program: Program, op: PRODUCTS, tokens: int) -> int:
-    """x' of all tokens."""
+def input_bytes(op: PRODUCTS, tokens: int) -> int:
+    """What x' of so many tokens takes of a block's shared memory."""
     return 2 * tokens * (op.k * parts(op) + PAD)
 
 

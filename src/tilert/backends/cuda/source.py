@@ -84,19 +84,19 @@ def generate(program: Program, layout: Layout, *, trace: bool = False) -> Source
     never emits for such machines.
     """
     known, table = dict[str, int](), dict[str, int]()
-    tags, shared = derive(program), shapes.shares_code(program)
+    tags = derive(program)
     # With several passes a loader knows too late where its tokens are.
     several = passes(program)[-1] > 1
 
-    def variant(op: Op) -> int:
-        if not (shared and isinstance(op, shapes.PRODUCTS) and shapes.has_shape(program, op)):
+    def variant(op: Op, shared: shapes.PRODUCTS | None) -> int:
+        if shared is None:
             return known.setdefault(_type(program, op, tags), len(known))
         code = known.setdefault("AnyShape", len(known))
-        shape = shapes.initializer(program, op, tags, spared=not several)
+        shape = shapes.initializer(program, shared, tags, spared=not several)
         number = table.setdefault(shape, len(table))
         return code | number << SHAPE_SHIFT
 
-    variants = [variant(op) for op in program.ops]
+    variants = list(map(variant, program.ops, shapes.sharing(program)))
     most = 1 << SHAPE_SHIFT, 1 << PASS_SHIFT - SHAPE_SHIFT
     assert len(known) <= most[0] and len(table) <= most[1], "a run has bits for no more"
     names = "\n".join(f"using V{i} = {name};" for name, i in known.items())

@@ -54,6 +54,18 @@ RUN = np.dtype(  # struct Run
     + [(name, "<u4") for name in ("x", "y", "x2", "x3")]
 )
 WAIT = np.dtype([("counter", "<u2"), ("threshold", "<u2"), ("total", "<u4")])  # struct Wait
+# Operands that the kernel reads by their tags, where they have some; those of products see _add_ranks.
+READ: dict[type[Op], dict[str, str]] = {
+    Attend: {"x": "q", "x2": "k", "x3": "v"},
+    Append: {"x2": "k", "x3": "v"},
+    Combine: {"x": "part"},
+    Route: {"x": "logits"},
+    LatentAppend: {"x": "kv"},
+    Norm: {"x": "x"},
+    LatentAttention: {"x": "q", "x2": "q_rope"},
+    IndexRope: {"x2": "k"},
+    IndexScore: {"x2": "head_weights"},
+}
 assert (RUN.itemsize, WAIT.itemsize) == (RUN_BYTES, WAIT_BYTES)
 
 
@@ -162,27 +174,8 @@ def _add_ranks(record: Any, program: Program, index: int, tags: Tags) -> None:
         adds = isinstance(op, ExpertDown) or (isinstance(op, Linear) and op.epilogue == ADD)
         if adds and op.y in tags.writers:
             record["x2"] = writer(op.y)
-    operands: tuple[tuple[str, Buf], ...] = ()
-    if isinstance(op, Attend):
-        operands = ("x", op.q), ("x2", op.k), ("x3", op.v)
-    elif isinstance(op, Append):
-        operands = ("x2", op.k), ("x3", op.v)
-    elif isinstance(op, Combine):
-        operands = (("x", op.part),)
-    elif isinstance(op, Route):
-        operands = (("x", op.logits),)
-    elif isinstance(op, LatentAppend):
-        operands = (("x", op.kv),)
-    elif isinstance(op, Norm):
-        operands = (("x", op.x),)
-    elif isinstance(op, LatentAttention):
-        operands = ("x", op.q), ("x2", op.q_rope)
-    elif isinstance(op, IndexRope):
-        operands = (("x2", op.k),)
-    elif isinstance(op, IndexScore):
-        operands = (("x2", op.head_weights),)
-    for name, buf in operands:
-        if buf in tags.writers:
+    for name, operand in READ.get(type(op), {}).items():
+        if (buf := getattr(op, operand)) in tags.writers:
             record[name] += writer(buf)
     if tags.silent(index):
         record["y"] += tags.rank[index] % TAGS << RANK_SHIFT
