@@ -10,7 +10,7 @@ namespace emulator {
 std::vector<BlockState> blocks;
 std::deque<Copy> copies;
 Fiber* current = nullptr;
-u64 progress = 0;
+u64 rounds = 0, progress = 0;
 void* host_stack_pointer = nullptr;
 const Params* launch_params = nullptr;
 extern "C" int emulator_lost = -1;  // the copy that never lands, by the order of landing
@@ -108,6 +108,7 @@ extern "C" int emulate(const Params* params, int num_blocks, int num_threads, in
   u64 idle = 0;
   while (left) {
     random.shuffle(order);
+    ++rounds;
     const u64 before = progress;
     for (int w : order) {
       if (random() % 8 == 0) continue;  // some warps are slow

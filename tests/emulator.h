@@ -81,6 +81,7 @@ struct Copy {
 extern std::vector<BlockState> blocks;
 extern std::deque<Copy> copies;
 extern Fiber* current;
+extern u64 rounds;    // turns of all fibers
 extern u64 progress;  // counts what may let somebody go on
 void yield();         // to another fiber
 BlockState& block();
@@ -277,19 +278,23 @@ inline float2 load_float2(const float* p) {
   assert(reinterpret_cast<u64>(p) % 8 == 0);
   return {p[0], p[1]};
 }
+inline void load_float4_if(bool wanted, const float* p, float4& v) {
+  if (wanted) v = load_float4(p);
+}
 inline float2 load_float2_if(bool wanted, const float* p, float2 otherwise) {
   return wanted ? load_float2(p) : otherwise;
 }
 inline float load_float(const float* p) { return *p; }
-inline void store_float(float* p, float v) { *p = v; }
-inline void store_half(u16* p, u16 v) { *p = v; }
-inline void store_float2(float* p, float2 v) { p[0] = v.x, p[1] = v.y; }
+inline void store_float(float* p, float v) { *p = v, ++emulator::progress; }
+inline void store_half(u16* p, u16 v) { *p = v, ++emulator::progress; }
+inline void store_float2(float* p, float2 v) { p[0] = v.x, p[1] = v.y, ++emulator::progress; }
 inline u32 load_shared(const u32* p) {
   emulator::yield();
   return *p;
 }
 inline void store_shared(u32* p, u32 v) { *p = v, ++emulator::progress; }
 
+inline void read_again() { emulator::yield(); }
 inline void stand_back() {}  // whoever polls has given way already
 
 // Bits of bf16 and f16, rounded to nearest even.
@@ -352,8 +357,7 @@ inline u64 timestamp() {
   return count += 3;
 }
 inline u64 nanoseconds() {
-  static u64 polls = 0;  // the patience of a wait, in polls instead of seconds
-  return polls += 1'000'000;
+  return emulator::rounds * 500'000;  // the patience of a wait, in turns of all fibers
 }
 
 // Lane l names the row l % 8 of block l / 8 and gets the elements 2 (l % 4) and the next of row l

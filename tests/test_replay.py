@@ -16,8 +16,8 @@ from tilert.backends import hang
 from tilert.backends.cuda import backend as cuda
 from tilert.backends.cuda import tables
 from tilert.backends.cuda.backend import CudaBackend, LaunchError
-from tilert.backends.hang import BY_TAG, Hang
-from tilert.backends.protocol import Protocol, Stuck
+from tilert.backends.hang import Hang
+from tilert.backends.protocol import BY_TAG, Protocol, Stuck
 from tilert.errors import UserError
 from tilert.files import keep
 from tilert.ir import encode

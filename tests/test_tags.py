@@ -97,3 +97,43 @@ def test_a_buffer_that_something_else_reads_is_not_tagged() -> None:
     assert mixed.x in derive(program).writers
     assert mixed.x not in derive(changed).writers
     assert program.buffers[mixed.x].kind is Kind.WORK
+
+
+def test_who_reads_every_word_is_told_by_words() -> None:
+    """Products know from the words of x alone that those who made it are done; attention reads only a part
+    of what each worker leaves, and what may be left out reads nothing."""
+    program = deep(2)
+    tags = derive(program)
+    for index, op in enumerate(program.ops):
+        maker, others = tags.told(program, index)
+        if isinstance(op, Linear):
+            assert maker == tags.writer(op.x, index)
+            assert all(isinstance(program.ops[other], Linear) for other in others)
+        else:
+            assert (maker, others) == (-1, frozenset())
+    first = next(i for i, op in enumerate(program.ops) if isinstance(op, Linear))
+    op = program.ops[first]
+    assert isinstance(op, Linear)
+    spared = replace(op, beyond=8)
+    left_out = replace(program, ops=(*program.ops[:first], spared, *program.ops[first + 1 :]))
+    assert derive(left_out).told(left_out, first)[0] == -1
+    part = replace(spared, beyond=0, k=spared.k // 2)
+    half = replace(program, ops=(*program.ops[:first], part, *program.ops[first + 1 :]))
+    assert derive(half).told(half, first)[0] == -1
+
+
+def test_nobody_is_told_who_might_find_older_words() -> None:
+    """The write before must have been read as a whole, or the one before that may still be seen."""
+    program = deep(2)
+    tags = derive(program)
+    down = next(
+        i for i, op in enumerate(program.ops) if isinstance(op, Linear) and i > 0
+        and tags.told(program, i)[0] != -1 and tags.writers[op.x].index(tags.writer(op.x, i)) > 0
+    )  # fmt: skip
+    _, others = tags.told(program, down)
+    ops = list(program.ops)
+    for other in others:
+        op = ops[other]
+        assert isinstance(op, Linear)
+        ops[other] = replace(op, k=op.k // 2)
+    assert tags.told(replace(program, ops=tuple(ops)), down)[0] == -1

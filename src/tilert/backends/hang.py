@@ -14,18 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tilert.backends.protocol import Standstill, Stuck
+from tilert.backends.protocol import BY_RUN, BY_TAG, BY_UNIT, Standstill, Stuck, op_name, words_of
 from tilert.errors import UserError
 from tilert.files import cache_folder, keep, kept
 from tilert.ir import encode
-from tilert.ir.program import Program
+from tilert.ir.program import NONE, Program
 from tilert.ir.tags import derive
 from tilert.ops import OPS
 
 FORMAT = "tilert hang 1"
-# In place of a counter, when it was words (kByTag), a unit of the stream (kByUnit) or the run itself (kByRun)
-# that did not come.
-BY_TAG, BY_UNIT, BY_RUN = 0xFFFFFFFF, 0xFFFFFFFE, 0xFFFFFFFD
 
 
 @dataclass(frozen=True)
@@ -50,7 +47,7 @@ class Hang:
     def root(self) -> Stuck:
         """The wait that is to blame: what never came, or a wait that nobody else's explains."""
         stuck = self.stuck
-        for cause in (BY_RUN, BY_UNIT, BY_TAG):
+        for cause in (BY_RUN, BY_UNIT):
             if found := [s for s in stuck if s.counter == cause]:
                 return found[0]
         return (Standstill(self.program, stuck).roots() or stuck)[0]
@@ -61,7 +58,9 @@ class Hang:
         op = type(self.program.ops[self.program.queues[worker][run].op]).__name__.lower()
         who = f"worker {worker}, run {run} of step {step} ({op}) waited in vain for"
         if counter == BY_TAG:
-            return f"{who} words with tag {want}"
+            _, writer = words_of(self.program, self.root())
+            of = f", which {op_name(self.program, writer)} writes" if writer != NONE else ""
+            return f"{who} words with tag {want}{of}"
         if counter == BY_UNIT:
             return f"{who} weights or keys that were being copied"
         if counter == BY_RUN:

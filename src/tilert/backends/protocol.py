@@ -11,7 +11,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from tilert.ir.program import Program, Run, Wait
+from tilert.ir.program import NONE, Program, Run, Wait
+from tilert.ir.tags import derive
+
+# In place of a counter, when it was words (kByTag), a unit of the stream (kByUnit) or the run itself (kByRun)
+# that did not come.
+BY_TAG, BY_UNIT, BY_RUN = 0xFFFFFFFF, 0xFFFFFFFE, 0xFFFFFFFD
 
 
 class Stuck(NamedTuple):
@@ -121,6 +126,23 @@ class Protocol:
                     moved = True
 
 
+def words_of(program: Program, s: Stuck) -> tuple[int, int]:
+    """Of a worker that found other tags than the one that it wanted: the buffer that it read, and the op that
+    writes that tag to it in that step; (NONE, NONE) where nothing that the run reads has the tag."""
+    tags, index = derive(program), program.queues[s.worker][s.run].op
+    for buf in program.ops[index].tag_checking():
+        if buf in tags.writers and min(tags.writers[buf]) < index:
+            writer = tags.writer(buf, index)
+            if tags.tag(writer, s.step) == s.want:
+                return buf, writer
+    return NONE, NONE
+
+
+def op_name(program: Program, index: int) -> str:
+    """An op for people: number and kind."""
+    return f"o{index} {type(program.ops[index]).__name__.lower()}"
+
+
 class Standstill:
     """Who waits for whom, among workers that can not proceed; what they wait for is in `stuck`."""
 
@@ -128,9 +150,13 @@ class Standstill:
         self.program = program
         # Of each counter: who signals it, with the places in the queue of the runs that do.
         self.signallers: dict[int, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
+        self.makers: dict[int, dict[int, list[int]]] = defaultdict(
+            lambda: defaultdict(list)
+        )  # of ops
         for worker, queue in enumerate(program.queues):
             for place, run in enumerate(queue):
                 self.signallers[run.signal][worker].append(place)
+                self.makers[run.op][worker].append(place)
         self.waits: dict[int, list[Stuck]] = defaultdict(list)
         for each in stuck:
             self.waits[each.worker].append(each)
@@ -143,10 +169,12 @@ class Standstill:
         return s.step - next((w.lag for w in waits if w.counter == s.counter), 0)
 
     def debtors(self, s: Stuck) -> list[int]:
-        """Workers that stand still before they have signalled as often as the step asks."""
-        step = self.asked(s)
+        """Workers that stand still before they have signalled, or made words, as often as the step asks."""
+        step, owed = self.asked(s), self.signallers.get(s.counter, {})
+        if s.counter == BY_TAG:
+            owed = self.makers.get(words_of(self.program, s)[1], {})
         return [
-            worker for worker, places in self.signallers.get(s.counter, {}).items()
+            worker for worker, places in owed.items()
             if worker in self.waits
             and (self.waits[worker][0].step, self.waits[worker][0].run) <= (step, places[-1])
         ]  # fmt: skip

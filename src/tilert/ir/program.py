@@ -195,6 +195,10 @@ class Op(ABC):
         """Buffers whose words the op reads again until they have the tag that it expects."""
         return ()
 
+    def whole_reads(self) -> tuple[Buf, ...]:
+        """Of those the ones of which each tile reads every word that its regions name, in any step."""
+        return ()
+
     @abstractmethod
     def cost(self, lo: int, hi: int, dtype_bytes: int, context: int) -> Cost:
         """What tiles [lo, hi) cost with weights of `dtype_bytes` at `context` past positions."""

@@ -3,7 +3,7 @@
 A signal that orders memory makes its worker wait until all its writes are seen everywhere: on a GPU
 that streams, that is longer than the hand-off itself. Instead a *tagged* buffer holds floats whose
 last eight bits name the op and step that wrote them. A reader that finds another tag reads again;
-counters then only say when it is worth while to look.
+counters then only say when it is worth while to look, which may be before all have signalled (told).
 
 A buffer is tagged when everything that touches it can do that (Op.tagging, Op.tag_checking) and every
 write covers it. An op that writes tagged buffers signals without ordering memory. Tag of a write:
@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from tilert.ir.dtype import DType
-from tilert.ir.program import Buf, Buffer, Kind, Op, Program, several_passes
+from tilert.ir.program import NONE, Buf, Buffer, Kind, Op, Program, several_passes
 
 TAGS = 255  # 1 to 255
 MOST_TOKENS = 8  # of a step whose rows are all written, whether they hold tokens or not
@@ -47,6 +47,29 @@ class Tags:
     def silent(self, op: int) -> bool:
         """True when the op signals without ordering memory."""
         return op in self.rank
+
+    def told(self, program: Program, reader: int) -> tuple[int, frozenset[int]]:
+        """The op of which another, `reader`, finds out by words alone that all its runs are done, and the ops
+        that read all of what was there before; (NONE, none) where there is no such op.
+
+        Each tile of the reader reads every word that the op writes. A worker stores a word after all that it
+        has read for it, so where all words are there nothing of the op is under way but its signals. What was
+        written before is read, in each tile, by others; the op's runs have waited for those. So who has seen
+        one signal of the op, or has run one of the others itself, cannot find words that are older still,
+        whose tags might look the same.
+        """
+        length = len(program.ops)
+        for buf in program.ops[reader].whole_reads():
+            if buf not in self.writers or not _reads_all(program, reader, buf):
+                continue
+            writers, last = self.writers[buf], self.writer(buf, reader)
+            before = writers[
+                writers.index(last) - 1
+            ]  # of the step before, where this one is the first
+            between = (i % length for i in range(before + 1, last + length * (before >= last)))
+            if others := frozenset(i for i in between if _reads_all(program, i, buf)):
+                return last, others
+        return NONE, frozenset()
 
 
 def derive(program: Program) -> Tags:
@@ -99,6 +122,15 @@ def taggable(buffers: Sequence[Buffer], ops: Sequence[Op]) -> dict[Buf, list[int
 def _whole(b: Buffer, op: Op, buf: Buf) -> bool:
     regions = [r for r in op.writes(0, op.tiles) if r.buffer == buf]
     return sum((r.col_hi - r.col_lo) * (r.row_hi - r.row_lo) for r in regions) == b.rows * b.cols
+
+
+def _reads_all(program: Program, index: int, buf: Buf) -> bool:
+    """Whether each tile of an op reads every word of a buffer."""
+    op, b = program.ops[index], program.buffers[buf]
+    return buf in op.whole_reads() and any(
+        r.buffer == buf and (r.row_lo, r.row_hi, r.col_lo, r.col_hi) == (0, b.rows, 0, b.cols)
+        for r in set(op.reads(0, 1)) & set(op.reads(op.tiles - 1, op.tiles))
+    )
 
 
 def _writes_elsewhere(op: Op, buf: Buf) -> bool:

@@ -66,6 +66,9 @@ class Route(Op):
     def tag_checking(self) -> tuple[Buf, ...]:
         return (self.logits,)
 
+    def whole_reads(self) -> tuple[Buf, ...]:
+        return (self.logits,)
+
     def cost(self, lo: int, hi: int, dtype_bytes: int, context: int) -> Cost:
         return Cost(0, 0, (hi - lo) * self.experts * (self.top_k + 8))
 
@@ -180,6 +183,9 @@ class ExpertGate(Op):
     def tag_checking(self) -> tuple[Buf, ...]:
         return (self.x,)
 
+    def whole_reads(self) -> tuple[Buf, ...]:
+        return (self.x,)
+
     def cost(self, lo: int, hi: int, dtype_bytes: int, context: int) -> Cost:
         """Of the weights only those of as many experts as the step's tokens can choose."""
         elements = self.weight_rows(lo, hi) * self.k  # of one expert
@@ -277,6 +283,9 @@ class ExpertDown(Op):
 
     def tag_checking(self) -> tuple[Buf, ...]:
         return (self.x, self.y)  # y: the residual
+
+    def whole_reads(self) -> tuple[Buf, ...]:
+        return (self.x,)
 
     def cost(self, lo: int, hi: int, dtype_bytes: int, context: int) -> Cost:
         """As of ExpertGate."""

@@ -114,6 +114,9 @@ class Linear(Op):
     def tag_checking(self) -> tuple[Buf, ...]:
         return self.x, self.y  # y: the residual
 
+    def whole_reads(self) -> tuple[Buf, ...]:
+        return () if self.beyond or self.x_rows > 1 else (self.x,)
+
     def cost(self, lo: int, hi: int, dtype_bytes: int, context: int) -> Cost:
         elements = self.weight_rows(lo, hi) * self.k
         if context + self.rows <= self.beyond:

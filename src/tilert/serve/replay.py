@@ -9,10 +9,20 @@ from bisect import bisect_left
 from collections.abc import Iterable
 from itertools import pairwise
 
-from tilert.backends.hang import BY_RUN, BY_TAG, BY_UNIT, Hang
-from tilert.backends.protocol import DeadlockError, Protocol, Standstill, Stuck, run_name
-from tilert.ir.program import Program
-from tilert.ir.tags import derive
+from tilert.backends.hang import Hang
+from tilert.backends.protocol import (
+    BY_RUN,
+    BY_TAG,
+    BY_UNIT,
+    DeadlockError,
+    Protocol,
+    Standstill,
+    Stuck,
+    op_name,
+    run_name,
+    words_of,
+)
+from tilert.ir.program import NONE, Program
 
 SHOWN = 6  # of a list that can be as long as there are workers
 
@@ -118,21 +128,14 @@ def _first(hang: Hang, still: Standstill) -> list[str]:
 
 def _words(hang: Hang) -> list[str]:
     """Of a reader that met other tags than it expects: whose words it was waiting for."""
-    program, tags = hang.program, derive(hang.program)
-    waiter = next(s for s in hang.stuck if s.counter == BY_TAG)
-    index = program.queues[waiter.worker][waiter.run].op
-    lines = [f"words:  {_wait(program, waiter)}; the counters had let it start"]
-    for buf in program.ops[index].tag_checking():
-        if buf in tags.writers and min(tags.writers[buf]) < index:
-            writer = tags.writer(buf, index)
-            if tags.tag(writer, waiter.step) == waiter.want:
-                op = type(program.ops[writer]).__name__.lower()
-                return [*lines, f"        that is what o{writer} {op} writes to"
-                                f" '{program.buffers[buf].name}' in this step"]  # fmt: skip
-    return [
-        *lines,
-        "        nothing that this run reads has that tag in this step: the device's tables differ",
-    ]
+    program, root = hang.program, hang.root()
+    waiter = root if root.counter == BY_TAG else next(s for s in hang.stuck if s.counter == BY_TAG)
+    buf, writer = words_of(program, waiter)
+    said = "nothing that this run reads has that tag in this step: the device's tables differ"
+    if writer != NONE:
+        name = program.buffers[buf].name
+        said = f"that is what {op_name(program, writer)} writes to '{name}' in this step"
+    return [f"words:  {_wait(program, waiter)}", f"        {said}"]
 
 
 def _wait(program: Program, s: Stuck) -> str:

@@ -17,7 +17,7 @@ struct Chosen {
     return all;
   }
   // An earlier run of the queue has waited for it, as the loader has.
-  static __device__ __forceinline__ bool known(const Run& run) { return run.x3 == 0; }
+  static __device__ __forceinline__ bool known(const Run& run) { return choice_waits(run) == 0; }
   __device__ __forceinline__ u32 of_token(u32 token) const {
     u32 known = own[0];
 #pragma unroll
@@ -271,14 +271,15 @@ struct Route {
       for (int i = 0; i < kEach; ++i)
         if (u32(expert(i)) == taken) keys[i] = 0, picked |= 1u << i;
     }
+    const float share = 1 / total;  // one division for all: this warp is alone
     float sum = 0;
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
-      scores[i] = picked >> i & 1 ? scores[i] / total : 0;
+      scores[i] = picked >> i & 1 ? scores[i] * share : 0;
       sum += scores[i];
     }
-    const float factor = __uint_as_float(kFactorBits);
-    if (kNormTopkProb) sum = warp_sum(sum) + 1e-20f;
+    float factor = __uint_as_float(kFactorBits);
+    if (kNormTopkProb) factor /= warp_sum(sum) + 1e-20f;
     int before = 0;  // chosen experts of lower numbers
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
@@ -287,9 +288,8 @@ struct Route {
       const u32 at = token * kTopK + before + __popc(lanes & ((1u << lane()) - 1));
       before += __popc(lanes);
       if (!own) continue;
-      const float weight = kNormTopkProb ? scores[i] / sum : scores[i];
       store_float(b.at(run.y) + at, __uint_as_float(u32(expert(i))));
-      store_float(b.at(run.x2) + at, weight * factor);
+      store_float(b.at(run.x2) + at, scores[i] * factor);
     }
   }
 };

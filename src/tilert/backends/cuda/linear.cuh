@@ -7,14 +7,18 @@
 
 enum Epilogue { kStore = 0, kAdd = 1, kGate = 2 };
 
-// What the sum of an output is added to.
-__device__ __forceinline__ float residual(const Block& b, const Run& run, u32 y, bool tagged) {
-  const float* const old[1] = {b.at(run.y) + y};
-  if (!tagged) return load_float(old[0]);
-  const u32 tag[1] = {b.tag(run.x2)};
-  float v[1];
-  load_tagged(b, old, tag, v);
-  return v[0];
+// What the sum of an output is added to: loaded before the sum is there, and looked at behind it.
+__device__ __forceinline__ float load_residual(const Block& b, const Run& run, u32 y) {
+  return load_float(b.at(run.y) + y);
+}
+// Of what was loaded; read again while its tag says that it is late.
+__device__ __forceinline__ float residual(const Block& b, const Run& run, u32 y, bool tagged,
+                                          float old) {
+  if (!tagged) return old;
+  const u32 tag = b.tag(run.x2);
+  Retry retry;
+  while (other_tag(old, tag) && !retry.in_vain(b, tag)) old = load_residual(b, run, y);
+  return untagged(old);
 }
 
 __device__ __forceinline__ float silu(float v) { return v / (1 + exp2_fast(-v * kLog2e)); }
@@ -121,7 +125,7 @@ struct Linear {
       }
     }
     if (!at.inside) return rest;
-    if constexpr (kEpilogue == kAdd) rest.old = residual(b, run, at.y, kTagged);
+    if constexpr (kEpilogue == kAdd) rest.old = load_residual(b, run, at.y);
     if constexpr (kRowScaled) {
       rest.scale = __ldg(run.scale + scale);
       if (T::kMatrices == 2) rest.scale_up = __ldg(run.scale_up + scale);
@@ -145,7 +149,7 @@ struct Linear {
     const float factor = In::template Factor<Input>::of(b, at.token);
     float y = finished(b, run, at, 0, factor * rest.scale);
     if constexpr (kEpilogue == kGate) y = silu(y) * finished(b, run, at, 1, factor * rest.scale_up);
-    if constexpr (kEpilogue == kAdd) y += rest.old;
+    if constexpr (kEpilogue == kAdd) y += residual(b, run, at.y, kTagged, rest.old);
     store_output<kTagged, kNarrow>(b.at(run.y), at.y, y, b.tag(run.y));
   }
 

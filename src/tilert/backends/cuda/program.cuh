@@ -41,8 +41,7 @@ struct Run {
   const float* scale_up;
   // Operands in the arena: offset in floats, and in the top byte the rank of the tag (ir/tags.py).
   u32 x, y;
-  // attend: k and v; x2 of linear: y as the residual; x3 of experts: how many of the run's waits,
-  // the first ones, are for the choice; 0 where the run before of the kind had the same
+  // attend: k and v; x2 of linear: y as the residual; x3 of experts: see choice_waits
   u32 x2, x3;
 
   __device__ __forceinline__ const Wait* waits() const {
@@ -50,6 +49,11 @@ struct Run {
   }
 };
 constexpr u16 kNoSignal = 0xffff;
+// How many of the waits of a run, the first ones, are for the choice of its weights; 0 where the
+// run before of the kind had the same.
+__device__ __forceinline__ u32 choice_waits(const Run& run) { return run.x3 & 0xffff; }
+// Whether x' may be made before the run's waits hold, for words say that x is there.
+__device__ __forceinline__ bool x_at_hand(const Run& run) { return run.x3 >> 16; }
 static_assert(kEntryBytes >= sizeof(Run) && kEntryBytes % 16 == 0, "an entry begins with its run");
 constexpr int kShapeShift = 6, kPassShift = 12;
 __device__ __forceinline__ u32 variant_of(const Run& run) {
@@ -361,12 +365,12 @@ __device__ __forceinline__ void store_output(float* buffer, u32 at, float v, u32
     kTagged ? store_tagged(buffer + at, v, tag) : store_float(buffer + at, v);
 }
 
-// Words with other tags than wanted are read again; true when that has gone on for too long. The
-// signals were there, so this is a fault of the program or the device.
+// Words with other tags than wanted are read again; true when that has gone on for too long.
 struct Retry {
   u32 spins = 0;
   u64 since = 0;
   __device__ __forceinline__ bool in_vain(const Block& b, u32 tag) {
+    read_again();
     if (++spins % 64) return false;
     if (!since) since = nanoseconds();
     return given_up(b.params, since, b.number, b.step, kByTag, 0, tag);
@@ -528,8 +532,8 @@ struct Loader {
   // Until there is the choice of the weights of a run, `count` numbers, which are left in
   // shared.chosen; at once where they are there from an earlier run. False: the launch has ended.
   __device__ __forceinline__ bool choose(const Run& run, u32 count) {
-    if (run.x3 == 0) return true;
-    for (u32 at = 0; at < run.x3; ++at)
+    if (choice_waits(run) == 0) return true;
+    for (u32 at = 0; at < choice_waits(run); ++at)
       if (!holds(run.waits()[at])) return false;
     constexpr int kBatch = 8;  // loads that are under way together
     const u32* chosen = reinterpret_cast<const u32*>(run.bias_up);

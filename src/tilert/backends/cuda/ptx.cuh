@@ -154,8 +154,17 @@ __device__ __forceinline__ float2 load_float2(const float* p) {
   return v;
 }
 
-// `otherwise` where it is not wanted; no branch, so that many loads are under way at
-// once.
+// Where it is wanted; no branch, so that many loads are under way at once.
+__device__ __forceinline__ void load_float4_if(bool wanted, const float* p, float4& v) {
+  asm volatile(
+      "{\n .reg .pred p;\n setp.ne.u32 p, %5, 0;\n"
+      " @p ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];\n}"
+      : "+f"(v.x), "+f"(v.y), "+f"(v.z), "+f"(v.w)
+      : "l"(p), "r"(u32(wanted))
+      : "memory");
+}
+
+// The same for two words, `otherwise` where they are not wanted.
 __device__ __forceinline__ float2 load_float2_if(bool wanted, const float* p, float2 otherwise) {
   float2 v = otherwise;
   asm volatile(
@@ -195,6 +204,9 @@ __device__ __forceinline__ u32 load_shared(const u32* p) {
 __device__ __forceinline__ void store_shared(u32* p, u32 v) {
   asm volatile("st.volatile.shared.u32 [%0], %1;" ::"r"(shared_address(p)), "r"(v) : "memory");
 }
+
+// Before words that were late are read again; nothing here (tests/emulator.h lets others go on).
+__device__ __forceinline__ void read_again() {}
 
 // Leaves the multiprocessor to others for a while.
 __device__ __forceinline__ void stand_back() { asm volatile("nanosleep.u32 200;"); }

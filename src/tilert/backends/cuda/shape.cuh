@@ -27,8 +27,8 @@ struct Shape {
   float eps, inverse;         // of the norm; 1 / elements of a row
   bool normed, weighted, tagged_x, tagged_y, narrow_y;
 
-  __device__ __forceinline__ bool chosen() const { return rows >= kInTurn; }
   __device__ __forceinline__ u32 elements() const { return k * parts; }  // of a row of x
+  __device__ __forceinline__ u32 tile_shift() const { return 5 - segment_shift - matrices; }
   __device__ __forceinline__ u32 unit_rows() const { return tile_rows * matrices; }
 };
 // n / d, by the inverse of d: ceil(2^31 / d); exact where n * d is below 2^31.

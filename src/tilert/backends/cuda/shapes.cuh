@@ -11,6 +11,9 @@
 #include "experts.cuh"
 #include "shape.cuh"
 
+//
+// kChosen: the weights are named by a choice; who has none has no code for it.
+template <bool kChosen>
 struct AnyShape {
   static constexpr int kLane = 16, kBlock = 4 * kLane;  // elements of a block, of it in a lane
   static constexpr int kProducts = kLane / 4, kHalf = kBlock / 2;
@@ -20,6 +23,13 @@ struct AnyShape {
   static constexpr int kMostColumns = kTokens;  // blocks of 8 columns: 8 segments of each token
   static constexpr u32 kNamed = 4;              // experts of which the loader knows at a time
   static constexpr u32 kPad = 32;  // elements behind each token's x: no two in the same banks
+
+  // The scales that a warp fetches of its items, each of a group for one matrix or part.
+  static constexpr int kItems = kTokens > 1 ? kTokens : 2, kColumnRounds = 2;
+  struct Scales {
+    float v[kItems][kColumnRounds];
+    u32 items;  // of all warps
+  };
 
   // What a lane is in all products of an op, and where in a unit, in x' and among a tile's scales
   // it begins: it goes on by the same steps through all of them.
@@ -62,8 +72,8 @@ struct AnyShape {
   static __device__ __forceinline__ bool stream(Loader& l, const Run& run) {
     const Shape& s = shape(run);
     if (left_out(l.b, s)) return true;
-    if (s.chosen() && !l.choose(run, s.count * kTokens)) return false;
-    const bool of_token = kTokens > 1 && s.chosen();
+    if (kChosen && !l.choose(run, s.count * kTokens)) return false;
+    constexpr bool of_token = kTokens > 1 && kChosen;
     const u32 tokens = of_token ? l.count() : 1;
     for (u32 begin = 0, span = 0; begin < run.count;) {
       if (begin == span) span = span_end(run, s, begin);
@@ -80,24 +90,28 @@ struct AnyShape {
 
   static __device__ __forceinline__ bool consume(Block& b, const Run& run) {
     const Shape& s = shape(run);
-    const bool silent = s.tagged_x && !s.chosen();  // all inputs say whether they are there
     if (left_out(b, s)) return pass_on(b, run);
     const Lane me(s);
-    const bool known = !s.chosen() || run.x3 == 0;  // what is chosen: whose the scales are
     Scales scales = {};
-#pragma unroll 1
-    for (int turn = 0; turn < 2; ++turn) {  // in a loop, so that both orders have one code
-      if (known == (turn == 0))
-        fetch_scales(me, run, s, 0, scales);
-      else if (!wait_for_inputs(b, run, silent))
-        return false;
-    }
+    return kChosen ? of_choice(me, b, run, s, scales) : of_one(me, b, run, s, scales);
+  }
+
+ private:
+  static __device__ __forceinline__ bool of_one(const Lane& me, Block& b, const Run& run,
+                                                const Shape& s, Scales& scales) {
+    fetch_scales(me, run, s, 0, scales);
+    if (!wait_for_inputs(b, run, s.tagged_x)) return false;  // tagged: says whether it is there
 #pragma unroll 1
     for (u32 first = 0; first < run.count;) {
       const u32 end = span_end(run, s, first);
-      if (first > 0) fetch_scales(me, run, s, first, scales);
-      keep_scales(me, b, s, scales);
-      if (first == 0 || s.rows == kDiagonal) make(me, b, run, s, first);
+      const auto meanwhile = [&] {  // while x is under way
+        if (first > 0) fetch_scales(me, run, s, first, scales);
+        keep_scales(me, b, s, scales);
+      };
+      if (first == 0 || s.rows == kDiagonal)
+        make(me, b, run, s, first, meanwhile);
+      else
+        meanwhile();
       sync_consumers();
       multiply_rows(me, b, run, s, first, end);
       first = end;
@@ -105,7 +119,30 @@ struct AnyShape {
     return true;
   }
 
- private:
+  // Scales come first where it is known whose they are, x' where its words say that it is there; in
+  // a loop, so that either order has one code.
+  static __device__ __forceinline__ bool of_choice(const Lane& me, Block& b, const Run& run,
+                                                   const Shape& s, Scales& scales) {
+    const bool known = choice_waits(run) == 0, at_hand = x_at_hand(run);
+    if (at_hand) sync_consumers();  // nobody reads what is left of the run before
+#pragma unroll 1
+    for (int turn = 0; turn < 2; ++turn) {
+      if (known == (turn == 0)) fetch_scales(me, run, s, 0, scales);
+      if (at_hand == (turn == 0)) make(me, b, run, s, 0, [] {});
+      if (turn == 0 && !wait_for_inputs(b, run, false)) return false;
+    }
+#pragma unroll 1
+    for (u32 first = 0; first < run.count;) {
+      const u32 end = span_end(run, s, first);
+      if (first > 0) fetch_scales(me, run, s, first, scales);
+      keep_scales(me, b, s, scales);
+      sync_consumers();
+      multiply_rows(me, b, run, s, first, end);
+      first = end;
+    }
+    return true;
+  }
+
   static __device__ __forceinline__ bool stream_tile(Loader& l, const Run& run, const Shape& s,
                                                      u32 row, u32 token) {
     if (!l.acquire()) return false;
@@ -146,15 +183,13 @@ struct AnyShape {
 
   static __device__ __forceinline__ u32 group(const Run& run, const Shape& s, u32 row) {
     u32 at = run.first + row, before = 0;
-    if (s.rows == kInTurn) {
+    if (kChosen && s.rows == kInTurn) {
       const u32 slot = quotient(at, s.bank_inverse);
       at -= slot * s.bank_rows, before = slot * s.groups;
     }
     return before + (at >> s.row_shift);
   }
-  static __device__ __forceinline__ u32 tables(const Shape& s) {
-    return kTokens > 1 && s.chosen() ? kTokens : 1;
-  }
+  static constexpr u32 kTables = kTokens > 1 && kChosen ? kTokens : 1;
   // Groups of a span.
   static __device__ __forceinline__ u32 groups(const Run& run, const Shape& s, u32 first) {
     return min(group(run, s, run.count - 1) - group(run, s, first) + 1, s.fitting);
@@ -162,29 +197,26 @@ struct AnyShape {
   // The end of the rows from `first` on that have the same x, and whose scales are kept together.
   static __device__ __forceinline__ u32 span_end(const Run& run, const Shape& s, u32 first) {
     u32 at = run.first + first, end = run.first + run.count;
-    const u32 of_bank = quotient(at, s.bank_inverse) * s.bank_rows;
-    if (s.rows == kDiagonal) end = min(end, of_bank + s.bank_rows);
-    u32 matrix = s.rows == kInTurn ? of_bank : 0;
+    if (!kChosen || s.rows != kInTurn) {
+      if (s.rows == kDiagonal) end = min(end, (quotient(at, s.bank_inverse) + 1) * s.bank_rows);
+      return min(((at >> s.row_shift) + s.fitting) << s.row_shift, end) - run.first;
+    }
+    u32 matrix = quotient(at, s.bank_inverse) * s.bank_rows;
 #pragma unroll 1
     for (u32 left = s.fitting; left && at < end; --left) {
       at = matrix + ((((at - matrix) >> s.row_shift) + 1) << s.row_shift);
-      if (s.rows == kInTurn && at >= matrix + s.bank_rows) at = matrix += s.bank_rows;
+      if (at >= matrix + s.bank_rows) at = matrix += s.bank_rows;
     }
     return min(at, end) - run.first;
   }
 
   // A warp fetches some items, a group's scales for one matrix or part each, and keeps them behind
   // the barrier of the wait for inputs.
-  static constexpr int kItems = kTokens > 1 ? kTokens : 2, kColumnRounds = 2;
-  struct Scales {
-    float v[kItems][kColumnRounds];
-    u32 items;  // of all warps
-  };
   static __device__ __forceinline__ void fetch_scales(const Lane& me, const Run& run,
                                                       const Shape& s, u32 begin, Scales& to) {
     const u32 first = group(run, s, begin), each = s.matrices * s.parts;
     const u32 of_token = groups(run, s, begin) * each;
-    to.items = of_token * tables(s);
+    to.items = of_token * kTables;
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
       u32 item = me.warp + i * kWarps, token = 0;
@@ -192,7 +224,7 @@ struct AnyShape {
       for (; kTokens > 1 && item >= of_token; ++token) item -= of_token;
       const u32 of_group = quotient(item, s.part_inverse), part = item - of_group * each;
       u32 row = first + of_group;
-      if (s.chosen()) {
+      if (kChosen) {
         u32 slot = part;
         if (s.rows == kInTurn) slot = quotient(row, s.group_inverse), row -= slot * s.groups;
         const u32* chosen = reinterpret_cast<const u32*>(run.bias_up) + token * s.count;
@@ -229,19 +261,28 @@ struct AnyShape {
     return pack_f16(low * kInputFactor, high * kInputFactor);
   }
 
+  // meanwhile: done once, while the first loads are under way.
+  template <class Meanwhile>
   static __device__ __forceinline__ void make(const Lane& me, Block& b, const Run& run,
-                                              const Shape& s, u32 first) {
+                                              const Shape& s, u32 first, Meanwhile meanwhile) {
     const u32 first_x =
         s.rows == kDiagonal ? quotient(run.first + first, s.bank_inverse) * s.x_stride : 0;
     const u32 elements = s.elements(), tag = b.tag(run.x), checked = s.tagged_x ? kTagMask : 0;
+    bool begun = false;
+    const auto begin = [&] {
+      if (!begun) meanwhile();
+      begun = true;
+    };
 #pragma unroll 1
     for (u32 token = 0; token < kTokens; ++token) {
       const float* from = b.at(run.x) + first_x + token * s.x_pitch;
       u16* to = x(b) + token * (elements + kPad);
       float sum = 0;
+      u32 at = me.thread * 4;
 #pragma unroll 1
-      for (u32 at = me.thread * 4; at < elements; at += kBatch * 4 * kThreads)
-        sum += make_some(b, run, s, token, at, from, to, tag, checked);
+      do  // once at least: a thread without elements begins, too
+        sum += make_some(b, run, s, token, at, from, to, tag, checked, begin);
+      while ((at += kBatch * 4 * kThreads) < elements);
       if (!s.normed) continue;
       sum = warp_sum(sum);
       if (me.lane == 0) b.shared.squares[me.warp][token] = sum;
@@ -250,16 +291,18 @@ struct AnyShape {
 
   // The elements that a thread fetches at once, four at a place; returned is the sum of squares.
   static constexpr int kBatch = 8;
+  template <class Begin>
   static __device__ __forceinline__ float make_some(const Block& b, const Run& run, const Shape& s,
                                                     u32 token, u32 first, const float* from,
-                                                    u16* to, u32 tag, u32 checked) {
+                                                    u16* to, u32 tag, u32 checked, Begin begin) {
     const u32 elements = s.elements();
     float4 v[kBatch] = {};
     uint2 norm[kBatch] = {};  // what not all paths set would take registers in all other ops
     float weight[kBatch] = {};
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      const u32 at = min(first + i * 4 * kThreads, elements - 4);
+      const u32 at = first + i * 4 * kThreads;
+      if (at >= elements) break;
       if (s.normed) norm[i] = __ldg(reinterpret_cast<const uint2*>(run.norm + 2 * at));
       if (s.weighted)
         weight[i] = load_float(reinterpret_cast<const float*>(run.bias) + token * s.count +
@@ -270,11 +313,13 @@ struct AnyShape {
       other = 0;
 #pragma unroll
       for (int i = 0; i < kBatch; ++i)
-        v[i] = load_float4(from + min(first + i * 4 * kThreads, elements - 4));
+        load_float4_if(first + i * 4 * kThreads < elements, from + first + i * 4 * kThreads, v[i]);
+      begin();
 #pragma unroll
       for (int i = 0; i < kBatch; ++i)
-        other |= differs(v[i].x, tag) | differs(v[i].y, tag) | differs(v[i].z, tag) |
-                 differs(v[i].w, tag);
+        if (first + i * 4 * kThreads < elements)
+          other |= differs(v[i].x, tag) | differs(v[i].y, tag) | differs(v[i].z, tag) |
+                   differs(v[i].w, tag);
       other &= checked;
       if (other && retry.in_vain(b, tag)) break;
     }
@@ -318,7 +363,7 @@ struct AnyShape {
   // Rows [first, last) of the run.
   static __device__ __forceinline__ void multiply_rows(const Lane& me, Block& b, const Run& run,
                                                        const Shape& s, u32 first, u32 last) {
-    const bool of_token = kTokens > 1 && s.chosen();
+    constexpr bool of_token = kTokens > 1 && kChosen;
     // One token leaves room for twice the rows where there is one matrix.
     const u32 more = kTokens == 1 && s.matrices == 1, chunk = kChunkRows << more;
     const u32 finishers = (kChunkRows * kTokens / 32) << more;
@@ -350,22 +395,24 @@ struct AnyShape {
   static __device__ __forceinline__ void multiply_tiles(const Lane& me, Block& b, const Run& run,
                                                         const Shape& s, u32 first, u32 row,
                                                         u32 begin, u32 end, u32 only) {
-    const u8* slots[kTogether] = {};
-    const float* scale[kTogether] = {};
+    // Of tiles that are not there: the last one's.
+    const u32 tiles = min(u32(kTogether), (end - row + s.tile_rows - 1) >> s.tile_shift());
     const u32 before = group(run, s, first), tokens_before = only < kTokens ? only : 0;
-    Cursor unit = b.cursor;
+    const u8* slots[kTogether];
+    const float* scale[kTogether];
+    bool ready = true;
 #pragma unroll
     for (int t = 0; t < kTogether; ++t) {
-      const u32 at = row + t * s.tile_rows;
-      slots[t] = b.slot(), scale[t] = b.shared.scales;  // of a tile that is not there: any
-      if (t > 0 && at >= end) continue;
-      wait_full(b, unit);
+      const u32 tile = min(u32(t), tiles - 1);
+      const Cursor unit = b.cursor.after(tile);
+      ready &= barrier_test(&b.shared.full[unit.slot], unit.parity);
       slots[t] = b.slot(unit);
-      u32 index = group(run, s, at) - before;
+      u32 index = group(run, s, row + (tile << s.tile_shift())) - before;
       if (tokens_before) index += tokens_before * groups(run, s, first);
       scale[t] = b.shared.scales + index * s.matrices * s.parts * s.columns;
-      unit.advance();
     }
+#pragma unroll 1
+    for (u32 tile = 0; !ready && tile < tiles; ++tile) wait_full(b, b.cursor.after(tile));
     Sums sums[kTogether] = {};
     const u32 stride = kWarps << s.segment_shift;
     Lane at = me;  // moves on
@@ -379,16 +426,13 @@ struct AnyShape {
       for (int m = 0; m < kMostColumns; ++m) at.x[m] += stride * kBlock;
     }
     __syncwarp();
-    bool there[kTogether];
-#pragma unroll
-    for (int t = 0; t < kTogether; ++t) {
-      there[t] = row + t * s.tile_rows < end;
-      if (!there[t]) continue;
-      if (me.lane == 0) barrier_arrive(&b.shared.empty[b.cursor.slot]);
-      b.cursor.advance();
-    }
-    kTokens == 1 ? leave_one(me, b, s, row - begin, there, sums)
-                 : leave(me, b, s, row - begin, only, there, sums);
+    if (me.lane == 0)
+#pragma unroll 1
+      for (u32 tile = 0; tile < tiles; ++tile)
+        barrier_arrive(&b.shared.empty[b.cursor.after(tile).slot]);
+    b.cursor = b.cursor.after(tiles);
+    kTokens == 1 ? leave_one(me, b, s, row - begin, tiles, sums)
+                 : leave(me, b, s, row - begin, only, tiles, sums);
   }
 
   // Blocks [from, from + segments) of all rows of the tiles.
@@ -420,27 +464,33 @@ struct AnyShape {
         words[4 * half] = four.x, words[4 * half + 1] = four.y;
         words[4 * half + 2] = four.z, words[4 * half + 3] = four.w;
       }
-#pragma unroll
-      for (int t = 0; t < kTogether; ++t)
-        multiply_block(weights[t], words, factor[t], sums[t].c[m]);
+      multiply_blocks(weights, words, factor, m, sums);
     }
   }
 
-  static __device__ __forceinline__ void multiply_block(const uint4 (&w)[2],
-                                                        const u32 (&words)[2 * kProducts],
-                                                        const float (&factor)[2], float (&c)[4]) {
-    const u32 low[4] = {w[0].x, w[0].y, w[0].z, w[0].w};
-    const u32 high[4] = {w[1].x, w[1].y, w[1].z, w[1].w};
-    float own[2][4] = {};  // two sums that do not wait for each other
+  // Products of all tiles in turn: none waits for the one before it.
+  static __device__ __forceinline__ void multiply_blocks(const uint4 (&w)[kTogether][2],
+                                                         const u32 (&words)[2 * kProducts],
+                                                         const float (&factor)[kTogether][2], int m,
+                                                         Sums (&sums)[kTogether]) {
+    constexpr int kChains = 2;  // sums of a tile that do not wait for each other
+    float own[kTogether][kChains][4] = {};
 #pragma unroll
-    for (int p = 0; p < kProducts; ++p) {
-      u32 a[4];
-      halves_of_e4m3(low[p], a[0], a[2]);
-      halves_of_e4m3(high[p], a[1], a[3]);
-      multiply_f16(own[p % 2], a, words[2 * p], words[2 * p + 1]);
-    }
+    for (int p = 0; p < kProducts; ++p)
 #pragma unroll
-    for (int e = 0; e < 4; ++e) c[e] = fmaf(own[0][e] + own[1][e], factor[e / 2], c[e]);
+      for (int t = 0; t < kTogether; ++t) {
+        const u32 low[4] = {w[t][0].x, w[t][0].y, w[t][0].z, w[t][0].w};
+        const u32 high[4] = {w[t][1].x, w[t][1].y, w[t][1].z, w[t][1].w};
+        u32 a[4];
+        halves_of_e4m3(low[p], a[0], a[2]);
+        halves_of_e4m3(high[p], a[1], a[3]);
+        multiply_f16(own[t][p % kChains], a, words[2 * p], words[2 * p + 1]);
+      }
+#pragma unroll
+    for (int t = 0; t < kTogether; ++t)
+#pragma unroll
+      for (int e = 0; e < 4; ++e)
+        sums[t].c[m][e] = fmaf(own[t][0][e] + own[t][1][e], factor[t][e / 2], sums[t].c[m][e]);
   }
 
   // A lane has sums of two columns. Those that count stand where a row's segment meets its own
@@ -450,7 +500,7 @@ struct AnyShape {
   }
   // Each lane of a quad takes over a half of the rows of one of two tiles.
   static __device__ __forceinline__ void leave_one(const Lane& me, Block& b, const Shape& s,
-                                                   u32 first, const bool (&there)[kTogether],
+                                                   u32 first, u32 tiles,
                                                    const Sums (&sums)[kTogether]) {
     const bool odd = me.quad & 1, upper = me.quad & 2;
     float half[kTogether], v[kTogether / 2];
@@ -478,12 +528,11 @@ struct AnyShape {
     const u32 row = first + place_in_chunk(s, odd ? me.unit_row[1] : me.unit_row[0]);
 #pragma unroll
     for (int i = 0; i < kTogether / 2; ++i)
-      if (me.segment[0] == 0 && (upper ? there[2 * i + 1] : there[2 * i]))
+      if (me.segment[0] == 0 && 2 * i + upper < tiles)
         *part_of_sum(b, row + (2 * i + upper) * s.tile_rows, me.warp, 0) = v[i] * kSumFactor;
   }
   static __device__ __forceinline__ void leave(const Lane& me, Block& b, const Shape& s, u32 first,
-                                               u32 only, const bool (&there)[kTogether],
-                                               const Sums (&sums)[kTogether]) {
+                                               u32 only, u32 tiles, const Sums (&sums)[kTogether]) {
     constexpr int kOwn = kTokens > 1 ? 2 : 1;              // tokens of a lane
     constexpr int kLanes = kTokens > 1 ? kTokens / 2 : 1;  // that have all tokens of a segment
 #pragma unroll
@@ -509,7 +558,8 @@ struct AnyShape {
           v += u32(o) < me.segments ? other : 0;
         }
         const u32 token = me.quad * kOwn + n;
-        if (there[t] && me.segment[h] == 0 && token < kTokens && (only == kTokens || only == token))
+        if (u32(t) < tiles && me.segment[h] == 0 && token < kTokens &&
+            (only == kTokens || only == token))
           *part_of_sum(b, row, me.warp, token) = v * kSumFactor;
       }
     }
@@ -530,10 +580,10 @@ struct AnyShape {
   };
 
   // The residual that a sum is added to, fetched before the sum is there.
-  using Rest = float;
+  using Rest = float;  // as it was loaded
   static __device__ __forceinline__ Rest fetch_rest(const Block& b, const Run& run, const Shape& s,
                                                     const Place& at) {
-    return at.inside && s.epilogue == kAdd ? residual(b, run, at.y, s.tagged_y) : 0;
+    return at.inside && s.epilogue == kAdd ? load_residual(b, run, at.y) : 0;
   }
 
   static __device__ __forceinline__ void finish(Block& b, const Run& run, const Shape& s,
@@ -543,7 +593,7 @@ struct AnyShape {
     float y = sum_of_parts<kWarps>(b, at.in_chunk, at.token) * factor;
     if (s.epilogue == kGate)
       y = silu(y) * (sum_of_parts<kWarps>(b, kChunkRows + at.in_chunk, at.token) * factor);
-    y += rest;
+    if (s.epilogue == kAdd) y += residual(b, run, at.y, s.tagged_y, rest);
     const u32 tag = b.tag(run.y);
     if (s.narrow_y)
       store_output<false, true>(b.at(run.y), at.y, y, tag);

@@ -91,7 +91,8 @@ def generate(program: Program, layout: Layout, *, trace: bool = False) -> Source
     def variant(op: Op, shared: shapes.PRODUCTS | None) -> int:
         if shared is None:
             return known.setdefault(_type(program, op, tags), len(known))
-        code = known.setdefault("AnyShape", len(known))
+        chosen = _flag(not isinstance(shared, Linear))
+        code = known.setdefault(f"AnyShape<{chosen}>", len(known))
         shape = shapes.initializer(program, shared, tags, spared=not several)
         number = table.setdefault(shape, len(table))
         return code | number << SHAPE_SHIFT

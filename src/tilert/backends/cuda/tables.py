@@ -3,13 +3,14 @@ operand resolved to an address."""
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from tilert.backends.cuda.limits import RUN_BYTES, WAIT_BYTES, Layout, entry_bytes
+from tilert.backends.cuda.looks import Looks
+from tilert.backends.cuda.shapes import sharing
 from tilert.backends.cuda.source import PASS_SHIFT, attend_of, passes
 from tilert.ir.program import NONE, Buf, Kind, Op, Program, Run
 from tilert.ir.tags import TAGS, Tags, derive
@@ -44,6 +45,7 @@ from tilert.ops.linear import ADD
 
 NO_SIGNAL = 0xFFFF
 RANK_SHIFT = 24  # kRankShift
+AT_HAND_SHIFT = 16  # x_at_hand
 RUN = np.dtype(  # struct Run
     [(name, "<u2") for name in ("variant", "wait_begin", "wait_count", "signal")]
     + [(name, "<u4") for name in ("first", "count")]
@@ -119,43 +121,45 @@ def queues(
     ]
     choices, number = _choices(program), passes(program)
     totals = [counter.total for counter in program.counters]
+    looks, shared = Looks(program, tags), sharing(program)
     runs, waits = list[np.ndarray](), list[np.ndarray]()
     for queue in program.queues:
         runs.append(np.zeros(len(queue), RUN))
         own: list[tuple[int, int, int]] = []
+        ops = {run.op for run in queue}
         known = -1  # the choice that the loader has
         for record, run in zip(runs[-1], queue, strict=True):
             record["variant"] = variants[run.op] | number[run.op] << PASS_SHIFT
-            record["wait_count"] = len(run.waits)
             record["signal"] = NO_SIGNAL if run.signal < 0 else run.signal
             _resolve(record, program, run, at)
-            ordered, op = run.waits, program.ops[run.op]
+            wanted, op = looks.wanted(run, ops), program.ops[run.op]
             if isinstance(op, ExpertGate | ExpertDown):
-                maker, signals = choices[run.op]
+                maker = choices[run.op]
+                choice = {w for w in wanted if w.counter in looks.signals[maker] and not w.lag}
                 # Those for the choice first: the loader has them, too.
-                ordered = sorted(run.waits, key=lambda w: bool(w.lag) or w.counter not in signals)
-                if maker != known:
-                    record["x3"] = sum(w.counter in signals and not w.lag for w in ordered)
+                wanted = {w: wanted[w] for w in sorted(wanted, key=lambda w: w not in choice)}
+                record["x3"] = len(choice) if maker != known else 0
+                # x' of `down` takes the weights of the choice, too.
+                if shared[run.op] and (isinstance(op, ExpertGate) or maker == known):
+                    record["x3"] |= looks.at_hand(run, ops, wanted) << AT_HAND_SHIFT
                 known = maker
                 record["bias_up"] = arena + program.buffers[op.chosen].offset
                 if isinstance(op, ExpertDown):
                     record["bias"] = arena + program.buffers[op.weights].offset
             _add_ranks(record, program, run.op, tags)
-            own += [(w.counter, w.threshold | w.lag << 15, totals[w.counter]) for w in ordered]
+            record["wait_count"] = len(wanted)
+            own += [(w.counter, n | w.lag << 15, totals[w.counter]) for w, n in wanted.items()]
         waits.append(np.asarray(own, WAIT))
     return runs, waits
 
 
-def _choices(program: Program) -> dict[int, tuple[int, set[int]]]:
-    """For each op that streams what is chosen: the op that chooses, and the counters that it signals."""
-    signals: dict[int, set[int]] = defaultdict(set)
-    for run in (run for queue in program.queues for run in queue):
-        signals[run.op].add(run.signal)
-    found: dict[int, tuple[int, set[int]]] = {}
+def _choices(program: Program) -> dict[int, int]:
+    """For each op that streams what is chosen: the op that chooses."""
+    found: dict[int, int] = {}
     last: dict[int, int] = {}  # the op that wrote each choice
     for index, op in enumerate(program.ops):
         if isinstance(op, ExpertGate | ExpertDown):
-            found[index] = last[op.chosen], signals[last[op.chosen]]
+            found[index] = last[op.chosen]
         elif isinstance(op, Route):
             last[op.chosen] = index
     return found
