@@ -51,9 +51,9 @@ CASES: dict[str, tuple[ExpertsConfig, int, DType, tuple[int, int], dict[str, int
                          (0, 0), {"slots": 2, "window": 1}),
     "grouped": (GROUPED, 64, DType.F32, (0, 0), {}),
     "groups-of-32": (replace(GROUPED, num_experts=128, n_group=4), 64, DType.F32, (0, 0), {}),
-    # Units of two experts and of the third alone; scales that change within a run.
-    "fp8": (replace(SMALL, moe_intermediate_size=192), 128, DType.F8E4M3, (32, 64),
-            {"slots": 8, "window": 3}),
+    # Units of four experts and of the other three; scales that change within a run.
+    "fp8": (replace(SMALL, moe_intermediate_size=192, num_experts_per_tok=7), 128, DType.F8E4M3,
+            (32, 64), {"slots": 8, "window": 3}),
     # All parts of a row in one unit.
     "fp8-side-by-side": (replace(SMALL, moe_intermediate_size=64, num_experts_per_tok=2), 256,
                          DType.F8E4M3, (32, 64), {"slots": 8, "window": 3, "slot_bytes": 2048}),
@@ -258,5 +258,5 @@ def test_what_the_kernel_cannot_run_is_refused(devices: Devices) -> None:
     refused(lambda o: replace(o, k=20), ExpertGate, "rows of 40 bytes; .* multiples of 16")
     refused(lambda o: replace(o, k=20), ExpertDown, "rows of 40 bytes; .* multiples of 16")
     program, _ = compiled("fp8-rows")
-    few = "blocks of 1 rows, and tiles 8 rows; .* columns are multiples of 64"
+    few = "blocks of 1 rows, and tiles 4 rows; .* columns are multiples of 64"
     refused(lambda o: replace(o, x_type=DType.F32), ExpertDown, few)

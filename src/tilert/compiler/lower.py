@@ -247,9 +247,12 @@ def _emit_down(low: Lowering, node: Node, y: Buf) -> None:
     dtype = low.dtypes.get(row.name, DType.F32)
     tile = tile_rows(low.machine, rows, down.cols * dtype.bytes)
     if low.fused:
-        # x of all chosen experts stays in registers, and a row of eight takes half as many of those as
-        # one of sixteen. Tiles of several experts share a slot.
+        # x of all chosen experts stays in registers. A tile of eight rows takes half as many of those as
+        # one of sixteen, and where that is more than a unit, one of four takes half again: then all lanes
+        # have other elements of one token. Tiles of several experts share a slot.
         tile = min(tile, 8)
+        if tile * route.cols * down.cols * dtype.bytes > low.machine.slot_bytes:
+            tile = min(tile, 4)
     low.ops.append(
         ExpertDown(low.home[node.output], low.bank(down), low.chosen[route], low.home[route], y,
                    low.state("counts"), rows, down.cols, node.output.cols, len(down.parts), route.cols,

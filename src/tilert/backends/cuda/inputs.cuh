@@ -51,7 +51,7 @@ struct Inputs {
   struct Held {};
   template <bool kTagged, class T, u32 kEps, int kPitch>
   struct Held<Normed<kTagged, T, kEps, kPitch>> {
-    alignas(16) typename T::Bits v[Alone::kRounds / Alone::kPair][kWide];
+    alignas(16) typename T::Bits v[Alone::kRounds / Alone::kPair][kWide] = {};
   };
 
   template <class Input>

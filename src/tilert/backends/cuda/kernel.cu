@@ -90,10 +90,10 @@ __device__ __forceinline__ void compute(Block& b) {
 // to those that compute. A claim beyond what the block was given would wait for ever.
 constexpr int kBlockThreads = kThreads + kLoaderThreads;
 constexpr int kGivenRegisters = 65536 / kBlockThreads / 8 * 8;
-// A loader of many shapes has no room in 24; and steps of several tokens need more for the
-// products.
-constexpr int kComputeRegisters = kShapeScales == 0 ? 240 : kTokens == 1 ? 224 : 232;
-constexpr int kLoaderRegisters = kShapeScales == 0 ? 24 : kTokens == 1 ? 56 : 40;
+// A loader that follows a choice or reads shapes has no room in 24; and steps of several tokens
+// need more for the products.
+constexpr int kLoaderRegisters = kShapeScales ? (kTokens == 1 ? 56 : 40) : kMixture ? 40 : 24;
+constexpr int kComputeRegisters = 240 - (kLoaderRegisters - 24) / 2;
 static_assert(kComputeRegisters * kThreads + kLoaderRegisters * kLoaderThreads <=
                   kGivenRegisters * kBlockThreads,
               "the block has no more registers");

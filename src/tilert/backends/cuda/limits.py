@@ -92,8 +92,8 @@ class _Cut:
         rows, slot = op.tile_rows * matrices(op), program.machine.slot_bytes
         row_bytes = op.k * program.weight_itemsize(op)
         if rows * row_bytes <= slot:
-            together = min(slot // (rows * row_bytes), parts)
-            pieces = -(-parts // together)
+            pieces = -(-parts // (slot // (rows * row_bytes)))
+            together = -(-parts // pieces)
             return _Cut(rows, pieces, together * row_bytes, pieces, parts * row_bytes)
         each = -(-row_bytes // (slot // rows))
         return _Cut(rows, parts * each, -(-row_bytes // each // 64) * 64, each, row_bytes)

@@ -135,7 +135,7 @@ struct Matrix {
     u32 b[kHeld][kColumnBlocks][2 * kProducts];
     uint4* rest;  // [kSteps - kHeld, kColumnBlocks, kProducts / 2, kThreads]
     // Of the two rows of a lane's sums in each step, for the rows of one block of scales.
-    float scale[kSteps][kRowBlocks][2];
+    float scale[kSteps][kRowBlocks][2] = {};
     u32 group = 0xffffffffu, token = 0;  // whose scales these are
     __device__ __forceinline__ explicit Operand(const Block& b)
         : rest(reinterpret_cast<uint4*>(b.scratch) + thread()) {}

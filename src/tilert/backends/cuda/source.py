@@ -114,6 +114,7 @@ def generate(program: Program, layout: Layout, *, trace: bool = False) -> Source
         "kPasses": passes(program)[-1], "kTakenUnits": layout.units,
         "kMost": MOST, "kSurveyWords": SURVEY_WORDS, "kReportWords": REPORT_WORDS,
         "kShapeScales": shapes.kept_scales(program, program.tokens),
+        "kMixture": int(any(isinstance(op, ExpertGate) for op in program.ops)),
     }  # fmt: skip
     headers = {name: (FOLDER / name).read_text(encoding="utf-8") for name in HEADERS}
     headers["constants.h"] = "#pragma once\n" + "".join(

@@ -114,12 +114,10 @@ struct Tile {
   static constexpr int kShare = kSlotBytes / kUnitRows;  // of a slot, for a row
   static constexpr int kPartPieces = kFits ? 1 : (kRowBytes + kShare - 1) / kShare;
   static constexpr int kFitting = kSlotBytes / kPartBytes;
-  static constexpr int kTogetherParts =  // in a unit
-      !kFits                      ? 1
-      : kFitting < Source::kParts ? kFitting
-                                  : Source::kParts;
-  static constexpr int kPieces =
-      (Source::kParts + kTogetherParts - 1) / kTogetherParts * kPartPieces;
+  static constexpr int kUnits =  // of all parts
+      kFits ? (Source::kParts + kFitting - 1) / (kFits ? kFitting : 1) : Source::kParts;
+  static constexpr int kTogetherParts = (Source::kParts + kUnits - 1) / kUnits;  // in a unit
+  static constexpr int kPieces = kUnits * kPartPieces;
   static constexpr bool kWhole = kPieces == 1;
   static constexpr int kRowPiece =  // bytes of a row that lie together; the last may be fewer
       kFits ? kRowBytes : ((kRowBytes + kPartPieces - 1) / kPartPieces + 63) / 64 * 64;
