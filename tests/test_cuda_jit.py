@@ -112,7 +112,10 @@ def test_kernels_compile_for_every_target(name: str, arch: str, tmp_path: Path) 
     mixture = (
         name.startswith("deepseek") or {"num_experts", "num_local_experts"} & SHAPES[name].keys()
     )
-    assert max(used.stack, used.spill_stores) <= (512 if mixture else 256), used
+    most = 512 if mixture else 256
+    if name.startswith("qwen3-30b") and arch != "sm_120a":
+        most = 16  # what its threads spill does not fit the L1 that shared memory leaves
+    assert max(used.stack, used.spill_stores) <= most, used
 
 
 def resources(source: Source, numbers: Sequence[str], arch: str, cache: Path) -> jit.Resources:
