@@ -612,6 +612,16 @@ def unknown_epilogue() -> Program:
 
 
 @breaks("structure")
+def residual_of_a_product_that_adds_nothing() -> Program:
+    return with_op(GOOD["greedy"], 1, residual=buffer_id(GOOD["greedy"], "h"))
+
+
+@breaks("structure")
+def residual_of_another_shape() -> Program:
+    return with_op(GOOD["greedy"], 2, residual=buffer_id(GOOD["greedy"], "h"))
+
+
+@breaks("structure")
 def experts_outside_the_bank() -> Program:
     return with_op(GOOD["experts"], 3, bank=5)
 

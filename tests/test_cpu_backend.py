@@ -111,6 +111,7 @@ def decoder(
     s = t.state()
     q_width, kv_width, split_width = HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM, HEADS * (HEAD_DIM + 2)
     x, logits, part = t.work("x", WIDTH), t.work("logits", VOCAB), t.work("argmax", 2 * 5)
+    added = t.work("added", WIDTH)
     q, y, k, v = (
         t.work("q", q_width),
         t.work("y", q_width),
@@ -125,14 +126,15 @@ def decoder(
         return t.weight(name, 1, width, small)
 
     def linear(
-        name: str, x: Buf, y: Buf, n: int, k: int, norm: Buf, epilogue: int = STORE, tile: int = 4
-    ) -> None:
+        name: str, x: Buf, y: Buf, n: int, k: int, norm: Buf, epilogue: int = STORE, tile: int = 4,
+        residual: Buf = NONE,
+    ) -> None:  # fmt: skip
         w = t.matrix(name, n, k, dtype, scaled)
         up = t.matrix(f"{name}_up", n, k, dtype, scaled) if epilogue == GATE else NONE
         bias = t.weight(f"{name}_bias", 1, n, small) if biases else NONE
         bias_up = t.weight(f"{name}_up_bias", 1, n, small) if biases and up != NONE else NONE
         t.ops.append(Linear(x, w, up, bias, bias_up, norm, y, s.counts, 0, tokens, k, n, 0,
-                            tile, epilogue, EPS))  # fmt: skip
+                            tile, epilogue, EPS, residual=residual))  # fmt: skip
 
     t.ops.append(Embed(s.tokens, embed, x, s.counts, VOCAB, tokens, WIDTH, 2))
     first = norm("norm_1")
@@ -151,9 +153,9 @@ def decoder(
                              window))  # fmt: skip
     linear("wo", y, x, WIDTH, q_width, NONE, ADD, 5)
     linear("gate", x, hidden, HIDDEN, WIDTH, norm("norm_2"), GATE, 7)
-    linear("down", hidden, x, WIDTH, HIDDEN, NONE, ADD)
+    linear("down", hidden, added, WIDTH, HIDDEN, NONE, ADD, residual=x)
     t.ops.append(
-        Norm(x, norm("norm_3"), s.output_rows, last, s.counts, tokens, tokens, WIDTH, 2, EPS)
+        Norm(added, norm("norm_3"), s.output_rows, last, s.counts, tokens, tokens, WIDTH, 2, EPS)
     )
     linear("head", last, logits, VOCAB, WIDTH, NONE, STORE, 6)
     t.ops.append(Argmax(logits, part, s.counts, tokens, VOCAB, 13))

@@ -216,7 +216,8 @@ def residual(made: Any, tokens: list[int]) -> np.ndarray:
     made.state["counts"][0] = len(tokens), 1
     made.state["tokens"][0, : len(tokens)] = tokens
     made.run(1)
-    return made.read("embed")[: len(tokens)].copy()
+    added = next(op for op in made.program.ops if isinstance(op, ExpertDown))
+    return made.read(made.program.buffers[added.y].name)[: len(tokens)].copy()
 
 
 def expected_residual(weights: dict[str, np.ndarray], tokens: list[int]) -> np.ndarray:

@@ -195,7 +195,8 @@ def test_a_rank_of_eight(rank: Built, monkeypatch: pytest.MonkeyPatch) -> None:
     levels = [level for level in side_by_side(program) if len(level) > 1]
     found = {tuple(names(program, level)) for level in levels}
     assert any("weights_proj" in level for level in found), "the indexer's head weights"
-    assert ("ExpertGate", "gate_proj") in found, "the shared expert"
+    assert ("gate", "gate_proj") in found, "the shared expert beside the router"
+    assert ("Route", "down_proj") in found, "and its sum beside the choice"
     tiles: dict[int, list[int]] = defaultdict(list)
     for queue in program.queues:
         for run in queue:

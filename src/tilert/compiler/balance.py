@@ -20,10 +20,10 @@ TYPICAL_PAST = 512  # positions assumed in the cache when costs are weighed
 PASTS = (TYPICAL_PAST, 32768)
 # What an op takes beside its bytes, in seconds, where a step's code is cold; from the stamps of one rank of
 # DeepSeek-V3.2, for one token and for four (docs/log.md).
-OPENING = 3.5e-6  # of a run of a product that is made, before its first tile
-WORD = 0.5e-9  # more of it for each word of x, which every worker makes for itself
-SHORT_OPENING = 1e-6  # of any other run
-LATENCY = 2e-6  # of a tile without weights
+OPENING = 2.5e-6  # of a run, before its first tile
+WORD = 0.4e-9  # more of it for each word of a product's x, which every worker makes for itself
+TILE = 0.2e-6  # of a tile of a product, however little it reads: its warps meet
+LATENCY = 1e-6  # of a tile without weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,14 +72,15 @@ def work(op: Op, program: Program) -> Work:
     itemsize, machine = program.weight_itemsize(op), program.machine
     each = [tile_seconds(op, 0, op.tiles, itemsize, machine, past) / op.tiles for past in PASTS]
     if not uniform(op):
-        return Work(op.tiles, tuple((SHORT_OPENING, max(s, LATENCY)) for s in each))
+        return Work(op.tiles, tuple((OPENING, max(s, LATENCY)) for s in each))
     words = sum(
         (r.row_hi - r.row_lo) * (r.col_hi - r.col_lo)
         for r in op.reads(0, 1) if program.buffers[r.buffer].kind is Kind.WORK
     )  # fmt: skip
     nothing = [op.cost(0, op.tiles, itemsize, past).bytes == 0 for past in PASTS]
-    openings = [SHORT_OPENING if idle else OPENING + WORD * words for idle in nothing]
-    return Work(op.tiles, tuple(zip(openings, each, strict=True)))
+    openings = [OPENING + WORD * words * (not idle) for idle in nothing]
+    tiles = [s if idle else max(s, TILE) for s, idle in zip(each, nothing, strict=True)]
+    return Work(op.tiles, tuple(zip(openings, tiles, strict=True)))
 
 
 @lru_cache(4096)

@@ -68,7 +68,6 @@ def lower(
 
 def lower_nodes(low: Lowering) -> None:
     """The ops of all nodes, to the logits."""
-    _check_sums(low)
     for name in ("counts", "tokens", "positions", "sequences", "output_rows", "pages", "sampled"):
         low.state(name)
     for node in low.graph.nodes:
@@ -176,25 +175,24 @@ def _lower_add(low: Lowering, node: Node) -> None:
     assert maker.op in ("linear", "experts") and low.uses[product] == 1, (
         f"{node}: the sum does not follow a product"
     )
-    low.home[node.output] = low.home[residual]  # in place: the old residual is dead
+    old, late = low.home[residual], _read_later(low, node, residual)
+    if not late:
+        low.home[node.output] = old  # in place: the old residual is dead
     if maker.op == "experts":
-        _emit_down(low, maker, low.home[residual])
+        assert not late, f"{node}: {residual} is still read after the sum"
+        _emit_down(low, maker, old)
+    elif late:
+        _emit_linear(low, [maker], low.work(node.output), ADD, residual=old)
     else:
-        _emit_linear(low, [maker], low.home[residual], ADD)
+        _emit_linear(low, [maker], old, ADD)
 
 
-def _check_sums(low: Lowering) -> None:
-    """A sum takes the place of its residual, so nothing may read that afterwards, not even through a
-    norm that is folded into its readers."""
-    last = {v: i for i, n in enumerate(low.graph.nodes) for v in n.inputs.values() if v is not None}
-    for i, node in enumerate(low.graph.nodes):
-        if node.op == "add":
-            residual = operand(node, "x")
-            norms = [
-                v for v, m in low.maker.items() if m.inputs.get("x") is residual and low.folded(v)
-            ]
-            late = [v for v in (residual, *norms) if last.get(v, 0) > i]
-            assert not late, f"{node}: {late[0]} is still read after the sum"
+def _read_later(low: Lowering, node: Node, value: Value) -> bool:
+    """True when a node behind this one reads a value, be it through a norm that is folded into it."""
+    folded = [n.output for n in low.readers[value] if n.op == "rms_norm" and low.folded(n.output)]
+    place = low.place[node]
+    readers = (n for v in (value, *folded) for n in low.readers.get(v, []))
+    return any(low.place[n] > place for n in readers)
 
 
 def _lower_silu_mul(low: Lowering, node: Node) -> None:
@@ -261,8 +259,9 @@ def _emit_down(low: Lowering, node: Node, y: Buf) -> None:
 
 
 def _emit_linear(
-    low: Lowering, nodes: list[Node], y: Buf, epilogue: int, up: Node | None = None
-) -> None:
+    low: Lowering, nodes: list[Node], y: Buf, epilogue: int, up: Node | None = None,
+    residual: Buf = NONE,
+) -> None:  # fmt: skip
     """The product of one node, or of several with the same input whose outputs are side by side."""
     x, w = operand(nodes[0], "x"), [operand(node, "w") for node in nodes]
     biases = [b for node in nodes if (b := node.inputs["bias"]) is not None]
@@ -289,7 +288,8 @@ def _emit_linear(
                gather, low.rows(source) if gather != NONE else 1,
                # What rounding moves across a border would send a token to another expert.
                DType.F32 if nodes[0].output in low.routing else _x_type(low, w[0], dtype),
-               low.column.get(source, 0), *blocks, low.state("positions") if beyond else NONE, beyond)
+               low.column.get(source, 0), *blocks, low.state("positions") if beyond else NONE, beyond,
+               residual)
     )  # fmt: skip
 
 

@@ -50,6 +50,7 @@ class Lowering:
     column: dict[Value, int] = field(default_factory=dict[Value, int])  # in its home, if not 0
     uses: Tally[Value] = field(default_factory=Tally[Value])
     maker: dict[Value, Node] = field(default_factory=dict[Value, Node])
+    place: dict[Node, int] = field(default_factory=dict[Node, int])  # in the graph
     chosen: dict[Value, Buf] = field(default_factory=dict[Value, Buf])  # by the output of a route
     routing: set[Value | None] = field(
         default_factory=set[Value | None]
@@ -65,6 +66,7 @@ class Lowering:
         nodes = self.graph.nodes
         self.uses.update(v for node in nodes for v in node.inputs.values() if v is not None)
         self.maker.update({node.output: node for node in nodes})
+        self.place.update({node: i for i, node in enumerate(nodes)})
         for node in nodes:
             for value in node.inputs.values():
                 if value is not None:

@@ -28,7 +28,7 @@ _STATES = ("counts", "positions", "sequences", "pages", "tokens", "sampled", "ga
            "mask", "tally", "when", "following", "places", "kept", "last", "place",
            "report")  # fmt: skip
 _WORKS = ("y", "q", "k", "v", "part", "logits", "scores", "peaks", "weights", "kv", "q_rope",
-          "head_weights")  # fmt: skip
+          "head_weights", "residual")  # fmt: skip
 _WORDS = ("bins", "totals", "candidates", "survey", "selected", "chosen", "order")
 _CACHES = ("k_cache", "v_cache", "latent_cache", "index_cache", "index_scale")
 _KINDS: dict[str, tuple[Kind, ...]] = {
@@ -41,7 +41,7 @@ _KINDS: dict[str, tuple[Kind, ...]] = {
 }
 _INTEGERS = {*_STATES, *_WORDS}
 _OPTIONAL = {"w_up", "bias", "bias_up", "norm", "gather", "q_norm", "k_norm", "selected",
-             "index_scale", "when"}  # fmt: skip
+             "index_scale", "when", "residual"}  # fmt: skip
 _MAY_BE_ZERO = {"x_col", "y_col", "q_col", "k_col", "v_col", "kv_col", "w_col", "x_stride", "window",
                 "feed", "count_index", "epilogue", "x_type", "interleave", "topk", "scoring",
                 "norm_topk_prob", "by_slot", "beyond"}  # fmt: skip
@@ -171,6 +171,7 @@ def _sound_fields(has: dict[str, int], program: Program) -> Iterator[str]:
             yield f"epilogue {has['epilogue']} or count_index {has['count_index']} is unknown"
         if (has["epilogue"] == 2) != (has["w_up"] != NONE):
             yield "w_up belongs to the gate epilogue and to no other"
+        yield from _sound_residual(has, program)
     if has.get("x_type", 0) > DType.F16:
         yield f"x_type {has['x_type']} is unknown"
     for w in (has.get(name, NONE) for name in ("w", "w_up", "weight", "table")):
@@ -183,6 +184,16 @@ def _sound_fields(has: dict[str, int], program: Program) -> Iterator[str]:
         yield f"by_slot {has['by_slot']} is unknown"
     if "n_group" in has:
         yield from _sound_route(has)
+
+
+def _sound_residual(has: dict[str, int], program: Program) -> Iterator[str]:
+    if has["residual"] == NONE:
+        return
+    if has["epilogue"] != 1:
+        yield "a residual belongs to the sum epilogue and to no other"
+    shapes = [(b.rows, b.cols) for b in (program.buffers[has[n]] for n in ("residual", "y"))]
+    if shapes[0] != shapes[1]:
+        yield f"its residual has shape {list(shapes[0])}, its sum {list(shapes[1])}"
 
 
 def _sound_route(has: dict[str, int]) -> Iterator[str]:

@@ -154,7 +154,8 @@ def _shared(section: Section, rules: ExpertsRules, width: int) -> int:
 def block(graph: Graph, experts: ExpertsConfig, layer: int, x: Value, normed: Value) -> Value:
     """The residual x with what the experts of a layer make of `normed` added to it.
 
-    What needs no choice stands after the router, so that it is at hand while the router decides.
+    What needs no choice stands after the router, so that it is at hand while the router decides. So does
+    its sum with x, of which the experts still read the old.
     """
     prefix, rules = f"model.layers.{layer}.{experts.rules.prefix}", experts.rules
     count, width = experts.num_experts, experts.moe_intermediate_size
@@ -167,15 +168,14 @@ def block(graph: Graph, experts: ExpertsConfig, layer: int, x: Value, normed: Va
         routed_scaling_factor=experts.routed_scaling_factor,
     )  # fmt: skip
     shared = None
-    if experts.shared_intermediate_size:
-        make = _gated_shared if rules.shared_gate else _plain_shared
-        shared = make(graph, experts, layer, prefix, normed)
+    if experts.shared_intermediate_size and rules.shared_gate:
+        shared = _gated_shared(graph, experts, layer, prefix, normed)
+    elif experts.shared_intermediate_size:
+        shared = _plain_shared(graph, experts, layer, prefix, normed)
+        x = graph.add(f"l{layer}.x_shared", x, shared)
     each = [f"{prefix}.experts.{i}" for i in range(count)]
     mixed = _mixture(graph, rules, f"l{layer}.experts", each, width, normed, route)
-    if shared is not None and not rules.shared_gate:  # down only now: the experts have read x
-        down = graph.weight(f"{prefix}.{rules.shared}.down_proj.weight", x.cols, shared.cols, 1)
-        shared = graph.linear(f"l{layer}.shared_down", shared, down)
-    if shared is not None:
+    if shared is not None and rules.shared_gate:  # only now: the experts have read x
         x = graph.add(f"l{layer}.x_shared", x, shared)
     return graph.add(f"l{layer}.x_mlp", x, mixed)
 
@@ -193,7 +193,7 @@ def _mixture(
 
 
 def _plain_shared(graph: Graph, experts: ExpertsConfig, layer: int, prefix: str, x: Value) -> Value:
-    """Gate times up of an expert that all tokens take whole."""
+    """What an expert that all tokens take whole makes of x."""
     rows, name = experts.shared_intermediate_size, f"{prefix}.{experts.rules.shared}"
     gate, up = (
         graph.linear(
@@ -201,7 +201,9 @@ def _plain_shared(graph: Graph, experts: ExpertsConfig, layer: int, prefix: str,
         )
         for n in ("gate", "up")
     )
-    return graph.silu_mul(f"l{layer}.shared", gate, up)
+    mixed = graph.silu_mul(f"l{layer}.shared", gate, up)
+    down = graph.weight(f"{name}.down_proj.weight", x.cols, rows, 1)
+    return graph.linear(f"l{layer}.shared_down", mixed, down)
 
 
 def _gated_shared(graph: Graph, experts: ExpertsConfig, layer: int, prefix: str, x: Value) -> Value:

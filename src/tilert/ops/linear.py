@@ -19,8 +19,9 @@ STORE, ADD, GATE = 0, 1, 2  # epilogues
 class Linear(Op):
     """y[:, y_col + r] = epilogue(x' @ w[r] + bias[r]) for the rows r of a tile, f32 sums.
 
-    x' is x, or RMSNorm(x) * norm when `norm` is given. Epilogue STORE stores, ADD adds to what y
-    holds, GATE stores silu(x' @ w[r] + bias[r]) * (x' @ w_up[r] + bias_up[r]).
+    x' is x, or RMSNorm(x) * norm when `norm` is given. Epilogue STORE stores, ADD stores the sum with
+    the same cells of `residual`, or of y itself where that is not given, GATE stores
+    silu(x' @ w[r] + bias[r]) * (x' @ w_up[r] + bias_up[r]).
     x [rows, >= x_col + k] f32; w, w_up [n, k]; y [rows, >= y_col + n] f32.
     groups > 1: block-diagonal. The rows of w are as many blocks, and block g is multiplied by columns
     [x_col + g * x_stride, + k) of x; no tile has rows of two blocks. Such a product has no norm and only
@@ -57,6 +58,7 @@ class Linear(Op):
     x_stride: int = 0  # columns from one group's x to the next's
     when: Buf = NONE  # positions, with `beyond`
     beyond: int = 0
+    residual: Buf = NONE  # of y's shape, with ADD
 
     @property
     def tiles(self) -> int:
@@ -83,6 +85,11 @@ class Linear(Op):
         first = [self.x_col + g * self.x_stride for g in self.groups_of(lo, hi)]
         return [(col, col + self.k) for col in first]
 
+    @property
+    def old(self) -> Buf:
+        """What ADD adds to."""
+        return self.y if self.residual == NONE else self.residual
+
     def weight_rows(self, lo: int, hi: int) -> int:
         begin, end = self.span(lo, hi)
         return (end - begin) * (2 if self.epilogue == GATE else 1)
@@ -101,7 +108,7 @@ class Linear(Op):
         if self.norm != NONE:
             out.append(Region(self.norm, 0, 1, 0, self.k))
         if self.epilogue == ADD:
-            out += self.writes(lo, hi)
+            out += [r._replace(buffer=self.old) for r in self.writes(lo, hi)]
         return out
 
     def writes(self, lo: int, hi: int) -> list[Region]:
@@ -112,7 +119,7 @@ class Linear(Op):
         return (self.y,)
 
     def tag_checking(self) -> tuple[Buf, ...]:
-        return self.x, self.y  # y: the residual
+        return self.x, self.old
 
     def whole_reads(self) -> tuple[Buf, ...]:
         return () if self.beyond or self.x_rows > 1 else (self.x,)
@@ -144,7 +151,7 @@ class Linear(Op):
         x, root = multiplicand(mem, x, self.norm, self.eps, DType(self.x_type))
         y = self._product(mem, self.w, self.bias, x, root, begin, end)
         if self.epilogue == ADD:
-            y += mem.read(self.y, 0, rows, self.y_col + begin, self.y_col + end)
+            y += mem.read(self.old, 0, rows, self.y_col + begin, self.y_col + end)
         elif self.epilogue == GATE:
             up = self._product(mem, self.w_up, self.bias_up, x, root, begin, end)
             y = y / (1 + np.exp(-y)) * up

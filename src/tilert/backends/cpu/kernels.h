@@ -24,14 +24,15 @@ struct Weight {
 
 // y[t, r] = epilogue(sum_i x[t, i] * w[r, i] + bias[r]); see ops/linear.py for the epilogues.
 struct LinearArgs {
-  float* y;        // [tokens, ldy], already at the op's first column
-  int64_t ldy;     // elements from row to row
-  const float* x;  // [tokens, ldx], normed if the op asks for it
+  float* y;          // [tokens, ldy], already at the op's first column
+  int64_t ldy;       // elements from row to row, of `old` too
+  const float* old;  // what a sum is added to, at the same column
+  const float* x;    // [tokens, ldx], normed if the op asks for it
   int64_t ldx;
   Weight w, w_up;        // [n, k] of one dtype; w_up.data null unless gated
   Weight bias, bias_up;  // [n]; data null for none
   int k;
-  int epilogue;  // 0 store, 1 add to y, 2 silu(w) * w_up
+  int epilogue;  // 0 store, 1 add to old, 2 silu(w) * w_up
 };
 
 // Softmax attention of one kv head's query heads over the pages of one sequence.

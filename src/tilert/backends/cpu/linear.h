@@ -129,11 +129,11 @@ inline void few_rows(const LinearArgs& args, const float* x, int row) {
   for (int r = 0; r < kR; r++) {
     float bias = bias_at(args.bias, row + r), bias_up = bias_at(args.bias_up, row + r);
     for (int t = 0; t < kT; t++) {
-      float* y = args.y + t * args.ldy + row + r;
+      const int64_t at = t * args.ldy + row + r;
       float value = out[r][t] + bias;
-      if (args.epilogue == 1) value += *y;
+      if (args.epilogue == 1) value += args.old[at];
       if (args.epilogue == 2) value = silu(value) * (ups[r][t] + bias_up);
-      *y = value;
+      args.y[at] = value;
     }
   }
 }
@@ -225,7 +225,10 @@ inline void finish_panel(const LinearArgs& args, const float* out, const float* 
     for (int r = 0; r < width; r += kLanes) {
       Vec value = load(out + t * kPanel + r) + load(bias + r);
       int n = width - r < kLanes ? width - r : kLanes;
-      if (args.epilogue == 1) value += n == kLanes ? load(y + r) : load_tail(y + r, n);
+      if (args.epilogue == 1) {
+        const float* old = args.old + t * args.ldy + row + r;
+        value += n == kLanes ? load(old) : load_tail(old, n);
+      }
       if (args.epilogue == 2)
         value = value / (1.0f + exp(-value)) * (load(up + t * kPanel + r) + load(bias_up + r));
       n == kLanes ? store(y + r, value) : store_tail(y + r, value, n);

@@ -29,9 +29,12 @@ class LinearTask final : public Task {
                "its groups do more than multiply");
     const Floats x = in.floats(f.x, f.rows, f.x_col + (f.groups - 1) * int64_t{f.x_stride} + f.k);
     const Floats y = in.floats(f.y, f.rows, int64_t{f.y_col} + f.n);
+    const Floats old = f.residual < 0 ? y : in.floats(f.residual, f.rows, int64_t{f.y_col} + f.n);
+    in.require(old.stride == y.stride, "its sum and what it is added to differ in columns");
     norm_ = in.weight_or_none(f.norm, 1, f.k);
     args_ = {.y = y.data + f.y_col,
              .ldy = y.stride,
+             .old = old.data + f.y_col,
              .x = x.data + f.x_col,
              .ldx = x.stride,
              .w = in.matrix(f.w, f.n, f.k),

@@ -9,7 +9,7 @@ enum Epilogue { kStore = 0, kAdd = 1, kGate = 2 };
 
 // What the sum of an output is added to: loaded before the sum is there, and looked at behind it.
 __device__ __forceinline__ float load_residual(const Block& b, const Run& run, u32 y) {
-  return load_float(b.at(run.y) + y);
+  return load_float(b.at(run.x2) + y);
 }
 // Of what was loaded; read again while its tag says that it is late.
 __device__ __forceinline__ float residual(const Block& b, const Run& run, u32 y, bool tagged,

@@ -41,7 +41,7 @@ struct Run {
   const float* scale_up;
   // Operands in the arena: offset in floats, and in the top byte the rank of the tag (ir/tags.py).
   u32 x, y;
-  // attend: k and v; x2 of linear: y as the residual; x3 of experts: see choice_waits
+  // attend: k and v; x2 of linear: the residual, often y itself; x3 of experts: see choice_waits
   u32 x2, x3;
 
   __device__ __forceinline__ const Wait* waits() const {

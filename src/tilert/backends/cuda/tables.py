@@ -175,14 +175,22 @@ def _add_ranks(record: Any, program: Program, index: int, tags: Tags) -> None:
     if isinstance(op, Linear | ExpertGate | ExpertDown):
         if op.x in tags.writers:
             record["x"] += writer(op.x)
-        adds = isinstance(op, ExpertDown) or (isinstance(op, Linear) and op.epilogue == ADD)
-        if adds and op.y in tags.writers:
-            record["x2"] = writer(op.y)
+        old = _residual(op)
+        assert old == NONE or (old in tags.writers) == (op.y in tags.writers), "one flag says both"
+        if old in tags.writers:
+            record["x2"] += writer(old)
     for name, operand in READ.get(type(op), {}).items():
         if (buf := getattr(op, operand)) in tags.writers:
             record[name] += writer(buf)
     if tags.silent(index):
         record["y"] += tags.rank[index] % TAGS << RANK_SHIFT
+
+
+def _residual(op: Op) -> Buf:
+    """What the sums of a product are added to."""
+    if isinstance(op, ExpertDown):
+        return op.y
+    return op.old if isinstance(op, Linear) and op.epilogue == ADD else NONE
 
 
 def _resolve(record: Any, program: Program, run: Run, at: list[int]) -> None:
@@ -204,6 +212,8 @@ def _resolve(record: Any, program: Program, run: Run, at: list[int]) -> None:
             at[op.x] + op.x_col,
             at[op.y] + op.y_col,
         )
+        if op.epilogue == ADD:
+            record["x2"] = at[op.old] + op.y_col
         return
     record["first"], record["count"] = run.lo, run.hi - run.lo
     if isinstance(op, Append):  # its tiles follow those of attention
@@ -268,6 +278,7 @@ def _resolve_experts(
     begin, end = run.lo * op.tile_rows, run.hi * op.tile_rows
     if isinstance(op, ExpertDown):
         begin, end = op.span(run.lo, run.hi)
+        record["x2"] = at[op.y]
     record["first"], record["count"] = begin, end - begin
     record["x"], record["y"] = at[op.x], at[op.y]
     banks = {"": op.w, "_up": op.w_up} if isinstance(op, ExpertGate) else {"": op.w}
