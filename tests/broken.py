@@ -772,6 +772,11 @@ def left_out_without_positions() -> Program:
     return with_op(GOOD["latent"], 6, beyond=8)
 
 
+@breaks("sparing")
+def scores_left_out_where_some_are_selected() -> Program:
+    return with_op(GOOD["latent"], 4, topk=17)
+
+
 def latent_with_ops_exchanged(first: int, second: int) -> Program:
     d = programs.latent_draft(cpu(2), 2, 2)
     d.ops[first], d.ops[second] = d.ops[second], d.ops[first]
@@ -807,14 +812,17 @@ def loader_of_selected_rows_that_trusts_its_queue() -> Program:
     return without_wait(program, 1, position, max(i for i, w in enumerate(waits) if not w.lag))
 
 
-def behind_a_silent_signal(*, ordered: bool) -> Program:
-    """Worker 0 makes logits, then something that has tags; worker 1, which takes the logits, waits for
-    the signal of what has tags, and with `ordered` for that of the logits, too."""
+def behind_a_silent_signal(
+    *, ordered: bool = False, whole: bool = True, beyond: int = 0
+) -> Program:
+    """Worker 0 makes logits, then something that has tags if it is `whole`; worker 1, which takes the logits,
+    waits for the signal of that, and with `ordered` for that of the logits, too."""
     d = Draft(programs.RING)
-    counts, tokens = d.state("counts", 2), d.state("tokens", 1)
-    x, side = d.work("x", 1, HIDDEN), d.work("side", 1, HIDDEN)
+    counts, tokens, positions = d.state("counts", 2), d.state("tokens", 1), d.state("positions", 1)
+    x, side = d.work("x", 1, HIDDEN), d.work("side", 1, HIDDEN + (not whole))
     d.op(Embed(tokens, d.weight("table", VOCAB, HIDDEN), x, counts, VOCAB, 1, HIDDEN, 1))
-    d.op(linear(x, d.weight("extra", HIDDEN, HIDDEN), side, counts, k=HIDDEN, n=HIDDEN, tile=4))
+    extra = linear(x, d.weight("extra", HIDDEN, HIDDEN), side, counts, k=HIDDEN, n=HIDDEN, tile=4)
+    d.op(replace(extra, beyond=beyond, when=positions if beyond else NONE))
     programs.choose(d, x, counts, tokens, 1)
     made, chosen = d.counter(), d.counter()
     logits = [d.counter()] if ordered else []
@@ -829,7 +837,12 @@ def behind_a_silent_signal(*, ordered: bool) -> Program:
 
 @breaks("handoff")
 def words_without_tags_behind_a_silent_signal() -> Program:
-    return behind_a_silent_signal(ordered=False)
+    return behind_a_silent_signal()
+
+
+@breaks("handoff")
+def words_behind_a_signal_that_is_silent_where_nobody_needs_the_op() -> Program:
+    return behind_a_silent_signal(whole=False, beyond=8)
 
 
 @breaks("ordering")

@@ -85,6 +85,7 @@ def test_sound_program_passes(name: str) -> None:
         own_inputs(True),
         loose_pair(True),
         behind_a_silent_signal(ordered=True),
+        behind_a_silent_signal(whole=False),
     ],
     ids=[
         "two writers in turn",
@@ -92,6 +93,7 @@ def test_sound_program_passes(name: str) -> None:
         "cache handed back",
         "producers in step",
         "words behind a signal of their own",
+        "words behind an ordered signal",
     ],
 )
 def test_sound_sibling_of_a_broken_program_passes(program: Program) -> None:

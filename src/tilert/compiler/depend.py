@@ -208,7 +208,7 @@ class _Walk:
                 made.waiters.append(place.number)
                 self.awaited[made.numbers] = True
         clock[place.worker] = self.at[me]
-        silent = self.tags.silent(place.run.op)
+        silent = self.tags.may_be_silent(place.run.op)
         seen[place.worker] = self.published[place.worker] if silent else self.at[me]
         self.newest[place.worker] = me
 
@@ -221,7 +221,7 @@ class _Walk:
         clock[:], seen[:] = self.clock[previous], self.told[previous]
         seen[place.worker] = self.at[previous]
         before = self.places[previous % len(self.places)]
-        if self.awaited[before.number] and not self.tags.silent(before.run.op):
+        if self.awaited[before.number] and not self.tags.may_be_silent(before.run.op):
             self.published[place.worker] = self.at[previous]
 
     def _note(self, me: int, place: _Place) -> None:

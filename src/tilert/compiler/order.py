@@ -26,7 +26,7 @@ that count the rows by other positions (see cache_frames).
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -169,19 +169,24 @@ class Facts:
     @cached_property
     def clock(self) -> Ints:
         """[step, run, worker]: the moment of `worker` that happens before the run has completed."""
-        return self._clock(silence=False)
+        return self._clock()
 
     @cached_property
     def seen(self) -> Ints:
         """Likewise: the moment up to which all that `worker` has stored can be seen by the run."""
-        return self._clock(silence=True) if self.tags.writers else self.clock
+        return self._clock(self.tags.silent) if self.tags.writers else self.clock
 
-    def _clock(self, *, silence: bool) -> Ints:
-        """silence: a signal without order, or none, tells of its own worker only what an ordered signal
-        before it in the queue has told. What it tells of others could be seen before."""
+    @cached_property
+    def seen_sparing(self) -> Ints:
+        """Likewise in steps in which nobody needs what some ops write."""
+        return self._clock(self.tags.may_be_silent)
+
+    def _clock(self, silent: Callable[[int], bool] | None = None) -> Ints:
+        """silent: which ops signal without order. Such a signal, or none, tells of its own worker only what
+        an ordered signal before it in the queue has told. What it tells of others could be seen before."""
         count, workers = len(self.places), len(self.lengths)
         clock = np.zeros((2, count, workers), np.int32)
-        told = np.zeros_like(clock) if silence else clock
+        told = np.zeros_like(clock) if silent else clock
         for step in range(2):
             proven: dict[Wait, Ints] = {}
             for number in self.order:
@@ -196,10 +201,10 @@ class Facts:
                         proven[wait] = told[step - wait.lag, self.proves(wait)].max(0, initial=0)
                     np.maximum(mine, proven[wait], out=mine)
                 mine[place.worker] = self.moment(step, place)
-                if not silence:
+                if silent is None:
                     continue
                 told[step, number] = mine
-                if place.run.signal < 0 or self.tags.silent(place.run.op):
+                if place.run.signal < 0 or silent(place.run.op):
                     own = 0 if before is None else told[before][place.worker]
                     told[step, number, place.worker] = own
         return clock
@@ -242,6 +247,8 @@ class Facts:
     def unseen(self) -> str | None:
         """The first pair of runs of which one needs words of the other that nothing makes visible to it."""
         found = _Walk(self, seen=True).first() if self.tags.writers else None
+        if found is None and self.tags.spared:
+            found = _Walk(self, seen=True, sparing=True).first()
         if found is None:
             return None
         first, second = self.places[found.earlier], self.places[found.later]
@@ -282,12 +289,14 @@ class _Walk:
     Runs of one op do not conflict (rule `partition`), so an op is handled at once. The first step only
     leaves its traces: conflicts within a step are found in the second.
 
-    seen: what was written before must be seen as well, but where words have tags.
+    seen: what was written before must be seen as well, but where words have tags. sparing: in steps without
+    the ops of which nobody needs what they write; who reads that all the same finds what was there.
     """
 
-    def __init__(self, facts: Facts, *, seen: bool = False) -> None:
+    def __init__(self, facts: Facts, *, seen: bool = False, sparing: bool = False) -> None:
         self.facts, self.seen = facts, seen
-        self.clock = facts.seen if seen else facts.clock
+        self.clock = facts.seen_sparing if sparing else facts.seen if seen else facts.clock
+        self.without = facts.tags.spared if sparing else frozenset[int]()
         shape = (facts.cells.count, len(facts.lengths))
         self.written, self.touched = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
 
@@ -295,8 +304,10 @@ class _Walk:
         """None when all is well."""
         facts = self.facts
         for step in range(2):
-            for moved, runs in zip(facts.moves, facts.of_op, strict=True):
+            for op, (moved, runs) in enumerate(zip(facts.moves, facts.of_op, strict=True)):
                 self._shift_caches(moved)
+                if op in self.without:
+                    continue
                 reads, writes = (
                     self._by_region(table, runs) for table in (facts.reads, facts.writes)
                 )

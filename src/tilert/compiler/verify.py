@@ -17,7 +17,7 @@ from tilert.ir.dtype import DType
 from tilert.ir.encode import field_kinds
 from tilert.ir.program import NONE, PAST, Buffer, Kind, Op, Program, Region, Run, Wait
 from tilert.ir.regions import Cells
-from tilert.ops import IndexRope, IndexScore, Linear
+from tilert.ops import IndexRope, IndexScore, Select
 
 ALIGN = 64  # bytes; every activation starts at a cache line
 
@@ -370,25 +370,35 @@ def coverage(facts: Facts) -> Iterator[str]:
 
 
 def sparing(facts: Facts) -> Iterator[str]:
-    """What may be left out where no token sees more than `beyond` positions is read by an indexer alone:
-    rotated in place, then scored, and that for more positions only."""
+    """What may be left out where no token sees more than so many positions is read by an indexer alone:
+    rotated in place, then scored, then selected from, and that for more positions only."""
     ops = facts.program.ops
     for index, op in enumerate(ops):
-        if not isinstance(op, Linear) or not op.beyond:
-            continue
-        (made,) = op.writes(0, op.tiles)
-        for later in range(index + 1, len(ops)):
-            other = ops[later]
-            if any(made.overlaps(region) for region in other.reads(0, other.tiles)):
-                rotates = isinstance(other, IndexRope) and other.q == made.buffer != other.k
-                scores = isinstance(other, IndexScore) and other.topk >= op.beyond
-                if not (rotates or scores):
-                    yield (
-                        f"o{later} {type(other).__name__.lower()} reads what o{index} makes only for more"
-                        f" than {op.beyond} positions"
-                    )
-            elif any(made.overlaps(region) for region in other.writes(0, other.tiles)):
-                break
+        for made in _hulls(op.writes(0, op.tiles)) if op.spared else ():
+            for later in range(index + 1, len(ops)):
+                other = ops[later]
+                if any(made.overlaps(region) for region in other.reads(0, other.tiles)):
+                    rotates = isinstance(other, IndexRope) and other.q == made.buffer != other.k
+                    asks = isinstance(other, IndexScore | Select) and other.topk >= op.spared
+                    if not (rotates or asks):
+                        yield (
+                            f"o{later} {type(other).__name__.lower()} reads what o{index} makes only for"
+                            f" more than {op.spared} positions"
+                        )
+                elif any(made.overlaps(region) for region in other.writes(0, other.tiles)):
+                    break
+
+
+def _hulls(regions: Iterable[Region]) -> list[Region]:
+    """Of each buffer the smallest region that holds all of those given."""
+    found: dict[int, Region] = {}
+    for r in regions:
+        own = found.get(r.buffer, r)
+        found[r.buffer] = Region(
+            r.buffer, min(own.row_lo, r.row_lo), max(own.row_hi, r.row_hi),
+            min(own.col_lo, r.col_lo), max(own.col_hi, r.col_hi),
+        )  # fmt: skip
+    return list(found.values())
 
 
 def ring(facts: Facts) -> Iterator[str]:

@@ -187,6 +187,12 @@ class Op(ABC):
         ir/tags.py. Empty: it writes all."""
         return ()
 
+    @property
+    def spared(self) -> int:
+        """Where no token of a step sees more than so many positions, nobody needs what the op writes: a back
+        end may leave it out there, and signal without order. 0: it is always needed."""
+        return 0
+
     def tagging(self) -> tuple[Buf, ...]:
         """Buffers whose words the op can write with a tag; see tags.py."""
         return ()

@@ -30,11 +30,13 @@ MOST_TOKENS = 8  # of a step whose rows are all written, whether they hold token
 
 @dataclass(frozen=True, slots=True)
 class Tags:
-    """For each tagged buffer the ops that write it, in table order; rank: of each such op."""
+    """For each tagged buffer the ops that write it, in table order; rank: of each such op. spared: ops that
+    signal without order in a step in which nobody needs what they write (Op.spared)."""
 
     writers: dict[Buf, list[int]]
     rank: dict[int, int]
     stride: int
+    spared: frozenset[int] = frozenset()
 
     def writer(self, buf: Buf, reader: int) -> int:
         """The op whose write a reader of the buffer expects: the last one before it."""
@@ -47,6 +49,10 @@ class Tags:
     def silent(self, op: int) -> bool:
         """True when the op signals without ordering memory."""
         return op in self.rank
+
+    def may_be_silent(self, op: int) -> bool:
+        """True when it does so in some steps, at least."""
+        return op in self.rank or op in self.spared
 
     def told(self, program: Program, reader: int) -> tuple[int, frozenset[int]]:
         """The op of which another, `reader`, finds out by words alone that all its runs are done, and the ops
@@ -63,9 +69,7 @@ class Tags:
             if buf not in self.writers or not _reads_all(program, reader, buf):
                 continue
             writers, last = self.writers[buf], self.writer(buf, reader)
-            before = writers[
-                writers.index(last) - 1
-            ]  # of the step before, where this one is the first
+            before = writers[writers.index(last) - 1]  # of the step before, where it is the first
             between = (i % length for i in range(before + 1, last + length * (before >= last)))
             if others := frozenset(i for i in between if _reads_all(program, i, buf)):
                 return last, others
@@ -86,7 +90,8 @@ def derive(program: Program) -> Tags:
     stride = len(ranks)
     while any((ranks[ops[0]] + stride - ranks[ops[-1]]) % TAGS == 0 for ops in writers.values()):
         stride += 1  # the last write of a step and the first of the next
-    tags = Tags(writers, ranks, stride)
+    spared = frozenset(i for i, op in enumerate(program.ops) if op.spared)
+    tags = Tags(writers, ranks, stride, spared if writers and not program.held else frozenset())
     for buf, ops in writers.items():
         cycle = [ranks[op] for op in ops] + [ranks[ops[0]] + stride]
         name = program.buffers[buf].name

@@ -223,6 +223,10 @@ class IndexScore(Op):
             for buf in (self.y, self.order)
         ]
 
+    @property
+    def spared(self) -> int:
+        return self.topk
+
     def tag_checking(self) -> tuple[Buf, ...]:
         return (self.head_weights,)
 

@@ -90,6 +90,10 @@ class Linear(Op):
         """What ADD adds to."""
         return self.y if self.residual == NONE else self.residual
 
+    @property
+    def spared(self) -> int:
+        return self.beyond
+
     def weight_rows(self, lo: int, hi: int) -> int:
         begin, end = self.span(lo, hi)
         return (end - begin) * (2 if self.epilogue == GATE else 1)

@@ -237,7 +237,8 @@ struct IndexScore {
   static __device__ __forceinline__ bool consume(Block& b, const Run& run) {
     if (!wait_for_inputs<false>(b, run)) return false;
     const Here me;
-    if (some_scored(b)) {
+    const bool wanted = some_scored(b);
+    if (wanted) {
       Queries queries;
       fetch(me, b, run, queries);  // of a token that needs no scores they hold anything
       for (u32 tile = run.first; tile < run.first + run.count; ++tile) {
@@ -252,7 +253,8 @@ struct IndexScore {
           if (scored(b, t)) rank(me, b, run, tile, t);
       }
     }
-    if (me.thread == 0) signal<false>(b, run);
+    // Where nobody wants scores, without order (Op.spared), but where tokens are those of a pass.
+    if (me.thread == 0) signal(b, run, !wanted && kPasses == 1);
     return true;
   }
 

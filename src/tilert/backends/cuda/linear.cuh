@@ -29,10 +29,11 @@ __device__ __forceinline__ bool sees_beyond(const Block& b, u32 positions) {
   for (u32 t = 0; t < (kTokens == 1 ? 1 : b.params.count); ++t) sees |= b.position(t) >= positions;
   return sees;
 }
-// The hand-off of a run that is left out. False: the launch has ended.
+// The hand-off of a run that is left out: without order, for nobody looks for its words, nor by way
+// of it for those of others (Op.spared). False: the launch has ended.
 __device__ __forceinline__ bool pass_on(Block& b, const Run& run) {
   if (!wait_for_inputs<false>(b, run)) return false;
-  if (thread() == 0) signal<false>(b, run);
+  if (thread() == 0) signal<true>(b, run);
   return true;
 }
 
