@@ -761,6 +761,16 @@ def keys_of_an_indexer_in_another_type() -> Program:
     return with_buffer(GOOD["latent"], "keys", dtype=DType.F8E4M3)
 
 
+@breaks("structure")
+def packed_rows_of_a_plain_cache() -> Program:
+    return with_op(GOOD["latent"], 5, packed=1)
+
+
+@breaks("structure")
+def packed_rows_that_are_not_bytes() -> Program:
+    return with_buffer(GOOD["streamed_latent"], "latents", dtype=DType.BF16)
+
+
 @breaks("sparing")
 def queries_of_attention_that_are_left_out() -> Program:
     program = GOOD["latent"]

@@ -40,6 +40,7 @@ from tilert.ops import (
 )
 from tilert.ops.experts import SOFTMAX
 from tilert.ops.linear import ADD, GATE, STORE
+from tilert.ops.mla import packed_bytes
 
 VOCAB, HIDDEN, CONTEXT = 12, 16, 128
 RING = Machine("ring", 2, slots=4, slot_bytes=96, window=2)
@@ -397,11 +398,10 @@ def latent_draft(machine: Machine, tokens: int, splits: int, topk: int = 16) -> 
     for buf in (order, selected):
         d.buffers[buf] = replace(d.buffers[buf], dtype=DType.I32)
     values = d.work("values", tokens, HIDDEN)
-    types = machine.cache_dtype, machine.index_dtype
-    latents, keys = (
-        d.add(Buffer(name, Kind.CACHE, dtype, CONTEXT, cols))
-        for name, dtype, cols in zip(("latents", "keys"), types, (lora + rope, dim), strict=True)
-    )
+    packed = machine.packed_latents
+    latent = (DType.U8, packed_bytes(lora, rope)) if packed else (machine.cache_dtype, lora + rope)
+    latents = d.add(Buffer("latents", Kind.CACHE, latent[0], CONTEXT, latent[1]))
+    keys = d.add(Buffer("keys", Kind.CACHE, machine.index_dtype, CONTEXT, dim))
     scale = NONE
     if machine.index_dtype is DType.F8E4M3:
         scale = d.add(Buffer("scales", Kind.CACHE, DType.F32, CONTEXT, 1))
@@ -415,14 +415,14 @@ def latent_draft(machine: Machine, tokens: int, splits: int, topk: int = 16) -> 
                    *paged, 2, dim, rope, q_width, lora + rope, 0, CONTEXT, 2, 2, 1e-6))  # fmt: skip
     d.op(IndexScore(q, kv, keys, scale, scores, order, *paged, 2, dim, q_width, lora + rope + dim, topk, 2,
                     64, max(1, tokens // 2), 2, 2, 0.25))  # fmt: skip
-    d.op(LatentAppend(kv, d.weight("kv_norm", 1, lora), table, latents, *paged, rope, lora, 0, 1, CONTEXT,
-                      2, 2, 1e-6))  # fmt: skip
+    d.op(LatentAppend(kv, d.weight("kv_norm", 1, lora), table, latents, *paged, rope, lora, 0, 1,
+                      int(packed), CONTEXT, 2, 2, 1e-6))  # fmt: skip
     up = linear(q, d.weight("up", heads * lora, nope), queries, counts, k=nope, n=heads * lora, tile=4,
                 rows=tokens)  # fmt: skip
     d.op(replace(up, groups=heads, x_stride=nope + rope))
     d.op(Select(scores, order, selected, at, counts, tokens, topk, 2, 64))
-    d.op(LatentAttention(queries, q, table, latents, selected, shares, *paged, heads, 2, nope, rope, lora,
-                         0, 1, topk, splits, max(1, tokens // 2), CONTEXT, 2, 2, 0.4))  # fmt: skip
+    d.op(LatentAttention(queries, q, table, latents, selected, shares, *paged, heads, 2, nope, rope, lora, 0,
+                         1, int(packed), topk, splits, max(1, tokens // 2), CONTEXT, 2, 2, 0.4))  # fmt: skip
     if splits > 1:
         d.op(Combine(shares, mixed, counts, tokens, heads, heads, lora, splits, 0))
     down = linear(mixed, d.weight("down", HIDDEN, lora), values, counts, k=lora, n=HIDDEN, tile=3,
@@ -442,9 +442,9 @@ def latent() -> Program:
 
 
 def streamed_latent() -> Program:
-    """One token through a ring, keys in e4m3: the product merges the shares, and who streams the rows
-    that were selected waits itself for the choice."""
-    d = latent_draft(replace(RING, index_dtype=DType.F8E4M3), 1, 2)
+    """One token through a ring, keys in e4m3 and packed latents: the product merges the shares, and who
+    streams the rows that were selected waits itself for the choice."""
+    d = latent_draft(replace(RING, index_dtype=DType.F8E4M3, packed_latents=True), 1, 2)
     phased(d)
     wait_for_appends(d)
     wait_for_choices(d)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import transformers
 
 from tilert.errors import UserError
+from tilert.ir import machine
 from tilert.models import load_config
 from tilert.models.decoder import build
 from tilert.models.mla import attention_scale
@@ -81,8 +83,11 @@ def test_published_files_are_read(family: str) -> None:
         assert latent.index.index_topk == 2048
         assert all(latent.index.full)
         assert latent.index.interleave == (family == "glm_moe_dsa")
-    per_layer = 576 + (128 if latent.index else 0)
-    assert config.cache_elements == config.num_hidden_layers * per_layer
+    layers, indexed = config.num_hidden_layers, latent.index is not None
+    assert config.cache_bytes(machine.cpu(2)) == layers * 4 * (576 + 128 * indexed)
+    assert config.cache_bytes(machine.H100) == layers * (1152 + 132 * indexed)
+    packed = replace(machine.H100, packed_latents=True)
+    assert config.cache_bytes(packed) == layers * (656 + 132 * indexed)
     expected = 192**-0.5 * (1 + 0.1 * 3.6888794541139363) ** 2  # ln 40
     if family != "glm_moe_dsa":
         assert attention_scale(config, latent) == pytest.approx(expected)

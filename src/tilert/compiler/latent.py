@@ -13,6 +13,7 @@ from tilert.ir.dtype import DType
 from tilert.ir.graph import Node, Value
 from tilert.ir.program import NONE, PAGE, Buf, Kind
 from tilert.ops import Combine, IndexRope, IndexScore, LatentAppend, LatentAttention, Select
+from tilert.ops.mla import packed_bytes
 
 HEADS = 16  # of a tile on machines with rings: rows of a matrix instruction
 MAX_SPLITS = 32  # each share has a page then, of 2048 selected positions
@@ -22,6 +23,13 @@ PART = 64  # columns of a head that a worker merges, where heads are so wide
 def _paged(low: Lowering) -> tuple[Buf, Buf, Buf, Buf]:
     """Positions, sequences, pages and counts: what an op with a cache reads."""
     return low.state("positions"), low.state("sequences"), low.state("pages"), low.state("counts")
+
+
+def _latent_cache(low: Lowering, layer: int, lora: int, rope: int) -> Buf:
+    """The latent cache of a layer; its columns are those of ops/mla.py: cache_cols."""
+    if low.machine.packed_latents:
+        return low.cache("latent", layer, packed_bytes(lora, rope), DType.U8)
+    return low.cache("latent", layer, lora + rope)
 
 
 def wanted_beyond(low: Lowering, product: Value) -> int:
@@ -44,9 +52,10 @@ def _lower_latent_rope(low: Lowering, node: Node) -> None:
     low.column[node.output] = low.column.get(q, 0)
     low.ops.append(
         LatentAppend(low.home[kv], low.weight(norm), low.weight(table),
-                     low.cache("latent", layer, kv.cols), *_paged(low), lim.tokens, table.cols, norm.cols,
-                     low.column.get(kv, 0), int(node.attrs["interleave"]), lim.context, lim.sequences,
-                     lim.pages, node.attrs["eps"])
+                     _latent_cache(low, layer, norm.cols, table.cols), *_paged(low), lim.tokens, table.cols,
+                     norm.cols, low.column.get(kv, 0), int(node.attrs["interleave"]),
+                     int(low.machine.packed_latents), lim.context, lim.sequences, lim.pages,
+                     node.attrs["eps"])
     )  # fmt: skip
 
 
@@ -76,9 +85,10 @@ def _lower_latent_attention(low: Lowering, node: Node) -> None:
         part = low.buffer(name, Kind.WORK, DType.F32, lim.tokens, width)
     op = LatentAttention(
         low.home[q], low.home[rotated], low.weight(table),
-        low.cache("latent", layer, lora + table.cols), NONE if selected is None else low.home[selected],
+        _latent_cache(low, layer, lora, table.cols), NONE if selected is None else low.home[selected],
         part, *_paged(low), lim.tokens, heads, group, nope, table.cols, lora, low.column.get(rotated, 0),
-        int(turning.attrs["interleave"]), selected.cols if selected else 0, splits,
+        int(turning.attrs["interleave"]), int(low.machine.packed_latents),
+        selected.cols if selected else 0, splits,
         # With rings there are workers enough to take the tokens of a step side by side.
         1 if low.fused else lim.tokens if low.few else PROMPT_BLOCK, lim.context, lim.sequences, lim.pages,
         node.attrs["scale"],

@@ -44,7 +44,7 @@ _OPTIONAL = {"w_up", "bias", "bias_up", "norm", "gather", "q_norm", "k_norm", "s
              "index_scale", "when", "residual"}  # fmt: skip
 _MAY_BE_ZERO = {"x_col", "y_col", "q_col", "k_col", "v_col", "kv_col", "w_col", "x_stride", "window",
                 "feed", "count_index", "epilogue", "x_type", "interleave", "topk", "scoring",
-                "norm_topk_prob", "by_slot", "beyond"}  # fmt: skip
+                "norm_topk_prob", "by_slot", "beyond", "packed"}  # fmt: skip
 
 
 class VerifyError(AssertionError):
@@ -132,12 +132,14 @@ def _sound_operand(program: Program, name: str, index: int) -> Iterator[str]:
     if b.kind is Kind.WORK and program.machine.slots and program.tokens > 1:
         floats = {DType.F32, DType.BF16}  # what one product alone takes
     elif b.kind is Kind.WEIGHT:
-        floats = set(DType) - {DType.I32}
+        floats = set(DType) - {DType.I32, DType.U8}
     elif b.kind is Kind.CACHE:
         machine = program.machine
         floats = {machine.cache_dtype if name in _CACHES[:3] else machine.index_dtype}
         if name == "index_scale":
             floats = {DType.F32}
+        elif name == "latent_cache" and machine.packed_latents:
+            floats = {DType.U8}
     if b.dtype not in ({DType.I32} if name in _INTEGERS else floats):
         yield f"b{index} '{b.label}' of type {b.dtype.name.lower()}"
 
@@ -156,6 +158,8 @@ def _sound_fields(has: dict[str, int], program: Program) -> Iterator[str]:
         yield f"{has['rope']} columns cannot be rotated in pairs"
     if "shift" in has and has["head_dim"] & (has["head_dim"] - 1):
         yield f"head_dim {has['head_dim']} is no power of two, there is no Hadamard matrix for it"
+    if "packed" in has and has["packed"] != program.machine.packed_latents:
+        yield f"packed is {has['packed']}, which the machine's latent caches are not"
     if "selected" in has and (has["selected"] != NONE) != (has["topk"] > 0):
         yield f"topk is {has['topk']} with selected b{has['selected']}"
     if "when" in has and (has["when"] != NONE) != (has["beyond"] > 0):

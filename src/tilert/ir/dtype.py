@@ -16,6 +16,7 @@ class DType(IntEnum):
     F16 = 2
     F8E4M3 = 3
     I32 = 4
+    U8 = 5  # bytes of several types, which an op packs and takes apart
 
     @property
     def numpy(self) -> np.dtype:
@@ -39,5 +40,6 @@ _NUMPY = {
     DType.F16: np.dtype(np.float16),
     DType.F8E4M3: np.dtype(ml_dtypes.float8_e4m3fn),
     DType.I32: np.dtype(np.int32),
+    DType.U8: np.dtype(np.uint8),
 }
 _OF_NUMPY = {value: key for key, value in _NUMPY.items()}

@@ -42,6 +42,7 @@ class Machine:
     arena_bytes: int = 1 << 40  # activations of one device
     cache_dtype: DType = DType.F32  # of keys and values
     index_dtype: DType = DType.F32  # of the keys of an indexer of sparse attention
+    packed_latents: bool = False  # rows of latent caches are those of ops/mla.py: pack
 
     @property
     def workers(self) -> int:

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from tilert.errors import UserError
+from tilert.ir.dtype import DType
+from tilert.ir.machine import Machine
 from tilert.models import latent as latents
 from tilert.models.experts import ExpertsConfig, ExpertsRules
 from tilert.models.experts import parse as parse_experts
@@ -20,6 +22,7 @@ from tilert.models.latent import LatentConfig, LatentRules
 from tilert.models.quantization import Quantization
 from tilert.models.quantization import parse as parse_quantization
 from tilert.models.section import Section, show
+from tilert.ops.mla import packed_bytes
 
 LayerType = Literal["full_attention", "sliding_attention"]
 _LAYER_TYPES = ("full_attention", "sliding_attention")
@@ -75,14 +78,19 @@ class DecoderConfig:
     experts: ExpertsConfig | None = None
     latent: LatentConfig | None = None  # head_dim is then what is rotated: qk_rope_head_dim
 
-    @property
-    def cache_elements(self) -> int:
-        """Elements that all caches together hold per position."""
-        if self.latent is None:
-            return self.num_hidden_layers * 2 * self.num_key_value_heads * self.head_dim
-        index = self.latent.index
-        keys = sum(index.full) * index.index_head_dim if index else 0
-        return self.num_hidden_layers * self.latent.cache_width + keys
+    def cache_bytes(self, machine: Machine) -> int:
+        """Bytes that all caches together hold per position on a machine."""
+        each, latent = machine.cache_dtype.bytes, self.latent
+        if latent is None:
+            return self.num_hidden_layers * 2 * self.num_key_value_heads * self.head_dim * each
+        row = latent.cache_width * each
+        if machine.packed_latents:
+            row = packed_bytes(latent.kv_lora_rank, latent.qk_rope_head_dim)
+        key = 0
+        if index := latent.index:
+            scale = DType.F32.bytes if machine.index_dtype is DType.F8E4M3 else 0
+            key = sum(index.full) * (index.index_head_dim * machine.index_dtype.bytes + scale)
+        return self.num_hidden_layers * row + key
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,15 +13,68 @@ from typing import ClassVar
 
 import numpy as np
 
+from tilert.ir.dtype import DType
 from tilert.ir.program import NONE, PAST, Buf, Cost, Op, Region
 from tilert.ops.attend import page_share
 from tilert.ops.attention import empty_share, share, weigh
+from tilert.ops.index import E4M3_MAX
 from tilert.ops.memory import Memory, count
 from tilert.ops.norm import rms_norm
 from tilert.ops.rope import halves, rotate
 
 CHOSEN_UNIT = 16  # chosen positions that no two shares have parts of
 CACHE_BYTES = 2  # of an element, where costs are weighed: caches of GPUs are bf16
+SCALE_COLS = 128  # latents of a packed row that share a scale
+TINY = np.finfo(np.float32).tiny  # the least scale: no latent is divided by zero
+
+
+def packed_bytes(lora: int, rope: int) -> int:
+    """Bytes of a packed row: latents in e4m3, their scales in f32, filled up to 16 bytes, and the rotated key
+    in bf16. 512 latents and a key of 64 take 656: the row of FlashMLA's FP8 cache, fp8_ds_mla of vLLM."""
+    return lora + _scale_bytes(lora) + 2 * rope
+
+
+def _scale_bytes(lora: int) -> int:
+    return -(-_scales(lora) * DType.F32.bytes // 16) * 16
+
+
+def _scales(lora: int) -> int:
+    return -(-lora // SCALE_COLS)
+
+
+def pack(row: np.ndarray, lora: int) -> np.ndarray:
+    """The bytes u8 [packed_bytes] of a row f32 [lora + rope].
+
+    Of SCALE_COLS latents v each the scale is max(|v|) / 448, and what is kept is v / scale, rounded to e4m3,
+    as vLLM's concat_and_cache_ds_mla does.
+    """
+    scales = np.zeros(_scale_bytes(lora) // DType.F32.bytes, np.float32)
+    values = np.empty(lora, DType.F8E4M3.numpy)
+    for i, first in enumerate(range(0, lora, SCALE_COLS)):
+        v = row[first : min(first + SCALE_COLS, lora)]
+        scales[i] = max(np.abs(v).max() / np.float32(E4M3_MAX), TINY)
+        values[first : first + v.size] = np.clip(v / scales[i], -E4M3_MAX, E4M3_MAX)
+    parts = values, scales, row[lora:].astype(DType.BF16.numpy)
+    return np.concatenate([part.view(np.uint8) for part in parts])
+
+
+def unpack(rows: np.ndarray, lora: int) -> np.ndarray:
+    """What attention takes of packed rows u8 [n, packed_bytes]: bf16 [n, lora + rope], the products of
+    latents and scales rounded to it, for matrix units multiply no e4m3 by scales within a sum."""
+    end, key = lora + _scales(lora) * DType.F32.bytes, lora + _scale_bytes(lora)
+    latents, scales, keys = (
+        np.ascontiguousarray(part).view(dtype.numpy)
+        for part, dtype in ((rows[:, :lora], DType.F8E4M3), (rows[:, lora:end], DType.F32),
+                            (rows[:, key:], DType.BF16))
+    )  # fmt: skip
+    each = np.repeat(scales, SCALE_COLS, axis=1)[:, :lora]
+    widened = (latents.astype(np.float32) * each).astype(keys.dtype)
+    return np.concatenate([widened, keys], axis=1)
+
+
+def cache_cols(op: LatentAppend | LatentAttention) -> int:
+    """Columns of the cache of an op: elements of a row, or bytes of a packed one."""
+    return packed_bytes(op.lora, op.rope) if op.packed else op.lora + op.rope
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +82,9 @@ class LatentAppend(Op):
     """One tile: the latent is normed, the shared key rotated, and both appended to the cache.
 
     kv [rows, >= kv_col + lora + rope] f32; weight [1, lora] of the norm; table [context, rope] f32;
-    latent_cache [context, lora + rope]. interleave: pairs are neighbours (2i, 2i + 1); either way the first
-    elements of all pairs are stored before the second ones.
+    latent_cache [context, lora + rope], or with `packed` the bytes that `pack` makes of such rows.
+    interleave: pairs are neighbours (2i, 2i + 1); either way the first elements of all pairs are stored
+    before the second ones.
     """
 
     opcode: ClassVar[int] = 23
@@ -47,6 +101,7 @@ class LatentAppend(Op):
     lora: int
     kv_col: int
     interleave: int
+    packed: int
     context: int
     page_rows: int
     page_cols: int
@@ -66,7 +121,7 @@ class LatentAppend(Op):
                 Region(self.kv, 0, self.rows, col, col + self.lora + self.rope)]  # fmt: skip
 
     def writes(self, lo: int, hi: int) -> list[Region]:
-        return [Region(self.latent_cache, 0, self.rows, 0, self.lora + self.rope)]
+        return [Region(self.latent_cache, 0, self.rows, 0, cache_cols(self))]
 
     def tag_checking(self) -> tuple[Buf, ...]:
         return (self.kv,)
@@ -81,7 +136,8 @@ class LatentAppend(Op):
             latent = mem.read(self.kv, t, t + 1, first, key)
             latent = rms_norm(latent, mem.read(self.weight, 0, 1, 0, self.lora), self.eps)
             turned = _turned(mem, self, t, mem.read(self.kv, t, t + 1, key, key + self.rope))
-            mem.write_cache(self.latent_cache, t, 0, np.concatenate([latent, turned], axis=1)[0])
+            row = np.concatenate([latent, turned], axis=1)[0]
+            mem.write_cache(self.latent_cache, t, 0, pack(row, self.lora) if self.packed else row)
 
 
 def _turned(mem: Memory, op: LatentAppend | LatentAttention, t: int, x: np.ndarray) -> np.ndarray:
@@ -100,7 +156,8 @@ class LatentAttention(Op):
     score = scale * (q . latent + q_rope . key), softmax over positions, y = sum of weights * latents.
     q [rows, heads * lora] f32: queries as latents; q_rope [rows, >= q_col + heads * (nope + rope)] f32: as
     the product left them, for the last `rope` columns of a head are rotated here, as LatentAppend does the
-    key, by table [context, rope] f32; both are rounded to the cache's type. selected [rows, topk] i32,
+    key, by table [context, rope] f32; both are rounded to the type of rows as attention takes them, the
+    cache's own, or with `packed` the one that `unpack` gives. selected [rows, topk] i32,
     when given: a token at position p attends to the first min(topk, p + 1) positions of its row, and a
     share is an even part of those, in units of CHOSEN_UNIT. Else it attends to all of [0, p], and a share
     has the pages that page_share deals to it; back ends may leave out shares without positions then. y as
@@ -126,6 +183,7 @@ class LatentAttention(Op):
     lora: int
     q_col: int
     interleave: int
+    packed: int
     topk: int  # 0 without `selected`
     splits: int
     block: int
@@ -181,7 +239,7 @@ class LatentAttention(Op):
             out += [Region(self.q, begin, end, first * self.lora, last * self.lora),
                     Region(self.q_rope, begin, end, *rotated),
                     # Tokens of the step see each other only backwards, so later ones are not read.
-                    Region(self.latent_cache, -PAST, end, 0, self.lora + self.rope)]  # fmt: skip
+                    Region(self.latent_cache, -PAST, end, 0, cache_cols(self))]  # fmt: skip
             if self.selected != NONE:
                 out.append(Region(self.selected, begin, end, 0, self.topk))
         return out
@@ -206,11 +264,12 @@ class LatentAttention(Op):
 
     def cost(self, lo: int, hi: int, dtype_bytes: int, context: int) -> Cost:
         cache_bytes = flops = 0
+        row_bytes = cache_cols(self) * (1 if self.packed else CACHE_BYTES)
         for tile in range(lo, hi):
             begin, end, _, _ = self.place(tile)
             seen = min(context + end, self.topk or context + end)
             seen = -(-seen // self.splits)
-            cache_bytes += seen * (self.lora + self.rope) * CACHE_BYTES
+            cache_bytes += seen * row_bytes
             flops += 2 * (end - begin) * self.tile_heads * seen * (2 * self.lora + self.rope)
         return Cost(0, cache_bytes, flops)
 
@@ -228,14 +287,14 @@ class LatentAttention(Op):
         cuts = self._positions(mem, t, split)
         if not cuts:
             return empty_share(self.tile_heads, self.lora).reshape(self.tile_heads, -1)
-        width = self.lora + self.rope
-        k_SC = np.concatenate(
-            [mem.read_cache(self.latent_cache, t, lo, hi, 0, width) for lo, hi in cuts]
-        ).astype(np.float32)
-        q_JC = self._queries(mem, t, g).astype(mem.buffer(self.latent_cache).dtype.numpy)
-        out_JC, m_J1, sum_J1 = weigh(
-            q_JC.astype(np.float32), k_SC, k_SC[:, : self.lora], self.scale
+        rows = np.concatenate(
+            [mem.read_cache(self.latent_cache, t, lo, hi, 0, cache_cols(self)) for lo, hi in cuts]
         )
+        if self.packed:
+            rows = unpack(rows, self.lora)
+        q_JC = self._queries(mem, t, g).astype(rows.dtype).astype(np.float32)
+        k_SC = rows.astype(np.float32)
+        out_JC, m_J1, sum_J1 = weigh(q_JC, k_SC, k_SC[:, : self.lora], self.scale)
         if self.splits == 1:
             return out_JC / sum_J1
         return np.concatenate([out_JC, m_J1, sum_J1], axis=1)

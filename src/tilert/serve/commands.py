@@ -24,7 +24,7 @@ from tilert.models import load_config
 from tilert.models.decoder import build as build_graph
 from tilert.models.load import check, dtypes
 from tilert.serve import report
-from tilert.serve.llm import LLM, Delta, context_length
+from tilert.serve.llm import LLM, Delta, context_length, with_cache_type
 from tilert.text import write_gguf_tokenizer
 from tilert.weights import open_checkpoint, resolve_model
 from tilert.weights.manifest import verify
@@ -72,7 +72,7 @@ def load(args: argparse.Namespace, **speculation: Any) -> LLM:
         return LLM(
             args.model, dtype=args.dtype, max_model_len=args.max_model_len, threads=args.threads,
             backend=args.backend, max_num_seqs=1, progress=bars, notify=_say,
-            **speculation,
+            kv_cache_dtype=args.kv_cache_dtype, **speculation,
         )  # fmt: skip
     finally:
         bars.close()
@@ -242,6 +242,7 @@ def compile_(args: argparse.Namespace) -> None:
     if args.graph:
         print(graph)
     types = dtypes(graph, config, checkpoint.tensors)
+    target = with_cache_type(target, config, args.kv_cache_dtype)
     target = with_units(graph, target, types, scales)
     outputs = args.tokens if args.tokens <= 8 else 1
     limits = Limits(args.tokens, outputs, 8, context)

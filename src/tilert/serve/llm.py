@@ -30,6 +30,7 @@ from tilert.engine.speculate import MAX_DRAFT
 from tilert.errors import UserError
 from tilert.ir import machine
 from tilert.ir.dtype import DType
+from tilert.ir.machine import Machine
 from tilert.ir.program import PAGE
 from tilert.models import load_config, mtp
 from tilert.models.config import DecoderConfig
@@ -44,6 +45,7 @@ Progress = Callable[[str, int, int], None]  # (label, done bytes, total bytes)
 GPU_RESERVE = 600_000_000  # bytes beside weights and cache: driver, kernel, activations, prompts
 SpeculativeMethod = Literal["auto", "mtp", "lookup"]
 METHODS: tuple[SpeculativeMethod, ...] = ("auto", "mtp", "lookup")
+KvCacheDtype = Literal["auto", "fp8"]
 DEFAULT_CONTEXT = 8192  # positions, unless the model has fewer or --max-model-len asks for more
 
 __all__ = ["LLM", "Delta", "RequestOutput", "SamplingParams"]
@@ -70,7 +72,9 @@ class LLM:
     sequence runs; 0 to 7, 0 is off. speculative_method: who guesses, 'mtp' (the checkpoint's layer for
     that), 'lookup' (how the text so far went on before) or 'auto', the first where it can be, but on a GPU
     the second, for with 'mtp' the host samples there; the attribute of that name is what it came to. Outputs
-    are the same either way.
+    are the same either way. kv_cache_dtype: 'fp8' keeps latents in e4m3 with a scale for 128 of them (656
+    bytes per token and layer of DeepSeek-V3.2), which only models with latent attention accept; 'auto' is
+    bf16 on a GPU and f32 on a CPU.
     progress and notify are told of loading and of compiling.
     Raises UserError for everything that is wrong with the input.
     """
@@ -80,6 +84,7 @@ class LLM:
         dtype: Literal["auto", "bfloat16", "float32"] = "auto", max_model_len: int | None = None,
         max_num_seqs: int = 8, threads: int | None = None, seed: int | None = None,
         num_speculative_tokens: int = 0, speculative_method: SpeculativeMethod = "auto",
+        kv_cache_dtype: KvCacheDtype = "auto",
         backend: Literal["cpu", "cuda", "interpreter"] = "cpu", progress: Progress | None = None,
         notify: Callable[[str], None] | None = None,
     ) -> None:  # fmt: skip
@@ -115,18 +120,20 @@ class LLM:
         self.tuning_path = Path()  # where the best settings of this card and model are kept
         if device is None:
             target = machine.cpu(self.pool.size if self.pool else threads or 2)
-            num_pages = self._num_pages(context, max_num_seqs, _available_memory() // 2, 4)
+            target = with_cache_type(target, self.config, kv_cache_dtype)
+            num_pages = self._num_pages(context, max_num_seqs, _available_memory() // 2, target)
             place: Pool | CudaRuntime | None = self.pool
             _read_ahead(checkpoint, progress)
         else:
             dtypes = {name: DType.of(array) for name, array in weights.items()}
             self.tuning_path = tune.path_of(device.name, graph, dtypes)
             size = sum(array.nbytes for array in weights.values())
-            target = with_units(graph, device.machine, dtypes, stored_scales)
+            target = with_cache_type(device.machine, self.config, kv_cache_dtype)
+            target = with_units(graph, target, dtypes, stored_scales)
             target = tune.tuned(target, device.name, size, self.tuning_path)
             own = self._layer_tensors()  # of a layer that guesses, which is loaded later
             left = _left_on(device, {**own, **weights})
-            num_pages = self._num_pages(context, max_num_seqs, left, 2)
+            num_pages = self._num_pages(context, max_num_seqs, left, target)
             place = CudaRuntime(device, graph, weights, num_pages, progress)
         described = time.perf_counter()
         self.runner = Runner(
@@ -183,10 +190,10 @@ class LLM:
             return scaling.original_max_position_embeddings or self.config.max_position_embeddings
         return self.config.max_position_embeddings if scaling.rope_type == "dynamic" else None
 
-    def _num_pages(self, context: int, sequences: int, memory: int, itemsize: int) -> int:
+    def _num_pages(self, context: int, sequences: int, memory: int, target: Machine) -> int:
         """Pages for all sequences at full length, or as many as `memory` bytes hold."""
         config = mtp.extended(self.config) if self.speculative_method == "mtp" else self.config
-        page_bytes = config.cache_elements * PAGE * itemsize
+        page_bytes = config.cache_bytes(target) * PAGE
         one = -(-context // PAGE)
         fits = memory // page_bytes
         if fits < one:
@@ -461,6 +468,19 @@ class _Request:
             self.metrics.verified.append(0)
         if event.drafted:
             self.metrics.verified[-1] += 1
+
+
+def with_cache_type(target: Machine, config: DecoderConfig, kv_cache_dtype: str) -> Machine:
+    """The machine with the caches that kv_cache_dtype asks for. Raises UserError where the model has none of
+    that type."""
+    if kv_cache_dtype not in ("auto", "fp8"):
+        raise UserError(f"kv_cache_dtype is '{kv_cache_dtype}'; accepted are auto and fp8")
+    if kv_cache_dtype == "fp8" and config.latent is None:
+        raise UserError(
+            f"kv_cache_dtype is 'fp8', but a model of type '{config.model_type}' has no latent cache;"
+            " accepted is auto"
+        )
+    return dataclasses.replace(target, packed_latents=kv_cache_dtype == "fp8")
 
 
 def _left_on(device: GpuDevice, weights: Mapping[str, np.ndarray]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from tilert.compiler.simulate import Span
@@ -74,7 +75,12 @@ def inspect(folder: Path, config: DecoderConfig, checkpoint: Checkpoint) -> str:
         )
     if config.latent is not None:
         heads = f"latents of {config.latent.kv_lora_rank} and keys of {config.head_dim} for all"
-    kv = config.cache_elements  # per position
+    # Per position.
+    on_cpu, on_gpu = config.cache_bytes(machine.cpu(1)), config.cache_bytes(machine.H100)
+    packed = ""
+    if config.latent is not None:
+        least = config.cache_bytes(replace(machine.H100, packed_latents=True))
+        packed = f", {least / 1e3:.1f} KB with --kv-cache-dtype fp8"
     dtypes = ", ".join(sorted({str(array.dtype) for array in tensors.values()}))
     lines = [
         f"{folder}",
@@ -86,12 +92,12 @@ def inspect(folder: Path, config: DecoderConfig, checkpoint: Checkpoint) -> str:
         f" sliding_window {config.sliding_window}, rope {config.rope_scaling.rope_type}",
         *([mixture] if mixture else []),
         f"parameters {parameters:,} ({dtypes}), {stored / GIB:.3f} GiB",
-        f"a token reads {per_token / 1e6:.1f} MB of weights and {kv * 4 / 1e3:.1f} KB per position of"
-        f" context on a CPU (f32), {kv * 2 / 1e3:.1f} KB on a GPU (bf16)",
+        f"a token reads {per_token / 1e6:.1f} MB of weights and {on_cpu / 1e3:.1f} KB per position of"
+        f" context on a CPU (f32), {on_gpu / 1e3:.1f} KB on a GPU (bf16){packed}",
         "",
         "machine   reads   floor per token   weights + full context",
     ]
-    total = stored + 2 * kv * config.max_position_embeddings
+    total = stored + on_gpu * config.max_position_embeddings
     for m in (machine.H100, machine.H200, machine.B200):
         fits = "fits" if total < 0.95 * CARD_BYTES[m.name] else "does not fit"
         lines.append(

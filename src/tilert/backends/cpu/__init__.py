@@ -20,6 +20,7 @@ from tilert.ir.dtype import DType
 from tilert.ir.encode import to_bytes
 from tilert.ir.program import PAGE, Buf, Buffer, Kind, Program
 from tilert.ops import Attention, IndexRope, IndexScore, LatentAppend, LatentAttention, Rope
+from tilert.ops.mla import cache_cols
 
 __all__ = ["CpuBackend", "Pool", "allocate_caches", "make_pool"]
 
@@ -83,7 +84,7 @@ def cache_shapes(program: Program) -> dict[str, tuple[int, ...]]:
             shapes[name[op.k_cache]] = (op.kv_heads, op.head_dim, PAGE)
             shapes[name[op.v_cache]] = (op.kv_heads, PAGE, op.head_dim)
         elif isinstance(op, LatentAppend | LatentAttention):
-            shapes[program.buffers[op.latent_cache].name] = (PAGE, op.lora + op.rope)
+            shapes[program.buffers[op.latent_cache].name] = (PAGE, cache_cols(op))
         elif isinstance(op, IndexRope | IndexScore):
             shapes[program.buffers[op.index_cache].name] = (PAGE, op.head_dim)
     return shapes
@@ -91,8 +92,9 @@ def cache_shapes(program: Program) -> dict[str, tuple[int, ...]]:
 
 def allocate_caches(program: Program, pages: int) -> dict[str, np.ndarray]:
     """Zeroed caches of `pages` pages for all layers; memory is taken when it is first written."""
+    types = {b.name: b.dtype.numpy for b in program.buffers}
     shapes = cache_shapes(program)
-    return {name: np.zeros((pages, *shape), np.float32) for name, shape in shapes.items()}
+    return {name: np.zeros((pages, *shape), types[name]) for name, shape in shapes.items()}
 
 
 class CpuBackend:
@@ -235,9 +237,9 @@ def _cache(
     assert buffer.name in shapes, f"cache {buffer.name} is used by no op"
     array, shape = caches.get(buffer.name), shapes[buffer.name]
     assert array is not None, f"cache {buffer.name} is missing"
-    good = array.shape[1:] == shape and array.dtype == np.float32
+    good = array.shape[1:] == shape and array.dtype == buffer.dtype.numpy
     assert good and array.flags.c_contiguous and array.flags.writeable, (
-        f"cache {buffer.name} is {array.dtype} {array.shape}, wanted f32 [pages, {shape}]"
+        f"cache {buffer.name} is {array.dtype} {array.shape}, wanted {buffer.dtype.numpy} [pages, {shape}]"
     )
     return array
 

@@ -30,6 +30,8 @@ const Kernels kernels = {
     latent_rows,
     latent_end,
     latent_scratch,
+    latent_pack,
+    latent_unpack,
     layer_norm,
     hadamard,
     index_scores,

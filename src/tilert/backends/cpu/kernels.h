@@ -56,6 +56,17 @@ struct LatentArgs {
   int64_t ldq;
   int heads, lora, rope;
   float scale;
+  bool rounded;  // queries, to bf16, as unpacked rows are
+};
+
+// Where the parts of a packed row are, in bytes; see `pack` of ops/mla.py.
+struct PackedRow {
+  int lora, rope;
+
+  static constexpr int kScaleCols = 128;  // latents of a scale
+  int scales() const { return (lora + kScaleCols - 1) / kScaleCols; }
+  int key() const { return lora + (scales() * 4 + 15) / 16 * 16; }
+  int bytes() const { return key() + 2 * rope; }
 };
 
 struct Kernels {
@@ -96,6 +107,9 @@ struct Kernels {
   void (*latent_rows)(const LatentArgs& args, const float* const* rows, int n, float* scratch);
   void (*latent_end)(const LatentArgs& args, float* y, int64_t ldy, bool partial, float* scratch);
   size_t (*latent_scratch)(int heads, int lora, int rope);
+  // A row [lora + rope] to its packed form, and from there to floats.
+  void (*latent_pack)(char* row, const float* x, const PackedRow& layout);
+  void (*latent_unpack)(float* x, const char* row, const PackedRow& layout);
 
   // For the indexer, one row each; y of index_scores for n <= kPage keys [n, dim], scratch heads *
   // kPage floats.

@@ -4,6 +4,9 @@
 // Rows of the cache are used where they lie, through pointers: selected positions are anywhere, and
 // the same row is key and value. Up to kPage rows are taken at a time, with a running maximum.
 #pragma once
+#include <algorithm>
+#include <cfloat>
+
 #include "attention.h"
 #include "kernels.h"
 
@@ -102,6 +105,69 @@ inline AttentionScratch latent_state(const LatentArgs& args, float* scratch) {
   return {scratch, args.heads, args.lora + args.rope, args.lora};
 }
 
+// Rounded to bf16, to the nearest and of two to the even one; NaNs here have no low bits that
+// carry.
+inline Vec rounded_to_bf16(Vec v) {
+  auto bits = reinterpret_cast<UInts>(v);
+  return reinterpret_cast<Vec>((bits + 0x7fffu + (bits >> 16 & 1u)) & 0xffff0000u);
+}
+inline float rounded_to_bf16(float v) { return rounded_to_bf16(splat(v))[0]; }
+
+// The nearest e4m3, of two the even one; what is too large becomes the largest, 448.
+inline uint8_t e4m3_of(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  const uint32_t sign = bits >> 24 & 0x80u, size = bits & 0x7fffffffu;
+  float magnitude;
+  std::memcpy(&magnitude, &size, 4);
+  if (magnitude != magnitude) return sign | 0x7f;
+  if (magnitude >= 448.0f) return sign | 0x7e;
+  if (magnitude < 0x1p-6f) {  // subnormal: multiples of 2^-9, the last place of 2^14
+    float sum = magnitude + 0x1p14f;
+    std::memcpy(&bits, &sum, 4);
+    return sign | (bits & 15u);
+  }
+  return sign | ((size + 0x7ffffu + (size >> 20 & 1u)) >> 20) - (127 - 7) * 8;
+}
+
+inline void latent_pack(char* row, const float* x, const PackedRow& layout) {
+  std::memset(row + layout.lora, 0, layout.key() - layout.lora);
+  for (int tile = 0; tile < layout.scales(); tile++) {
+    const int first = tile * PackedRow::kScaleCols;
+    const int end = std::min(first + PackedRow::kScaleCols, layout.lora);
+    float most = 0.0f;
+    for (int i = first; i < end; i++) most = std::max(most, std::abs(x[i]));
+    const float scale = std::max(most / 448.0f, FLT_MIN);
+    for (int i = first; i < end; i++) row[i] = static_cast<char>(e4m3_of(x[i] / scale));
+    std::memcpy(row + layout.lora + tile * 4, &scale, 4);
+  }
+  for (int i = 0; i < layout.rope; i++) {
+    const float v = rounded_to_bf16(x[layout.lora + i]);
+    uint32_t bits;
+    std::memcpy(&bits, &v, 4);
+    const auto half = static_cast<uint16_t>(bits >> 16);
+    std::memcpy(row + layout.key() + 2 * i, &half, 2);
+  }
+}
+
+inline void latent_unpack(float* x, const char* row, const PackedRow& layout) {
+  const auto* latents = reinterpret_cast<const F8*>(row);
+  for (int tile = 0; tile < layout.scales(); tile++) {
+    float scale;
+    std::memcpy(&scale, row + layout.lora + tile * 4, 4);
+    int i = tile * PackedRow::kScaleCols;
+    const int end = std::min(i + PackedRow::kScaleCols, layout.lora);
+    for (; i + kLanes <= end; i += kLanes) store(x + i, rounded_to_bf16(load(latents + i) * scale));
+    if (i < end)
+      store_tail(x + i, rounded_to_bf16(load_tail(latents + i, end - i) * scale), end - i);
+  }
+  for (int i = 0; i < layout.rope; i++) {
+    Bf16 v;
+    std::memcpy(&v, row + layout.key() + 2 * i, 2);
+    x[layout.lora + i] = widen(v);
+  }
+}
+
 // Scaled queries, latent and rotated part side by side as rows of the cache are.
 inline void latent_begin(const LatentArgs& args, float* scratch) {
   AttentionScratch s = latent_state(args, scratch);
@@ -109,8 +175,11 @@ inline void latent_begin(const LatentArgs& args, float* scratch) {
     float* q = s.q + static_cast<int64_t>(j) * (args.lora + args.rope);
     const float* latent = args.q + static_cast<int64_t>(j) * args.lora;
     const float* rotated = args.q_rope + j * args.ldq;
-    for (int i = 0; i < args.lora; i++) q[i] = latent[i] * args.scale;
-    for (int i = 0; i < args.rope; i++) q[args.lora + i] = rotated[i] * args.scale;
+    const auto element = [&](float v) {
+      return (args.rounded ? rounded_to_bf16(v) : v) * args.scale;
+    };
+    for (int i = 0; i < args.lora; i++) q[i] = element(latent[i]);
+    for (int i = 0; i < args.rope; i++) q[args.lora + i] = element(rotated[i]);
     for (int i = 0; i < args.lora; i++) s.out[static_cast<int64_t>(j) * args.lora + i] = 0.0f;
     s.top[j] = -INFINITY;
     s.total[j] = 0.0f;

@@ -14,6 +14,7 @@ int64_t bytes_of(DType dtype) {
     case DType::kF16:
       return 2;
     case DType::kF8E4M3:
+    case DType::kU8:
       return 1;
   }
   return 0;
@@ -37,7 +38,7 @@ Bank Operands::bank(int buffer, int bank, int64_t rows, int64_t cols) const {
   const std::string name = "weight " + std::to_string(buffer);
   const BufferRecord& b = find(buffer, int64_t{bank} * rows, cols);
   Weight one{nullptr, dtype_of(b)};
-  if (one.dtype == DType::kI32) reject(name + " is not of floats");
+  if (one.dtype == DType::kI32 || one.dtype == DType::kU8) reject(name + " is not of floats");
   if ((one.dtype == DType::kF8E4M3) != (b.scale >= 0)) {
     reject(name + " has block scales and no e4m3, or lacks them");
   }
@@ -93,15 +94,20 @@ int32_t* Operands::ints(int buffer, int64_t rows, int64_t cols) const {
 }
 
 Cache Operands::cache(int buffer, int64_t kv_heads, int64_t head_dim) const {
-  const BufferRecord& b = find(buffer, 1, kv_heads * head_dim);
-  if (b.cols != kv_heads * head_dim)
-    reject("cache " + std::to_string(buffer) + " has more columns");
-  if (static_cast<Kind>(b.kind) != Kind::kCACHE || dtype_of(b) != DType::kF32) {
-    reject("buffer " + std::to_string(buffer) + " is not a cache of f32");
+  const PagedRows found = rows(buffer, DType::kF32, kv_heads * head_dim);
+  return {reinterpret_cast<float*>(found.data), found.pages};
+}
+
+PagedRows Operands::rows(int buffer, DType dtype, int64_t cols) const {
+  const BufferRecord& b = find(buffer, 1, cols);
+  if (b.cols != cols) reject("cache " + std::to_string(buffer) + " has more columns");
+  if (static_cast<Kind>(b.kind) != Kind::kCACHE || dtype_of(b) != dtype) {
+    reject("buffer " + std::to_string(buffer) + " is not a cache of " +
+           (dtype == DType::kF32 ? "f32" : "bytes"));
   }
-  const int64_t page_bytes = kv_heads * head_dim * kPage * 4;
-  const int64_t pages = static_cast<int64_t>(memory_[buffer].front().size) / page_bytes;
-  return {reinterpret_cast<float*>(memory_[buffer].front().data), pages};
+  const Bytes& memory = memory_[buffer].front();
+  const int64_t row_bytes = cols * bytes_of(dtype);
+  return {memory.data, static_cast<int64_t>(memory.size) / (row_bytes * kPage), row_bytes};
 }
 
 void Operands::require(bool condition, const char* what) const {

@@ -29,6 +29,16 @@ struct Cache {
   int64_t pages = 0;
 };
 
+// A cache of one row for each position, of elements of any type.
+struct PagedRows {
+  char* data = nullptr;
+  int64_t pages = 0, row_bytes = 0;
+
+  char* at(int64_t page, int position) const {
+    return data + (page * kPage + position % kPage) * row_bytes;
+  }
+};
+
 class Operands {
  public:
   Operands(const Program& program, int op, const Memory& memory)
@@ -44,6 +54,7 @@ class Operands {
   Floats floats(int buffer, int64_t rows, int64_t cols) const;
   int32_t* ints(int buffer, int64_t rows, int64_t cols) const;
   Cache cache(int buffer, int64_t kv_heads, int64_t head_dim) const;
+  PagedRows rows(int buffer, DType dtype, int64_t cols) const;
 
   // Throws unless the condition holds; `what` completes "op 3 (linear): ".
   void require(bool condition, const char* what) const;

@@ -212,6 +212,8 @@ def _check_heads(program: Program, op: Attend) -> None:
 
 
 def _latent(program: Program, op: LatentAppend | LatentAttention, tags: Tags) -> str:
+    if op.packed:
+        raise UserError("kv_cache_dtype is 'fp8'; the back end 'cuda' accepts auto; 'cpu' runs it")
     width, slot = op.lora + op.rope, program.machine.slot_bytes
     nope = op.nope if isinstance(op, LatentAttention) else 0
     if op.lora % 16 or op.rope % 16 or nope % 4 or 2 * UNIT_ROWS * width > slot:
