@@ -54,9 +54,11 @@ from tilert.models import load_config
 from tilert.models.config import DecoderConfig
 from tilert.models.decoder import build as build_graph
 from tilert.models.derived import ROPE_TABLE, tensor_parts
+from tilert.models.latent import LatentConfig
 from tilert.models.rotary import rotary_table
 from tilert.models.shards import part_of
 from tilert.serve import trace
+from tilert.serve.llm import with_cache_type
 
 STEPS, BLOCK = 127, (128, 128)
 TRACED, SKIPPED = 8, 2  # steps of a launch with the trace on, and how many of them are not counted
@@ -94,6 +96,7 @@ class Asked:
     layers: int
     context: int
     window: int
+    kv_cache_dtype: str = "auto"
 
     @property
     def config(self) -> DecoderConfig:
@@ -127,7 +130,8 @@ def described(asked: Asked) -> tuple[Graph, dict[str, DType], dict[str, Scale]]:
 def compiled(asked: Asked, machine: Machine, tokens: int) -> Program:
     """The program of so many tokens; compiled once, then kept on disk."""
     graph, dtypes, scales = described(asked)
-    target = with_units(graph, machine, dtypes, scales)
+    target = with_cache_type(machine, asked.config, asked.kv_cache_dtype)
+    target = with_units(graph, target, dtypes, scales)
     if asked.window:
         target = replace(target, window=asked.window)
     limits = Limits(tokens, tokens, 1, asked.context)
@@ -162,11 +166,18 @@ def fill(memory: Memory, buffer: Buffer, *, scale: bool) -> None:
             tensor.view(types[buffer.dtype]).normal_(base, size)
 
 
-def fill_cache(memory: Any, dtype: DType) -> None:
+def fill_cache(memory: Any, buffer: Buffer, latent: LatentConfig) -> None:
     """Random latents, and keys of the indexer with their scales, for all positions."""
     import torch
 
-    if dtype is DType.BF16:
+    from tilert.backends.cuda.prompt_latent import packed
+
+    dtype = buffer.dtype
+    if dtype is DType.U8:
+        for part in memory.tensor.view(-1, buffer.cols).split(CHUNK // buffer.cols):
+            rows = torch.randn(len(part), latent.cache_width, device=part.device)
+            part.copy_(packed(rows.mul_(0.5), latent.kv_lora_rank))
+    elif dtype is DType.BF16:
         memory.tensor.view(torch.bfloat16).normal_(0, 0.5)
     elif dtype is DType.F32:
         memory.tensor.view(torch.float32).uniform_(0.005, 0.02)
@@ -194,9 +205,10 @@ class Rank:
             else:
                 fill(memory, buffer, scale=index in scales)
         for name, shape in cache_shapes(program, self.pages).items():
-            dtype = program.buffers[program.buffer_ids[name]].dtype
-            self.homes[name] = device.allocate(dtype.bytes * int(np.prod(shape)))
-            fill_cache(self.homes[name], dtype)
+            buffer, latent = program.buffers[program.buffer_ids[name]], asked.config.latent
+            assert latent is not None, f"{asked.name} has no latent attention"
+            self.homes[name] = device.allocate(buffer.dtype.bytes * int(np.prod(shape)))
+            fill_cache(self.homes[name], buffer, latent)
         self.rows = step_rows(program, device.shared_bytes)
         self.backends: dict[int, CudaBackend] = {}
 
@@ -332,6 +344,8 @@ def arguments() -> argparse.Namespace:
                         help="positions before, with commas")  # fmt: skip
     parser.add_argument("--tokens", type=numbers, default=[1], help="of a step, with commas: 1,4")
     parser.add_argument("--window", type=int, default=0, help="units under way (0: the card's)")
+    parser.add_argument("--kv-cache-dtype", choices=["auto", "fp8"], default="auto",
+                        help="fp8: latents in e4m3 with scales (default: bf16)")  # fmt: skip
     parser.add_argument("--processes", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=5, help="in each process")
     parser.add_argument("--ops", action="store_true", help="also what each op costs, and the trace")
@@ -356,7 +370,7 @@ def asked_of(args: argparse.Namespace) -> Asked:
     """What the command line asks for."""
     positions = max(args.inputs) + STEPS + max(args.tokens)
     context = -(-positions // PAGE) * PAGE
-    return Asked(args.model, args.devices, args.layers, context, args.window)
+    return Asked(args.model, args.devices, args.layers, context, args.window, args.kv_cache_dtype)
 
 
 def child(given: dict[str, Any], device: Any) -> Any:

@@ -250,6 +250,7 @@ template <int kId, int kThreads>
 void sync_threads() {
   emulator::barrier(kId, kThreads);
 }
+inline void sync_pair(u32 id) { emulator::barrier(id, 64); }
 template <int>
 void keep_registers() {}
 template <int>

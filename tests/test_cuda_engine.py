@@ -68,18 +68,24 @@ def test_tokens_equal_the_cpu(glassllm: Path, device: EmulatedDevice) -> None:
         assert answers(gpu, params) == answers(cpu, params)
 
 
-@pytest.mark.parametrize(("name", "alike"), [("deepseek_v3", 12), ("glm_moe_dsa", 6)])
+@pytest.mark.parametrize(
+    ("name", "alike", "kept"),
+    [("deepseek_v3", 12, "auto"), ("glm_moe_dsa", 6, "auto"), ("deepseek_v3", 9, "fp8")],
+)
 def test_latent_attention_under_the_engine(
-    name: str, alike: int, device: EmulatedDevice, tmp_path: Path
+    name: str, alike: int, kept: str, device: EmulatedDevice, tmp_path: Path
 ) -> None:
     """Whole models, experts and shared choices of positions among their layers: the tokens that the
     interpreter gives on a machine that rounds less. Of the keys by which positions are chosen (8 of 6 to
-    17 here) that is so much less that other positions are chosen at some time."""
+    17 here) that is so much less that other positions are chosen at some time; latents in FP8 that lie
+    between two numbers become the other one."""
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4, "vocab_size": 96,
              "num_key_value_heads": 4, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "v_head_dim": 16,
              "qk_rope_head_dim": 16, "q_lora_rank": 32, "moe_intermediate_size": 32}  # fmt: skip
     families.make(name, tmp_path, torch.bfloat16, **sizes)
-    options: dict[str, Any] = {"skip_tokenizer_init": True, "max_model_len": 64}
+    options: dict[str, Any] = {
+        "skip_tokenizer_init": True, "max_model_len": 64, "kv_cache_dtype": kept,
+    }  # fmt: skip
     params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
     exact = LLM(tmp_path, backend="interpreter", **options)
     gpu = LLM(tmp_path, backend="cuda", **options)

@@ -147,6 +147,16 @@ def test_no_op_spills_in_its_loops(name: str, tmp_path: Path) -> None:
         assert used.stack == used.spill_stores == used.spill_loads == 0, (number, used)
 
 
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_packed_latents_do_not_spill(tokens: int, tmp_path: Path) -> None:
+    source = source_of("deepseek-v3.2", "sm_90a", tokens, packed_latents=True)
+    kinds = re.findall(r"using V(\d+) = (Latent\w+)<", source.headers["variants.h"])
+    assert {kind for _, kind in kinds} == {"LatentAppend", "LatentAttention"}
+    for number, kind in kinds:
+        used = resources(source, [number], "sm_90a", tmp_path)
+        assert used.stack == used.spill_stores == used.spill_loads == 0, (kind, used)
+
+
 def test_what_verifies_and_makes_guesses_does_not_spill(tmp_path: Path) -> None:
     config = load_config({**BASE, **SHAPES["deepseek-v3.2"], "num_nextn_predict_layers": 1})
     graph, layer = build_graph(config, 8192, hidden=True), mtp.build(config, 8192, ())

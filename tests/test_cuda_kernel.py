@@ -32,7 +32,8 @@ from tilert.models import load_config
 from tilert.models.decoder import build as build_graph
 from tilert.models.derived import ROPE_TABLE
 from tilert.models.rotary import rotary_table
-from tilert.ops import Attend, Linear
+from tilert.ops import Attend, LatentAttention, Linear
+from tilert.ops.mla import pack
 from tilert.serve import replay
 
 Devices = Callable[..., GpuDevice]  # called with the seed of an order of threads
@@ -115,6 +116,12 @@ MODELS: dict[str, tuple[dict[str, Any], DType, int, dict[str, int]]] = {
     # So many shares that all warps merge them, and heads that are merged in parts.
     "latent-shares": ({**INDEX, "num_hidden_layers": 1, "indexer_types": ["full"], "index_topk": 150,
                        "kv_lora_rank": 128}, DType.BF16, 5, {"splits": 12, "slot_bytes": 8704}),
+    # Latents in FP8: of one scale, of which a part is chosen, and of four scales.
+    "packed-latent": ({**LATENT, "rope_interleave": False}, DType.BF16, 3, {"packed_latents": True}),
+    "packed-indexed": ({**INDEX, "kv_lora_rank": 48}, DType.BF16, 3, {"packed_latents": True}),
+    "packed-512": ({**INDEX, "num_hidden_layers": 1, "indexer_types": ["full"], "index_topk": 150,
+                    "kv_lora_rank": 512, "qk_rope_head_dim": 64, "index_head_dim": 64},
+                   DType.BF16, 5, {"slots": 9, "slot_bytes": 20480, "packed_latents": True}),
     "qwen3-moe": ({"model_type": "qwen3_moe", **EXPERTS}, DType.BF16, 4, {}),
 }  # fmt: skip
 
@@ -170,6 +177,14 @@ def loaded(
             homes[b.name].write(np.concatenate([weights[part].ravel() for part in b.parts]))
     for name, shape in cuda.cache_shapes(program, pages).items():
         dtype = program.buffers[program.buffer_ids[name]].dtype
+        if dtype is DType.U8:  # latents
+            op = next(op for op in program.ops if isinstance(op, LatentAttention))
+            rows = 0.5 * rng.standard_normal((pages * PAGE, op.lora + op.rope)).astype(np.float32)
+            stored = np.stack([pack(row, op.lora) for row in rows]).reshape(shape)
+            homes[name] = device.allocate(stored.nbytes)
+            homes[name].write(stored)
+            interpreter.memory.arrays[program.buffer_ids[name]][:] = stored[:, 0]
+            continue
         past = 0.5 * rng.standard_normal(shape)
         past = (np.abs(past) if dtype is DType.F32 else past).astype(dtype.numpy)  # scales
         homes[name] = device.allocate(past.nbytes)
@@ -242,6 +257,8 @@ TOGETHER = [
     *product(["llama", "fp8-wide-blocks", "latent-indexed"], ["one-of-two"]),
     *product(["llama-f16", "latent-indexed-128"], ["over-a-page-border"]),
     ("latent-shares", "drafts-in-a-batch"),
+    ("packed-512", "drafts-in-a-batch"),
+    ("packed-indexed", "over-a-page-border"),
 ]
 
 
@@ -310,7 +327,7 @@ def test_several_sequences_in_one_launch(name: str, devices: Devices) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["llama", "qwen3", "one-slot-in-flight", "deep-ring", "latent-indexed"]
+    "name", ["llama", "qwen3", "one-slot-in-flight", "deep-ring", "latent-indexed", "packed-512"]
 )
 def test_any_order_of_threads_gives_the_same_bits(name: str, devices: Devices) -> None:
     program, weights = compiled(name)
@@ -366,7 +383,7 @@ def test_one_worker_hands_over_by_the_barrier_between_its_runs(
     assert all(right(seed) for seed in range(24)) is barrier
 
 
-@pytest.mark.parametrize("name", ["llama", "deep-ring", "latent"])
+@pytest.mark.parametrize("name", ["llama", "deep-ring", "latent", "packed-latent"])
 def test_one_launch_equals_many(name: str, devices: Devices) -> None:
     program, weights = compiled(name)
     made, _ = loaded(program, weights, devices())

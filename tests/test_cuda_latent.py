@@ -27,6 +27,7 @@ from tilert.models.decoder import build
 from tilert.models.derived import ROPE_TABLE
 from tilert.ops import IndexRope, LatentAttention
 from tilert.ops.index import share_positions
+from tilert.ops.mla import unpack
 
 ONE_LAYER = {"num_hidden_layers": 1, "indexer_types": ["full"]}
 # Lengths at which everything is chosen, all but one, a page and a bit, and most is not.
@@ -203,13 +204,18 @@ def test_all_positions_chosen_is_attention_to_all(
     assert np.abs(logits[0][1] - logits[1][1]).max() < 0.02 * np.abs(logits[0][1]).max()
 
 
+@pytest.mark.parametrize("packed", [False, True])
 def test_prompts_leave_what_the_kernel_reads(
-    devices: Devices, monkeypatch: pytest.MonkeyPatch
+    packed: bool, devices: Devices, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same tokens as a prompt through PyTorch and one by one through the kernel: logits, and rows of
-    latents and of the indexer's keys, which are swizzled and quantised."""
-    changes = {**INDEX, **ONE_LAYER}
-    program, weights = compiled(monkeypatch, changes, 3)
+    """The same tokens as a prompt through PyTorch, in two runs, and one by one through the kernel: logits,
+    and rows of latents and of the indexer's keys, which are swizzled and quantised. Packed ones have two
+    scales, and are all chosen."""
+    changes, machine, lora = {**INDEX, **ONE_LAYER}, dict[str, int](), 160
+    if packed:
+        changes |= {"kv_lora_rank": lora, "index_topk": 40}
+        machine = {"slots": 8, "slot_bytes": 8192, "packed_latents": True}
+    program, weights = compiled(monkeypatch, changes, 3, **machine)
     made, _ = loaded(program, weights, devices())
     tokens = [(5 * i + 3) % 96 for i in range(28)]
     for position, token in enumerate(tokens):
@@ -218,7 +224,8 @@ def test_prompts_leave_what_the_kernel_reads(
     config = load_config({k: v for k, v in {**kernel.BASE, **changes}.items() if v is not None})
     tensors = {n: torch.tensor(w.astype(np.float32)) for n, w in weights.items()}
     tensors = {n: t if n == ROPE_TABLE else t.to(torch.bfloat16) for n, t in tensors.items()}
-    types = {"latent": torch.bfloat16, "index": torch.float8_e4m3fn, "index_scale": torch.float32}
+    types = {"latent": torch.uint8 if packed else torch.bfloat16, "index": torch.float8_e4m3fn,
+             "index_scale": torch.float32}  # fmt: skip
     caches = {
         name: torch.zeros(shape, dtype=types[name.split(".")[2].removesuffix("_cache")])
         for name, shape in cuda.cache_shapes(program, kernel.PAGES).items()
@@ -226,7 +233,8 @@ def test_prompts_leave_what_the_kernel_reads(
     graph = build(config, kernel.CONTEXT)
     tensors, _ = families.stacked(graph, tensors, {})
     runner = PromptRunner(graph, tensors, caches, {})
-    logits = runner.run(tokens, 0, kernel.TABLE, [len(tokens) - 1])[0].numpy()
+    runner.run(tokens[:9], 0, kernel.TABLE, [])
+    logits = runner.run(tokens[9:], 9, kernel.TABLE, [len(tokens) - 10])[0].numpy()
     assert np.abs(made.read("logits")[0] - logits).max() < 0.02 * np.abs(logits).max()
     rows: dict[str, list[torch.Tensor]] = {}
     for name, cache in caches.items():
@@ -237,12 +245,16 @@ def test_prompts_leave_what_the_kernel_reads(
             np.uint8,
         )
         own = torch.from_numpy(mine).view(cache.dtype).view(len(tokens), -1)
-        rows[name.split(".")[2]] = [own.float(), page[: len(tokens)].float()]
+        rows[name.split(".")[2]] = found = [own, page[: len(tokens)]]
+        if cache.dtype is torch.uint8:
+            assert (own != page[: len(tokens)])[:, :lora].float().mean() < 0.1
+            found[:] = (torch.from_numpy(unpack(x.numpy(), lora).astype(np.float32)) for x in found)
+    rows = {name: [x.float() for x in pair] for name, pair in rows.items()}
     scales = rows.pop("index_scale_cache")
     rows["index_cache"] = [k * scale for k, scale in zip(rows["index_cache"], scales, strict=True)]
     for name, (own, prompt) in rows.items():
         # A sum that rounds the other way moves an e4m3 by a step, an eighth of itself at most.
-        most = 0.13 if name == "index_cache" else 0.02
+        most = 0.13 if name == "index_cache" or packed else 0.02
         assert ((own - prompt).abs() <= most * prompt.abs().clamp(min=1)).all(), name
 
 

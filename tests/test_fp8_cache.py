@@ -15,6 +15,7 @@ from test_models import own_logits, tokens_for
 
 from tilert import SamplingParams
 from tilert.backends.cpu import CpuBackend
+from tilert.backends.cuda import prompt_latent
 from tilert.backends.interpreter import Interpreter
 from tilert.errors import UserError
 from tilert.ops.mla import pack, packed_bytes, unpack
@@ -78,6 +79,21 @@ def test_a_packed_row_is_what_pytorch_makes_of_it(lora: int, rope: int, size: in
     spread = np.abs(plain[:, :lora]).max(axis=1, keepdims=True) / 448 * 2.0**-10
     moved = np.abs(widened - plain)[:, :lora]
     assert (moved <= np.maximum(np.abs(plain[:, :lora]) * (2.0**-4 + 2.0**-8), spread)).all()
+
+
+@pytest.mark.parametrize(("lora", "rope"), [(512, 64), (160, 8), (576, 64)])
+def test_prompts_pack_the_same_bytes(lora: int, rope: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What PyTorch makes of rows for prompts on a GPU, and of bytes, a few rows at a time."""
+    monkeypatch.setattr(prompt_latent, "MOST", 4 * lora)
+    plain = rows(21, lora, rope)
+    plain[3] = 0
+    stored = np.stack([pack(row, lora) for row in plain])
+    own = prompt_latent.packed(torch.from_numpy(plain)[:, None], lora)
+    assert own.shape == (21, 1, packed_bytes(lora, rope))
+    assert (own[:, 0].numpy() == stored).all()
+    widened = prompt_latent.unpacked(torch.from_numpy(stored), lora)
+    assert widened.dtype == torch.bfloat16
+    assert (widened.float().numpy() == unpack(stored, lora).astype(np.float32)).all()
 
 
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])

@@ -45,8 +45,8 @@ def with_units(
 
 
 def cache_unit(ops: Sequence[Op]) -> int:
-    """Bytes of the largest unit that is cut from a cache of latents (bf16) or of an indexer's keys (e4m3,
-    a page with its scales)."""
+    """Bytes of the largest unit that is cut from a cache of latents (bf16, which packed rows become in their
+    slot) or of an indexer's keys (e4m3, a page with its scales)."""
     latents = [
         2 * LATENT_ROWS * (op.lora + op.rope) for op in ops if isinstance(op, LatentAttention)
     ]

@@ -2,6 +2,7 @@
 #pragma once
 #include "combine.cuh"
 #include "heads.cuh"
+#include "packed.cuh"
 
 // Element `e` of a rotated piece of kRope elements; x: the elements before. Interleaved: neighbours
 // are pairs, and the first elements of all pairs come before the second ones.
@@ -40,7 +41,7 @@ __device__ __forceinline__ u32 first_of_sequence(const Block& b, u32 token) {
 // run.w: the cache, run.norm: weight of the latent's norm, run.bias_up: the rope table, run.x: the
 // latent and the shared key. A warp takes a token.
 template <int kRope, int kLora, bool kInterleaved, bool kTagged, class Norm, u32 kEpsBits,
-          int kKvPitch>
+          int kKvPitch, bool kPacked>
 struct LatentAppend {
   static constexpr int kWidth = kLora + kRope;
   static constexpr int kLoads = (kWidth + 31) / 32, kTurned = (kRope + 31) / 32;
@@ -55,7 +56,12 @@ struct LatentAppend {
   static __device__ __forceinline__ bool consume(Block& b, const Run& run) {
     if (!wait_for_inputs<false>(b, run)) return false;
     static_assert(kTokens <= kWarps, "a warp for each token");
-    if (const u32 token = warp(); token < kTokens && given(b, token)) append(b, run, token);
+    if (const u32 token = warp(); token < kTokens && given(b, token)) {
+      if constexpr (kPacked)
+        append_packed(b, run, token);
+      else
+        append(b, run, token);
+    }
     sync_consumers();
     if (thread() == 0) signal<false>(b, run);
     return true;
@@ -93,6 +99,23 @@ struct LatentAppend {
           turned<kRope, kInterleaved>([&](int from) { return row[kLora + from]; }, angles, e);
       to[swizzle<kWidth>(at, column / 8) * 8 + column % 8] = u16(pack_bf16(v, 0));
     }
+    fence_proxy();  // others will stream what is new
+  }
+
+  static __device__ __forceinline__ void append_packed(Block& b, const Run& run, u32 token) {
+    using Row = Packed<kLora, kRope>;
+    float* from = reinterpret_cast<Scratch*>(b.scratch)->row[token];
+    const float factor = fetch(b, run, token, from);
+    const float* angles = angles_of<kRope>(b, run, token);
+    const u32 position = b.position(token), page = physical_page(b, token, position);
+    u8* row = const_cast<u8*>(run.w) + (u64(page) * kPage + position % kPage) * Row::kRowBytes;
+    auto weight = reinterpret_cast<const typename Norm::Bits*>(run.norm);
+    Row::put_latents(row, [&](u32 e) { return from[e] * factor * Norm::widen(__ldg(weight + e)); });
+    u16* key = reinterpret_cast<u16*>(row + Row::kKey);
+    auto raw = [&](int e) { return from[kLora + e]; };
+#pragma unroll 1
+    for (u32 e = lane(); e < kRope; e += 32)
+      key[e] = u16(pack_bf16(turned<kRope, kInterleaved>(raw, angles, e), 0));
     fence_proxy();  // others will stream what is new
   }
 

@@ -22,6 +22,7 @@ from tilert.ops import (
     Select,
 )
 from tilert.ops.attend import QUERY_ROWS, block_tokens
+from tilert.ops.mla import cache_cols
 
 SLOT_PAD = 128  # bytes behind a slot: rows that are not aligned arrive with their neighbours' bytes
 DRAW_BYTES = 13 << 10  # struct DrawScratch
@@ -193,7 +194,8 @@ def _latent_bytes(op: LatentAttention, tokens: int) -> int:
     share = -(-op.topk // op.splits)
     listed = -(-share // UNIT_ROWS) * UNIT_ROWS + 4
     taken = 16 * (MAX_UNITS * UNIT_ROWS + 8)  # scores of both halves of a row, weights in bf16
-    return 2 * (16 + tokens) * (op.lora + op.rope) + (2 * 4 + 2) * taken + 4 * (16 + listed)
+    row_bytes = cache_cols(op) * (1 if op.packed else 2)
+    return 32 * (op.lora + op.rope) + tokens * row_bytes + (2 * 4 + 2) * taken + 4 * (16 + listed)
 
 
 def _score_bytes(op: IndexScore, tokens: int) -> int:

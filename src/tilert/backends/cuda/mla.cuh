@@ -1,6 +1,6 @@
 // Latent attention: query heads over one row per position, whose first kLora elements are its
 // values too. Pages are stored as [64 positions][kLora + kRope] bf16, with the 16-byte pieces of a
-// row permuted (see swizzle).
+// row permuted (see swizzle), or as packed rows, which become such rows in their slot of the ring.
 //
 // A unit of the ring is 16 positions. The warps take a few units together: first two warps score
 // the positions of a unit with all heads of the tile, which are the rows of A, each by half of a
@@ -70,24 +70,29 @@ struct Walk {
 // run.bias_up: the rope table, run.x3: the chosen positions.
 template <int kHeads, int kTileHeads, int kNope, int kRope, int kLora, int kSplits, int kTopk,
           bool kInterleaved, bool kTagged, bool kRopeTagged, bool kTagsOut, u32 kScaleBits,
-          int kQPitch, int kRopePitch>
+          int kQPitch, int kRopePitch, bool kPacked>
 struct LatentAttention {
-  static constexpr int kWidth = kLora + kRope, kRowBytes = 2 * kWidth;
+  using Row = Packed<kLora, kRope>;
+  static constexpr int kWidth = kLora + kRope, kRowBytes = kPacked ? Row::kRowBytes : 2 * kWidth;
   static constexpr int kUnitRows = 16, kUnitBytes = kUnitRows * kRowBytes;
+  static constexpr int kSlotRows = 2 * kUnitRows * kWidth;  // bytes of the rows of a unit as bf16
+  static constexpr int kFirst = kSlotRows - kUnitBytes;     // where they are copied to
   static_assert(kWidth % 16 == 0 && kLora % 16 == 0 && kNope % 4 == 0 && kTileHeads <= 16, "shape");
-  static_assert(kUnitBytes <= kSlotBytes, "16 positions fit a slot");
+  static_assert(kSlotRows <= kSlotBytes, "16 positions fit a slot");
   static constexpr int kUnits = kTakenUnits;  // taken together
   static_assert(kUnits <= kSlots && kUnits <= kWarps / 2 && kHeads % kTileHeads == 0,
                 "units fit the ring, and have two warps each");
   static constexpr int kGroups = kHeads / kTileHeads;
   static constexpr int kTake = kUnits * kUnitRows;
-  static constexpr int kSteps = kWidth / 16, kHalf = (kSteps + 1) / 2, kRowPieces = kWidth / 8;
+  static constexpr int kSteps = kWidth / 16, kHalf = (kSteps + 1) / 2;
+  static constexpr int kRowPieces = kRowBytes / 16;
   static constexpr int kColumns = kLora / 16;                    // blocks of columns of values
   static constexpr int kOwn = (kColumns + kWarps - 1) / kWarps;  // of a warp
   static constexpr int kPitch = kTake + 8;                       // no bank conflicts
   static constexpr int kListed =                                 // positions of a share at most
       ((kTopk + kUnitRows - 1) / kUnitRows + kSplits - 1) / kSplits * kUnitRows;
   static constexpr int kYPitch = kLora + 2;
+  static constexpr u32 kPairBarrier = 3;  // of the first unit's warps; others have 0 to 2
   static constexpr int kLatents = kTileHeads * kLora / 4;  // pieces of four elements of queries
   static constexpr int kLoads = (kLatents + kThreads - 1) / kThreads;
   static constexpr int kTurned = kTileHeads * kRope / 4;  // pieces of two pairs
@@ -97,7 +102,7 @@ struct LatentAttention {
 
   struct Scratch {
     u16 q[16 * kWidth];
-    u16 made[kTokens][kWidth];                // the rows that the step appends, as they are stored
+    u16 made[kTokens][kRowBytes / 2];         // the rows that the step appends, as they are stored
     alignas(16) float scores[2][16][kPitch];  // of both halves of a row
     alignas(16) u16 weights[16][kPitch];
     float fade[16];
@@ -132,7 +137,7 @@ struct LatentAttention {
           if (share.listed)
             copy_rows(l, run, scratch.rows + share.from - share.first + row);
           else
-            l.copy(0, run.w + row_at(b, at.token, share.from + row), kUnitBytes);
+            l.copy(kFirst, run.w + row_at(b, at.token, share.from + row), kUnitBytes);
           l.next();
         }
     }
@@ -169,7 +174,7 @@ struct LatentAttention {
   static __device__ __forceinline__ void copy_rows(Loader& l, const Run& run, const u32* rows) {
 #pragma unroll 2
     for (int r = 0; r < kUnitRows; ++r)
-      l.copy(r * kRowBytes, run.w + u64(load_shared(rows + r)) * kRowBytes, kRowBytes);
+      l.copy(kFirst + r * kRowBytes, run.w + u64(load_shared(rows + r)) * kRowBytes, kRowBytes);
   }
 
   // Where the chosen positions of a share lie; the last unit is filled up with the last of them,
@@ -339,6 +344,9 @@ struct LatentAttention {
       const u32 from = share.from + mine * kUnitRows;
       const u32 end = min(from + kUnitRows, share.from + share.rows);
       if (!share.listed && end > fresh) replace(me, unit, max(from, fresh), end, fresh, scratch);
+      if constexpr (kPacked)
+        Row::template widen<kUnitRows>(reinterpret_cast<u8*>(unit), me.thread % 64,
+                                       kPairBarrier + mine);
       score(me, scratch, unit, rows ? rows + mine * kUnitRows : nullptr);
     }
     sync_consumers();
@@ -369,7 +377,7 @@ struct LatentAttention {
     for (u32 position = begin; position < end; ++position)
 #pragma unroll 1
       for (u32 piece = me.lane; piece < kRowPieces; piece += 32)
-        reinterpret_cast<uint4*>(unit + position % kUnitRows * kWidth)[piece] =
+        reinterpret_cast<uint4*>(unit + (kFirst + position % kUnitRows * kRowBytes) / 2)[piece] =
             reinterpret_cast<const uint4*>(scratch.made[position - fresh])[piece];
     fence_proxy();  // the copy engine will write to this slot again
     __syncwarp();
@@ -377,7 +385,8 @@ struct LatentAttention {
 
   // Where a lane finds the pieces c + h of a row, c a constant and h its own, less than the power
   // of two that c is a multiple of: (c + h) ^ key is (c & ~7) + ((c & 7) ^ (h ^ key)). from: the
-  // row of a page that it was, which tells how its pieces are permuted.
+  // row of a page that it was, which tells how its pieces are permuted; those of packed rows are as
+  // the row of the unit says.
   struct Pieces {
     u32 base, own;
     __device__ __forceinline__ Pieces(const u16* rows, u32 row, u32 from, u32 h)
@@ -387,7 +396,7 @@ struct LatentAttention {
     }
   };
   static __device__ __forceinline__ u32 origin(const u32* rows, u32 row) {
-    return kTopk > 0 && rows ? rows[row] : row;
+    return kTopk > 0 && !kPacked && rows ? rows[row] : row;
   }
 
   // q k^T of the warp's unit, over the warp's half of a row.

@@ -1,7 +1,7 @@
 """Caches of PyTorch tensors in the pages that the persistent program reads.
 
 Rows of keys, values and latents lie with their 16-byte pieces permuted, as the matrix units like to read
-them (`swizzle`); what an indexer keeps lies plainly.
+them (`swizzle`); what an indexer keeps and packed latents lie plainly.
 """
 
 from __future__ import annotations

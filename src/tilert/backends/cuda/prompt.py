@@ -32,7 +32,7 @@ WARM = 256  # tokens of each piece of a prompt that warms up
 ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 FLASH_WIDTH = 256  # elements of the widest heads that flash attention takes
 _TORCH = {DType.F32: torch.float32, DType.BF16: torch.bfloat16, DType.F16: torch.float16,
-          DType.F8E4M3: torch.float8_e4m3fn}  # fmt: skip
+          DType.F8E4M3: torch.float8_e4m3fn, DType.U8: torch.uint8}  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -345,7 +345,7 @@ class PromptRunner:
         lora = kv.shape[-1] - angles.shape[-1]
         key = latent.turned(kv[..., lora:], angles, interleave)
         row = torch.cat([self._norm(kv[..., :lora], node, "norm"), key], dim=-1)
-        step.caches.append(f"layers.{layer}.latent_cache", row)
+        latent.append_row(step.caches, layer, row, lora)
         q = self._input(step, node, "q").unflatten(1, (heads, -1))
         q = torch.cat([q[..., :nope], latent.turned(q[..., nope:], angles, interleave)], dim=-1)
         return q.flatten(1)
@@ -354,7 +354,7 @@ class PromptRunner:
         layer, heads, lora, nope = (int(node.attrs[n]) for n in ("layer", "heads", "lora", "nope"))
         rotated = self._input(step, node, "rotated").unflatten(1, (heads, -1))[..., nope:]
         q = self._input(step, node, "q").unflatten(1, (heads, lora))
-        rows = step.caches.read(f"layers.{layer}.latent_cache")[0]
+        rows = latent.rows(step.caches, layer, lora)
         if node.inputs["selected"] is None:
             mask = step.once("seen", lambda: step.since(0) <= step.positions[:, None])
         else:

@@ -7,12 +7,15 @@ from __future__ import annotations
 from functools import lru_cache
 
 import torch
+from torch.nn import functional
 
 from tilert.backends.cuda.paged import StepCaches
 
 MOST = 1 << 24  # elements of the scores that are held at once
 E4M3_MAX = 448.0
 SMALLEST = 1e-4
+SCALE_COLS = 128  # latents of a packed row that share a scale
+TINY = torch.finfo(torch.float32).tiny
 
 
 def turned(x: torch.Tensor, angles: torch.Tensor, interleave: bool) -> torch.Tensor:
@@ -46,6 +49,50 @@ def attend(
         scores = (torch.cat(both, dim=-1) @ past.T).float().mul_(scale)
         scores.masked_fill_(hidden[begin:end, None, : len(past)], -torch.inf)
         torch.matmul(scores.softmax(dim=-1).to(rows.dtype), past[:, :lora], out=out[begin:end])
+    return out
+
+
+def append_row(caches: StepCaches, layer: int, row: torch.Tensor, lora: int) -> None:
+    """Latents and keys [T, 1, lora + r] into the cache of a layer, packed where that is of bytes."""
+    name = f"layers.{layer}.latent_cache"
+    if caches.tensors[name].dtype is torch.uint8:
+        caches.append(name, packed(row, lora), plain=True)
+    else:
+        caches.append(name, row)
+
+
+def rows(caches: StepCaches, layer: int, lora: int) -> torch.Tensor:
+    """[S, lora + r] all rows of the sequence, as attention takes them."""
+    name = f"layers.{layer}.latent_cache"
+    if caches.tensors[name].dtype is torch.uint8:
+        return unpacked(caches.read(name, plain=True)[0], lora)
+    return caches.read(name)[0]
+
+
+def packed(row: torch.Tensor, lora: int) -> torch.Tensor:
+    """The bytes u8 [T, 1, n] of rows [T, 1, lora + r]; ops/mla.py: pack."""
+    row, count = row.float(), -(-lora // SCALE_COLS)
+    tiles = functional.pad(row[..., :lora], (0, count * SCALE_COLS - lora))
+    tiles = tiles.unflatten(-1, (count, SCALE_COLS))
+    scales = (tiles.abs().amax(dim=-1, keepdim=True) / E4M3_MAX).clamp(min=TINY)
+    values = (tiles / scales).clamp(-E4M3_MAX, E4M3_MAX).flatten(-2)[..., :lora]
+    parts = (values.to(torch.float8_e4m3fn), functional.pad(scales[..., 0], (0, -count % 4)),
+             row[..., lora:].to(torch.bfloat16))  # fmt: skip
+    return torch.cat([part.contiguous().view(torch.uint8) for part in parts], dim=-1)
+
+
+def unpacked(stored: torch.Tensor, lora: int) -> torch.Tensor:
+    """bf16 [S, lora + r] of bytes u8 [S, n], some rows at a time; ops/mla.py: unpack."""
+    count = -(-lora // SCALE_COLS)
+    key = lora + 4 * (count + -count % 4)
+    width = lora + (stored.shape[1] - key) // 2
+    out = stored.new_empty(len(stored), width, dtype=torch.bfloat16)
+    step = MOST // width
+    for some, to in zip(stored.split(step), out.split(step), strict=True):
+        latents = some[:, :lora].contiguous().view(torch.float8_e4m3fn).float()
+        scales = some[:, lora : lora + 4 * count].contiguous().view(torch.float32)
+        to[:, :lora] = latents * scales.repeat_interleave(SCALE_COLS, dim=1)[:, :lora]
+        to[:, lora:] = some[:, key:].contiguous().view(torch.bfloat16)
     return out
 
 

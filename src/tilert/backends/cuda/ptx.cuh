@@ -86,6 +86,11 @@ __device__ __forceinline__ void sync_threads() {
   asm volatile("bar.sync %0, %1;" ::"n"(kId), "n"(kThreads) : "memory");
 }
 
+// Two warps of this block, which give the same id.
+__device__ __forceinline__ void sync_pair(u32 id) {
+  asm volatile("bar.sync %0, 64;" ::"r"(id) : "memory");
+}
+
 // Moves registers between the groups of four warps of a block; all warps of a group call it.
 template <int kRegisters>
 __device__ __forceinline__ void keep_registers() {

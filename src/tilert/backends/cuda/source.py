@@ -60,7 +60,8 @@ FOLDER = Path(__file__).parent
 HEADERS = (
     "ptx.cuh", "program.cuh", "tile.cuh", "inputs.cuh", "staged.cuh", "products.cuh", "linear.cuh",
     "combine.cuh", "heads.cuh", "attend.cuh", "sample.cuh", "draw.cuh", "logprobs.cuh", "experts.cuh",
-    "latents.cuh", "mla.cuh", "select.cuh", "index.cuh", "norm.cuh", "shape.cuh", "shapes.cuh",
+    "packed.cuh", "latents.cuh", "mla.cuh", "select.cuh", "index.cuh", "norm.cuh", "shape.cuh",
+    "shapes.cuh",
 )  # fmt: skip
 KERNEL = "tilert_program"
 # kShapeShift, kPassShift: a run's variant has 6 bits, its shape too
@@ -212,8 +213,6 @@ def _check_heads(program: Program, op: Attend) -> None:
 
 
 def _latent(program: Program, op: LatentAppend | LatentAttention, tags: Tags) -> str:
-    if op.packed:
-        raise UserError("kv_cache_dtype is 'fp8'; the back end 'cuda' accepts auto; 'cpu' runs it")
     width, slot = op.lora + op.rope, program.machine.slot_bytes
     nope = op.nope if isinstance(op, LatentAttention) else 0
     if op.lora % 16 or op.rope % 16 or nope % 4 or 2 * UNIT_ROWS * width > slot:
@@ -225,7 +224,7 @@ def _latent(program: Program, op: LatentAppend | LatentAttention, tags: Tags) ->
         return (
             f"LatentAppend<{op.rope}, {op.lora}, {_flag(bool(op.interleave))},"
             f" {_flag(op.kv in tags.writers)}, {_weight(program, op.weight)}, {_bits(op.eps)},"
-            f" {_pitch(program, op.kv)}>"
+            f" {_pitch(program, op.kv)}, {_flag(bool(op.packed))}>"
         )
     assert op.q_col % 4 == 0, "a piece of a head is loaded as four words"
     assert op.block == 1, "a tile has one token"
@@ -233,7 +232,7 @@ def _latent(program: Program, op: LatentAppend | LatentAttention, tags: Tags) ->
     return (
         f"LatentAttention<{op.heads}, {op.tile_heads}, {op.nope}, {op.rope}, {op.lora}, {op.splits},"
         f" {op.topk}, {_flag(bool(op.interleave))}, {tagged}, {_bits(op.scale)},"
-        f" {_pitch(program, op.q)}, {_pitch(program, op.q_rope)}>"
+        f" {_pitch(program, op.q)}, {_pitch(program, op.q_rope)}, {_flag(bool(op.packed))}>"
     )
 
 
