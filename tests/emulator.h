@@ -246,6 +246,7 @@ inline void copy_bulk(void* to, const void* from, u32 bytes, u64* b) {
 inline void copy_piece(void* to, const void* from) { std::memcpy(to, from, 16); }
 inline void await_pieces() {}
 inline void fence_proxy() {}
+inline void fence_proxy_shared() {}
 template <int kId, int kThreads>
 void sync_threads() {
   emulator::barrier(kId, kThreads);

@@ -56,17 +56,17 @@ struct Packed {
       const u8* from = unit + kRows * (kWideBytes - kRowBytes) + row * kRowBytes;
       uint4 latents[kOwn], keys[kOwnKeys];
       float scale[kOwn];
+      // Lanes without a piece read the last one: what only some write is kept from run to run.
 #pragma unroll
       for (u32 i = 0; i < kOwn; ++i) {
-        const u32 piece = first + i * kLanes;
-        if (kPieces % kLanes && piece >= kPieces) continue;
+        const u32 piece = min(first + i * kLanes, u32(kPieces - 1));
         latents[i] = reinterpret_cast<const uint4*>(from)[piece];
         scale[i] = reinterpret_cast<const float*>(from + kLora)[piece / (kScaleCols / 16)];
       }
 #pragma unroll
       for (u32 i = 0; i < kOwnKeys; ++i)
-        if (const u32 piece = first + i * kLanes; piece < kKeyPieces)
-          keys[i] = reinterpret_cast<const uint4*>(from + kKey)[piece];
+        keys[i] = reinterpret_cast<const uint4*>(
+            from + kKey)[min(first + i * kLanes, u32(kKeyPieces - 1))];
       sync_pair(pair);
       uint4* to = reinterpret_cast<uint4*>(unit + row * kWideBytes);
 #pragma unroll
@@ -81,7 +81,7 @@ struct Packed {
         if (const u32 piece = first + i * kLanes; piece < kKeyPieces)
           to[place(row, 2 * kPieces + piece)] = keys[i];
     }
-    fence_proxy();  // the copy engine will write to this slot again
+    fence_proxy_shared();  // the copy engine will write to this slot again
     sync_pair(pair);
   }
 

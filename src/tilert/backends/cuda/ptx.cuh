@@ -80,6 +80,11 @@ __device__ __forceinline__ void await_pieces() { asm volatile("cp.async.wait_all
 // Orders ordinary accesses before or after what the copy engine does to the same memory.
 __device__ __forceinline__ void fence_proxy() { asm volatile("fence.proxy.async;" ::: "memory"); }
 
+// The same of shared memory alone, which waits for nothing that is on its way to other memory.
+__device__ __forceinline__ void fence_proxy_shared() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
 // Threads of this block only; id 0 is __syncthreads.
 template <int kId, int kThreads>
 __device__ __forceinline__ void sync_threads() {
