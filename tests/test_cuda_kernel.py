@@ -383,7 +383,7 @@ def test_one_worker_hands_over_by_the_barrier_between_its_runs(
     assert all(right(seed) for seed in range(24)) is barrier
 
 
-@pytest.mark.parametrize("name", ["llama", "deep-ring", "latent", "packed-latent"])
+@pytest.mark.parametrize("name", ["llama", "deep-ring", "latent"])
 def test_one_launch_equals_many(name: str, devices: Devices) -> None:
     program, weights = compiled(name)
     made, _ = loaded(program, weights, devices())
