@@ -175,7 +175,8 @@ def loaded(
         if b.kind is Kind.WEIGHT:
             homes[b.name] = device.allocate(b.bytes)
             homes[b.name].write(np.concatenate([weights[part].ravel() for part in b.parts]))
-    for name, shape in cuda.cache_shapes(program, pages).items():
+    # By name: programs of one model may have their ops, and so their caches, in another order.
+    for name, shape in sorted(cuda.cache_shapes(program, pages).items()):
         dtype = program.buffers[program.buffer_ids[name]].dtype
         if dtype is DType.U8:  # latents
             op = next(op for op in program.ops if isinstance(op, LatentAttention))
