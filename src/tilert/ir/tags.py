@@ -1,9 +1,10 @@
 """Tags: words that say themselves which write they come from, so that no signal must order them.
 
 A signal that orders memory makes its worker wait until all its writes are seen everywhere: on a GPU
-that streams, that is longer than the hand-off itself. Instead a *tagged* buffer holds floats whose
-last eight bits name the op and step that wrote them. A reader that finds another tag reads again;
-counters then only say when it is worth while to look, which may be before all have signalled (told).
+that streams, that is longer than the hand-off itself. Instead a *tagged* buffer holds floats, or numbers
+of chosen experts, whose last eight bits name the op and step that wrote them. A reader that finds another
+tag reads again; counters then only say when it is worth while to look, which may be before all have
+signalled (told).
 
 A buffer is tagged when everything that touches it can do that (Op.tagging, Op.tag_checking) and every
 write covers it. An op that writes tagged buffers signals without ordering memory. Tag of a write:
@@ -96,17 +97,16 @@ def derive(program: Program) -> Tags:
         cycle = [ranks[op] for op in ops] + [ranks[ops[0]] + stride]
         name = program.buffers[buf].name
         assert all((b - a) % TAGS for a, b in pairwise(cycle)), f"two writes of '{name}' look alike"
-        assert not any(_writes_elsewhere(program.ops[op], buf) for op in ops), (
-            f"{name} is not alone"
-        )
+        assert all(_writes(program.ops[op]) <= writers.keys() for op in ops), f"{name} is not alone"
     return tags
 
 
 def taggable(buffers: Sequence[Buffer], ops: Sequence[Op]) -> dict[Buf, list[int]]:
     """Ops that write each buffer that can be tagged."""
     found: dict[Buf, list[int]] = {
-        Buf(i): [] for i, b in enumerate(buffers) if b.kind is Kind.WORK and b.dtype is DType.F32
-    }
+        Buf(i): [] for i, b in enumerate(buffers)
+        if b.kind is Kind.WORK and b.dtype in (DType.F32, DType.I32)
+    }  # fmt: skip
     several = several_passes(ops)
     for index, op in enumerate(ops):
         for buf in {r.buffer for r in op.writes(0, op.tiles)} & found.keys():
@@ -117,11 +117,16 @@ def taggable(buffers: Sequence[Buffer], ops: Sequence[Op]) -> dict[Buf, list[int
         for buf in {r.buffer for r in op.reads(0, op.tiles)} & found.keys():
             if buf not in op.tag_checking():
                 del found[Buf(buf)]
-    return {
+    found = {
         buf: writers for buf, writers in found.items()
         if writers and len({ops[op].leaves_out for op in writers}) == 1
         and not (several and ops[writers[0]].leaves_out)
     }  # fmt: skip
+    # A signal is ordered or not for all that its op writes.
+    while half := {buf for buf, writers in found.items()
+                   if any(_writes(ops[op]) - found.keys() for op in writers)}:  # fmt: skip
+        found = {buf: writers for buf, writers in found.items() if buf not in half}
+    return found
 
 
 def _whole(b: Buffer, op: Op, buf: Buf) -> bool:
@@ -138,5 +143,5 @@ def _reads_all(program: Program, index: int, buf: Buf) -> bool:
     )
 
 
-def _writes_elsewhere(op: Op, buf: Buf) -> bool:
-    return any(r.buffer != buf for r in op.writes(0, op.tiles))
+def _writes(op: Op) -> set[int]:
+    return {r.buffer for r in op.writes(0, op.tiles)}

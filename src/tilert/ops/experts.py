@@ -63,6 +63,10 @@ class Route(Op):
     def writes(self, lo: int, hi: int) -> list[Region]:
         return [Region(buf, lo, hi, 0, self.top_k) for buf in (self.chosen, self.weights)]
 
+    def tagging(self) -> tuple[Buf, ...]:
+        """Of several tokens those that a step has not are not written."""
+        return (self.chosen, self.weights) if self.rows == 1 else ()
+
     def tag_checking(self) -> tuple[Buf, ...]:
         return (self.logits,)
 
@@ -181,7 +185,7 @@ class ExpertGate(Op):
         return (self.y,)
 
     def tag_checking(self) -> tuple[Buf, ...]:
-        return (self.x,)
+        return (self.x, self.chosen)
 
     def whole_reads(self) -> tuple[Buf, ...]:
         return (self.x,)
@@ -282,7 +286,7 @@ class ExpertDown(Op):
         return (self.y,)
 
     def tag_checking(self) -> tuple[Buf, ...]:
-        return (self.x, self.y)  # y: the residual
+        return (self.x, self.y, self.chosen, self.weights)  # y: the residual
 
     def whole_reads(self) -> tuple[Buf, ...]:
         return (self.x,)

@@ -17,7 +17,9 @@ from tilert.backends.cuda.limits import fitting, shared_bytes
 from tilert.backends.cuda.source import KERNEL, Source, generate, passes
 from tilert.backends.cuda.tables import RANK_SHIFT, queues, tables
 from tilert.backends.hang import Hang, save
+from tilert.ir.dtype import DType
 from tilert.ir.program import PAGE, Kind, Program
+from tilert.ir.tags import derive
 from tilert.ops import Attend, IndexRope, LatentAppend, Report
 from tilert.ops.draw import BIASED, CONTROLS, COUNTED, MASKED
 from tilert.ops.logprobs import REPORT_HEAD, REPORT_WORDS
@@ -26,6 +28,7 @@ MAX_STEPS = 16384  # of one launch
 MAX_TOKENS = 8  # kMaxTokens
 MAX_STOPS = 16
 COUNTER_PITCH = 32  # words
+CHOICE_SHIFT = 8  # kChoiceShift of numbers with tags
 UNSET = 0xFFFFFFFF  # a letter that has not come
 NO_TOKEN = 0xFFFFFFFE  # kNoToken
 FAILED = 2  # enum Verdict
@@ -226,10 +229,14 @@ class CudaBackend:
         return memory
 
     def read(self, name: str) -> np.ndarray:
-        """A copy of an activation."""
-        b = self.program.buffers[self.program.buffer_ids[name]]
+        """A copy of an activation, in words of f32 whatever they are."""
+        index = self.program.buffer_ids[name]
+        b = self.program.buffers[index]
         assert b.kind is Kind.WORK, f"{name} is not an activation"
-        return self.arena.read(b.offset, b.rows * b.cols, np.float32).reshape(b.rows, b.cols)
+        words = self.arena.read(b.offset, b.rows * b.cols, np.float32).reshape(b.rows, b.cols)
+        if b.dtype is DType.I32 and index in derive(self.program).writers:
+            words = (words.view(np.int32) >> CHOICE_SHIFT).view(np.float32)
+        return words
 
     def steps(self, count: int) -> Generator[np.ndarray, None, None]:
         """Run up to `count` steps; after each, the sampled token ids, in a program that makes guesses -1

@@ -13,11 +13,11 @@ struct Chosen {
     Chosen all;
 #pragma unroll
     for (int t = 0; t < kTokens; ++t)
-      all.own[t] = load_relaxed(chosen + t * kCount + min(lane(), kCount - 1));
+      all.own[t] = load_relaxed(chosen + t * kCount + min(lane(), kCount - 1)) >> kChoiceShift;
     return all;
   }
   // An earlier run of the queue has waited for it, as the loader has.
-  static __device__ __forceinline__ bool known(const Run& run) { return choice_waits(run) == 0; }
+  static __device__ __forceinline__ bool known(const Run& run) { return choice_known(run); }
   __device__ __forceinline__ u32 of_token(u32 token) const {
     u32 known = own[0];
 #pragma unroll
@@ -31,6 +31,7 @@ struct Chosen {
 template <int kCount>
 struct OfChosen : Straight {
   static constexpr bool kChosen = true, kOfToken = kTokens > 1;
+  static constexpr u32 kNumbers = kCount;
   static_assert(kCount <= kMaxChosen, "a lane has one expert");
   using Choice = Chosen<kCount>;
   static __device__ __forceinline__ Choice choice(const Run& run) { return Choice::of(run); }
@@ -136,7 +137,7 @@ struct Route {
       sync_consumers();
     else
       __syncwarp();
-    if (thread() == 0) signal<false>(b, run);
+    if (thread() == 0) signal<kChoiceTagged>(b, run);
     if constexpr (kTokens == 1 && kNGroup > 1 && kGroupSize != 32)
       sync_consumers();  // the scratch memory is free
     return true;
@@ -288,8 +289,11 @@ struct Route {
       const u32 at = token * kTopK + before + __popc(lanes & ((1u << lane()) - 1));
       before += __popc(lanes);
       if (!own) continue;
-      store_float(b.at(run.y) + at, __uint_as_float(u32(expert(i))));
-      store_float(b.at(run.x2) + at, scores[i] * factor);
+      const u32 tag = b.tag(run.y);  // of both
+      const u32 id = u32(expert(i)) << kChoiceShift | (kChoiceTagged ? tag : 0);
+      store_float(b.at(run.y) + at, __uint_as_float(id));
+      const float weight = rounded_for_tag(scores[i] * factor);  // with a tag or without
+      store_output<kChoiceTagged, false>(b.at(run.x2), at, weight, tag);
     }
   }
 };

@@ -94,10 +94,15 @@ struct Inputs {
     static_assert(kEach % kWide == 0 && kCount * kEach == Layout::kK, "a piece has one weight");
     constexpr int kAll = kCount * kTokens, kOwn = (kAll + 31) / 32;
     float weight[kOwn];  // weight l + 32 i of all tokens is lane l's
+    const float* from[kOwn];
+    u32 tag[kOwn];
 #pragma unroll
-    for (int i = 0; i < kOwn; ++i)
-      weight[i] =
-          load_float(reinterpret_cast<const float*>(run.bias) + min(lane() + 32 * i, kAll - 1));
+    for (int i = 0; i < kOwn; ++i) {
+      from[i] = reinterpret_cast<const float*>(run.bias) + min(lane() + 32 * i, kAll - 1);
+      tag[i] = b.tag(run.x3);
+      if (!kChoiceTagged) weight[i] = load_float(from[i]);
+    }
+    if constexpr (kChoiceTagged) load_tagged(b, from, tag, weight);
     fill<kTagged, Layout::kK>(b, run, first_x, [&](int round, float (&v)[kWide]) {
       // Worked out anew each time, or a register would be kept for each round.
       const u32 element = Layout::offset(round) + (kTokens > 1 ? opaque(0) : 0);

@@ -9,9 +9,14 @@
 #include "shapes.cuh"
 #include "variants.h"
 
+__device__ __forceinline__ void next_step(Block& b) {
+  ++b.step;
+  b.turn = (b.turn + kTurn) % kTags;
+}
+
 __device__ __forceinline__ void load_weights(Block& b) {
   Loader loader{b};
-  for (b.step = 0; b.step < b.params.steps; ++b.step)
+  for (b.step = 0; b.step < b.params.steps; next_step(b))
     for (b.number = 0; b.number < b.length; ++b.number) {
       if (!loader.next_run()) return loader.drain();
       const Run& run = b.run();
@@ -66,7 +71,7 @@ __device__ __forceinline__ void note_run(const Block& b, u64 wait) {
 }
 
 __device__ __forceinline__ void compute(Block& b) {
-  for (b.step = 0; b.step < b.params.steps; ++b.step, b.turn = (b.turn + kTurn) % kTags)
+  for (b.step = 0; b.step < b.params.steps; next_step(b))
     for (b.number = 0; b.number < b.length; ++b.number) {
       if (!wait_for_run(b)) return;
       const Run& run = b.run();

@@ -184,7 +184,7 @@ struct Linear {
       for (int turn = 0; turn < 2; ++turn) {
         if (known == (turn == 0))
           fetch_scales(run, choice, x);
-        else if (!wait_for_inputs<kSelfTold>(b, run))
+        else if (!wait_for_choice(b, run, Source::kNumbers))
           return false;
       }
     }

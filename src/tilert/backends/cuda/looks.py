@@ -13,6 +13,7 @@ from collections.abc import Iterable
 
 from tilert.ir.program import NONE, Program, Run, Wait
 from tilert.ir.tags import Tags
+from tilert.ops import ExpertDown, ExpertGate, Route
 
 SHORT = 4096  # words of x
 MOST = 0.6  # of the signals; both are the best of some on an H100 (docs/log.md)
@@ -29,6 +30,8 @@ class Looks:
         self.makers: list[int] = [NONE] * len(program.ops)  # of x, told by words
         self.others: list[frozenset[int]] = [frozenset()] * len(program.ops)
         self.short = [False] * len(program.ops)
+        self.choices = _choices(program)
+        self.choosers = [_others(program, tags, self.choices, i) for i in range(len(program.ops))]
         for index, op in enumerate(program.ops):
             if program.tokens == 1 and (whole := op.whole_reads()):
                 self.makers[index], self.others[index] = tags.told(program, index)
@@ -43,6 +46,8 @@ class Looks:
             if wait.threshold != self.totals[wait.counter]:
                 found[wait] = wait.threshold  # not for all of an op's runs
                 continue
+            if self.for_choice(run.op, wait) and not own.isdisjoint(self.choosers[run.op]):
+                continue  # it read the choice before, so it finds this one by its words
             if not self._for_x(run.op, wait):
                 found[wait] = wait.threshold
             elif not self.short[run.op]:
@@ -57,6 +62,12 @@ class Looks:
             self._for_x(run.op, wait) for wait in wanted
         )
 
+    def for_choice(self, op: int, wait: Wait) -> bool:
+        """Whether a wait is for the choice of what an op streams."""
+        return (
+            op in self.choices and not wait.lag and wait.counter in self.signals[self.choices[op]]
+        )
+
     def _for_x(self, op: int, wait: Wait) -> bool:
         maker = self.makers[op]
         return maker != NONE and not wait.lag and wait.counter in self.signals[maker]
@@ -64,3 +75,28 @@ class Looks:
     def _reads_the_newest(self, op: int, own: set[int]) -> bool:
         """A worker that has read what was there before finds nothing older."""
         return self.makers[op] != NONE and not own.isdisjoint(self.others[op])
+
+
+def _choices(program: Program) -> dict[int, int]:
+    """For each op that streams what is chosen: the op that chooses."""
+    found: dict[int, int] = {}
+    last: dict[int, int] = {}  # the op that wrote each choice
+    for index, op in enumerate(program.ops):
+        if isinstance(op, ExpertGate | ExpertDown):
+            found[index] = last[op.chosen]
+        elif isinstance(op, Route):
+            last[op.chosen] = index
+    return found
+
+
+def _others(program: Program, tags: Tags, choices: dict[int, int], index: int) -> frozenset[int]:
+    """Of an op that streams by a choice with tags: those that stream by what was chosen before in its
+    buffer. Loaders read all of it."""
+    op = program.ops[index]
+    if index not in choices or op.choice not in tags.writers:
+        return frozenset()
+    writers = tags.writers[op.choice]
+    before = writers[writers.index(choices[index]) - 1]
+    return frozenset(
+        i for i, maker in choices.items() if maker == before and program.ops[i].choice == op.choice
+    )

@@ -49,11 +49,13 @@ struct Run {
   }
 };
 constexpr u16 kNoSignal = 0xffff;
-// How many of the waits of a run, the first ones, are for the choice of its weights; 0 where the
-// run before of the kind had the same.
+// x3 of a run whose weights are chosen. Its top byte: the rank of the choice's tag.
+// How many of its waits, the first ones, are for the choice.
 __device__ __forceinline__ u32 choice_waits(const Run& run) { return run.x3 & 0xffff; }
 // Whether x' may be made before the run's waits hold, for words say that x is there.
-__device__ __forceinline__ bool x_at_hand(const Run& run) { return run.x3 >> 16; }
+__device__ __forceinline__ bool x_at_hand(const Run& run) { return run.x3 >> 16 & 1; }
+// Whether an earlier run of the queue had the same choice.
+__device__ __forceinline__ bool choice_known(const Run& run) { return run.x3 >> 17 & 1; }
 static_assert(kEntryBytes >= sizeof(Run) && kEntryBytes % 16 == 0, "an entry begins with its run");
 constexpr int kShapeShift = 6, kPassShift = 12;
 __device__ __forceinline__ u32 variant_of(const Run& run) {
@@ -100,7 +102,8 @@ struct Params {
 constexpr int kCounterPitch = 32;  // words; a line for each counter
 constexpr u32 kTags = 255;
 constexpr u32 kTagMask = 0xff, kRankShift = 24;
-constexpr u32 kByTag = 0xffffffffu;   // in a Failure: it was words that did not come
+constexpr u32 kChoiceShift = kChoiceTagged ? 8 : 0;  // of an expert's number, beside its tag
+constexpr u32 kByTag = 0xffffffffu;                  // in a Failure: it was words that did not come
 constexpr u32 kByUnit = 0xfffffffeu;  // in a Failure: it was a unit of weights or of the cache
 constexpr u32 kByRun = 0xfffffffdu;   // in a Failure: it was the run itself, from the queue
 constexpr int kMaxStops = 16;
@@ -373,9 +376,34 @@ struct Retry {
     read_again();
     if (++spins % 64) return false;
     if (!since) since = nanoseconds();
-    return given_up(b.params, since, b.number, b.step, kByTag, 0, tag);
+    if (!given_up(b.params, since, b.number, b.step, kByTag, 0, tag)) return false;
+    store_shared(&b.shared.verdict, 1);  // the block ends at its next wait
+    return true;
   }
 };
+
+// By one warp: until the words of a choice are there, `count` numbers of experts. The other warps
+// are told by the barrier of the run's wait.
+__device__ __forceinline__ void await_choice(const Block& b, const Run& run, u32 count) {
+  if (!kChoiceTagged || choice_known(run) || warp() != kPollWarp) return;
+  const u32* chosen = reinterpret_cast<const u32*>(run.bias_up) + min(u32(lane()), count - 1);
+  const u32 tag = b.tag(run.x3);
+  Retry retry;
+  for (bool late = true; late;)
+    late = __any_sync(~0u, ((load_relaxed(chosen) ^ tag) & kTagMask) != 0) &&
+           !__any_sync(~0u, retry.in_vain(b, tag));
+}
+
+// As wait_for_inputs, and until the `count` words of the choice are there. A run that has waits for
+// it looks behind them.
+__device__ __forceinline__ bool wait_for_choice(Block& b, const Run& run, u32 count) {
+#pragma unroll 1
+  for (int turn = kChoiceTagged && choice_waits(run) ? 0 : 1; turn < 2; ++turn) {
+    if (turn == 1) await_choice(b, run, count);
+    if (!wait_for_inputs(b, run, false)) return false;
+  }
+  return true;
+}
 
 // Words at several places, each with its tag; 0 where there is none.
 template <int kCount>
@@ -532,19 +560,26 @@ struct Loader {
   // Until there is the choice of the weights of a run, `count` numbers, which are left in
   // shared.chosen; at once where they are there from an earlier run. False: the launch has ended.
   __device__ __forceinline__ bool choose(const Run& run, u32 count) {
-    if (choice_waits(run) == 0) return true;
+    if (choice_known(run)) return true;
     for (u32 at = 0; at < choice_waits(run); ++at)
       if (!holds(run.waits()[at])) return false;
     constexpr int kBatch = 8;  // loads that are under way together
     const u32* chosen = reinterpret_cast<const u32*>(run.bias_up);
+    const u32 tag = b.tag(run.x3);
 #pragma unroll 1
     for (u32 first = 0; first < count; first += kBatch) {
       u32 v[kBatch];
+      for (u32 late = 1; late;) {
+        late = 0;
 #pragma unroll
-      for (u32 i = 0; i < kBatch; ++i) v[i] = load_relaxed(chosen + min(first + i, count - 1));
+        for (u32 i = 0; i < kBatch; ++i) v[i] = load_relaxed(chosen + min(first + i, count - 1));
+#pragma unroll
+        for (u32 i = 0; i < kBatch; ++i) late |= kChoiceTagged ? (v[i] ^ tag) & kTagMask : 0;
+        if (late && !idle()) return false;
+      }
 #pragma unroll
       for (u32 i = 0; i < kBatch; ++i)
-        if (first + i < count) store_shared(&b.shared.chosen[first + i], v[i]);
+        if (first + i < count) store_shared(&b.shared.chosen[first + i], v[i] >> kChoiceShift);
     }
     return true;
   }

@@ -123,13 +123,13 @@ struct AnyShape {
   // a loop, so that either order has one code.
   static __device__ __forceinline__ bool of_choice(const Lane& me, Block& b, const Run& run,
                                                    const Shape& s, Scales& scales) {
-    const bool known = choice_waits(run) == 0, at_hand = x_at_hand(run);
+    const bool known = choice_known(run), at_hand = x_at_hand(run);
     if (at_hand) sync_consumers();  // nobody reads what is left of the run before
 #pragma unroll 1
     for (int turn = 0; turn < 2; ++turn) {
       if (known == (turn == 0)) fetch_scales(me, run, s, 0, scales);
       if (at_hand == (turn == 0)) make(me, b, run, s, 0, [] {});
-      if (turn == 0 && !wait_for_inputs(b, run, false)) return false;
+      if (turn == 0 && !wait_for_choice(b, run, s.count)) return false;
     }
 #pragma unroll 1
     for (u32 first = 0; first < run.count;) {
@@ -228,7 +228,7 @@ struct AnyShape {
         u32 slot = part;
         if (s.rows == kInTurn) slot = quotient(row, s.group_inverse), row -= slot * s.groups;
         const u32* chosen = reinterpret_cast<const u32*>(run.bias_up) + token * s.count;
-        row += load_relaxed(chosen + slot) * s.groups;
+        row += (load_relaxed(chosen + slot) >> kChoiceShift) * s.groups;
       }
       const float* from = part && s.matrices > 1 ? run.scale_up : run.scale;
 #pragma unroll
@@ -304,23 +304,30 @@ struct AnyShape {
       const u32 at = first + i * 4 * kThreads;
       if (at >= elements) break;
       if (s.normed) norm[i] = __ldg(reinterpret_cast<const uint2*>(run.norm + 2 * at));
-      if (s.weighted)
-        weight[i] = load_float(reinterpret_cast<const float*>(run.bias) + token * s.count +
-                               quotient(at, s.k_inverse));
     }
+    const u32 choice_tag = b.tag(run.x3);
     Retry retry;
     for (u32 other = 1; other;) {
       other = 0;
 #pragma unroll
       for (int i = 0; i < kBatch; ++i)
         load_float4_if(first + i * 4 * kThreads < elements, from + first + i * 4 * kThreads, v[i]);
+      if (kChosen && s.weighted)
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i)
+          if (first + i * 4 * kThreads < elements)
+            weight[i] = load_float(reinterpret_cast<const float*>(run.bias) + token * s.count +
+                                   quotient(first + i * 4 * kThreads, s.k_inverse));
       begin();
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i)
-        if (first + i * 4 * kThreads < elements)
-          other |= differs(v[i].x, tag) | differs(v[i].y, tag) | differs(v[i].z, tag) |
-                   differs(v[i].w, tag);
-      other &= checked;
+      for (int i = 0; i < kBatch; ++i) {
+        if (first + i * 4 * kThreads >= elements) break;
+        other |= differs(v[i].x, tag) | differs(v[i].y, tag) | differs(v[i].z, tag) |
+                 differs(v[i].w, tag);
+        other &= checked;
+        if (kChosen && kChoiceTagged && s.weighted)
+          other |= differs(weight[i], choice_tag) & kTagMask, weight[i] = untagged(weight[i]);
+      }
       if (other && retry.in_vain(b, tag)) break;
     }
     float sum = 0;
@@ -338,7 +345,7 @@ struct AnyShape {
           e[j] *= BF16::widen(u16(words[j / 2] >> 16 * (j % 2)));
         }
       }
-      if (s.weighted)
+      if (kChosen && s.weighted)
 #pragma unroll
         for (int j = 0; j < 4; ++j) e[j] *= weight[i];
       const u32 in_lane = at % kLane;

@@ -121,7 +121,10 @@ def generate(program: Program, layout: Layout, *, trace: bool = False) -> Source
     headers["constants.h"] = "#pragma once\n" + "".join(
         f"constexpr int {name} = {value};\n" for name, value in constants.items()
     )
-    headers["constants.h"] += f"constexpr bool kTrace = {'true' if trace else 'false'};\n"
+    chosen = {op.chosen for op in program.ops if isinstance(op, Route)}
+    tagged = bool(chosen) and chosen <= tags.writers.keys()
+    for name, value in {"kTrace": trace, "kChoiceTagged": tagged}.items():
+        headers["constants.h"] += f"constexpr bool {name} = {_flag(value)};\n"
     rows = ",\n".join(f"    {{{shape}}}" for shape in table or ["0"])
     headers["shapes.h"] = f"#pragma once\n__constant__ const Shape kShapes[] = {{\n{rows}}};\n"
     headers["variants.h"] = f"#pragma once\n{names}\n#define TILERT_VARIANTS(X) {cases}\n"

@@ -45,7 +45,7 @@ from tilert.ops.linear import ADD
 
 NO_SIGNAL = 0xFFFF
 RANK_SHIFT = 24  # kRankShift
-AT_HAND_SHIFT = 16  # x_at_hand
+AT_HAND_SHIFT, CHOICE_KNOWN_SHIFT = 16, 17  # x_at_hand, choice_known
 RUN = np.dtype(  # struct Run
     [(name, "<u2") for name in ("variant", "wait_begin", "wait_count", "signal")]
     + [(name, "<u4") for name in ("first", "count")]
@@ -119,7 +119,7 @@ def queues(
         homes[b.kind][b.name] if b.kind in homes else states.get(b.name, b.offset // 4)
         for b in program.buffers
     ]
-    choices, number = _choices(program), passes(program)
+    number = passes(program)
     totals = [counter.total for counter in program.counters]
     looks, shared = Looks(program, tags), sharing(program)
     runs, waits = list[np.ndarray](), list[np.ndarray]()
@@ -134,11 +134,12 @@ def queues(
             _resolve(record, program, run, at)
             wanted, op = looks.wanted(run, ops), program.ops[run.op]
             if isinstance(op, ExpertGate | ExpertDown):
-                maker = choices[run.op]
-                choice = {w for w in wanted if w.counter in looks.signals[maker] and not w.lag}
+                maker = looks.choices[run.op]
                 # Those for the choice first: the loader has them, too.
-                wanted = {w: wanted[w] for w in sorted(wanted, key=lambda w: w not in choice)}
-                record["x3"] = len(choice) if maker != known else 0
+                kept = sorted(wanted, key=lambda w: not looks.for_choice(run.op, w))
+                wanted = {w: wanted[w] for w in kept}
+                record["x3"] = sum(looks.for_choice(run.op, w) for w in kept)
+                record["x3"] |= (maker == known) << CHOICE_KNOWN_SHIFT
                 # x' of `down` takes the weights of the choice, too.
                 if shared[run.op] and (isinstance(op, ExpertGate) or maker == known):
                     record["x3"] |= looks.at_hand(run, ops, wanted) << AT_HAND_SHIFT
@@ -153,18 +154,6 @@ def queues(
     return runs, waits
 
 
-def _choices(program: Program) -> dict[int, int]:
-    """For each op that streams what is chosen: the op that chooses."""
-    found: dict[int, int] = {}
-    last: dict[int, int] = {}  # the op that wrote each choice
-    for index, op in enumerate(program.ops):
-        if isinstance(op, ExpertGate | ExpertDown):
-            found[index] = last[op.chosen]
-        elif isinstance(op, Route):
-            last[op.chosen] = index
-    return found
-
-
 def _add_ranks(record: Any, program: Program, index: int, tags: Tags) -> None:
     """Ranks of tags into the operands' top bytes: of the op's own write, of those that it reads."""
     op = program.ops[index]
@@ -175,6 +164,8 @@ def _add_ranks(record: Any, program: Program, index: int, tags: Tags) -> None:
     if isinstance(op, Linear | ExpertGate | ExpertDown):
         if op.x in tags.writers:
             record["x"] += writer(op.x)
+        if op.choice in tags.writers:
+            record["x3"] |= writer(op.choice)
         old = _residual(op)
         assert old == NONE or (old in tags.writers) == (op.y in tags.writers), "one flag says both"
         if old in tags.writers:
