@@ -30,7 +30,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from datetime import date
 from functools import cache, partial
@@ -391,8 +391,8 @@ def attempt(what: str, measure: Callable[[], Any]) -> Any:
 
 def rows_of(
     name: str, args: argparse.Namespace, device: GpuDevice, ceiling: float
-) -> list[dict[str, Any]]:
-    """The table's rows of one model."""
+) -> Iterator[dict[str, Any]]:
+    """The table's rows of one model. Peers are asked behind each, and then stand in it, too."""
     program = compiled(name, capacity(args.inputs), device)
     common = ["--inputs", ",".join(map(str, args.inputs)), "--repeats", str(args.repeats)]
     common += ["--rows", ",".join(map(str, args.rows))] if args.rows else []
@@ -402,16 +402,12 @@ def rows_of(
         for _ in range(args.processes)
     ]
     found = [each for each in tries if each is not None]
-    if not found:
-        return []
-    rows: list[dict[str, Any]] = []
-    for before in args.inputs:
+    for place, before in enumerate(args.inputs if found else ()):
         moved = step_bytes(name, program, before + STEPS / 2)
         row = row_of(name, before, [each[str(before)] for each in found], moved, ceiling)
-        ask_peers(row, args, first=not rows)
-        rows.append(row)
+        yield row
+        ask_peers(row, args, first=place == 0)
         print(line_of(row), flush=True)
-    return rows
 
 
 def ask_peers(row: dict[str, Any], args: argparse.Namespace, *, first: bool) -> None:
@@ -574,9 +570,15 @@ def run(args: argparse.Namespace, device: GpuDevice) -> None:
     }  # fmt: skip
     out = args.out or results_file(device.name)
     out.parent.mkdir(parents=True, exist_ok=True)
+
+    def keep() -> None:  # a run that is cut short leaves what it has
+        out.write_text(json.dumps(result, indent=1) + "\n")
+
     for name in args.models:
-        result["rows"] += rows_of(name, args, device, ceiling)
-        out.write_text(json.dumps(result, indent=1) + "\n")  # a run that is cut short leaves these
+        for row in rows_of(name, args, device, ceiling):
+            result["rows"].append(row)
+            keep()
+        keep()
 
 
 if __name__ == "__main__":

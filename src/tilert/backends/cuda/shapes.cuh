@@ -11,8 +11,7 @@
 #include "experts.cuh"
 #include "shape.cuh"
 
-//
-// kChosen: the weights are named by a choice; who has none has no code for it.
+// kChosen: a choice names the weights; other products have no code for that.
 template <bool kChosen>
 struct AnyShape {
   static constexpr int kLane = 16, kBlock = 4 * kLane;  // elements of a block, of it in a lane
