@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import tempfile
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,13 @@ from tilert.ir.machine import Machine
 HERE = Path(__file__).parent
 THREADS = 384
 SUPPORTED = platform.machine() == "x86_64" and shutil.which("g++") is not None
+
+
+def compile_cpp(*arguments: str | Path) -> None:
+    """By g++; with the same options for all, or it would not take a compiled header."""
+    command = ["g++", "-std=c++20", "-O1", "-fPIC", "-Wno-unknown-pragmas", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
 
 
 class Memory:
@@ -121,9 +129,9 @@ class EmulatedDevice:
         return np.zeros(words, np.uint32)
 
     def load(self, source: Source, kernel: str, shared_bytes: int) -> Kernel:
-        own = {name: (HERE / name).read_text() for name in ("emulator.h", "emulator.cpp")}
-        files = {**source.headers, **own, "kernel.cu": source.text}
-        files["ptx.cuh"] = '#include "emulator.h"\n'
+        own, header = (HERE / "emulator.cpp").read_text(), self._header()
+        files = {**source.headers, "emulator.cpp": own, "kernel.cu": source.text}
+        files["ptx.cuh"] = f'#include "emulator.h"  // {header.name}\n'
         digest = hashlib.sha256(repr(sorted(files.items())).encode()).hexdigest()[:16]
         made = self.folder / f"{digest}.so"
         if not made.exists():
@@ -132,9 +140,21 @@ class EmulatedDevice:
                 folder = Path(own)
                 for name, text in files.items():
                     (folder / name).write_text(text)
-                command = ["g++", "-std=c++20", "-O1", "-shared", "-fPIC", "-Wno-unknown-pragmas",
-                           "-o", str(folder / "kernel.so"), str(folder / "emulator.cpp")]  # fmt: skip
-                done = subprocess.run(command, capture_output=True, text=True, check=False)
-                assert done.returncode == 0, done.stderr[-4000:]
+                compile_cpp(
+                    "-shared", "-I", header, "-o", folder / "kernel.so", folder / "emulator.cpp"
+                )
                 (folder / "kernel.so").rename(made)  # at once: another process may look for it
         return Kernel(ctypes.CDLL(str(made)), shared_bytes, self)
+
+    def _header(self) -> Path:
+        """The folder with emulator.h, compiled once for all kernels: half a second less for each."""
+        text = (HERE / "emulator.h").read_text()
+        made = self.folder / f"header-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+        if not made.exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            folder = Path(tempfile.mkdtemp(dir=self.folder))
+            (folder / "emulator.h").write_text(text)
+            compile_cpp("-x", "c++-header", "-o", folder / "emulator.h.gch", folder / "emulator.h")
+            with suppress(OSError):  # another process was faster
+                folder.rename(made)
+        return made

@@ -69,11 +69,9 @@ def test_a_rank_has_the_shapes_of_its_shard(bench: Any) -> None:
 
 
 @pytest.mark.skipif(not SUPPORTED, reason="the emulator needs g++ on x86-64")
-@pytest.mark.parametrize("kept", ["auto", "fp8"])
 def test_the_whole_flow(
-    kept: str, bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+    bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """On both sides of the number of positions that the indexer selects; a process is a call."""
     for name, value in (("STEPS", 2), ("TRACED", 3), ("SKIPPED", 1), ("CHUNK", 4096)):
         monkeypatch.setattr(bench, name, value)
@@ -87,14 +85,14 @@ def test_the_whole_flow(
     out = tmp_path / "made" / "rank.json"
     asked = "--model Tiny --devices 2 --inputs 3,70 --tokens 1,8 --repeats 1 --processes 1 --ops"
     monkeypatch.setattr(
-        "sys.argv", ["x", *asked.split(), "--kv-cache-dtype", kept, "--out", str(out)]
+        "sys.argv", ["x", *asked.split(), "--kv-cache-dtype", "fp8", "--out", str(out)]
     )
     bench.run(bench.arguments(), device)
     said, result = capsys.readouterr().out, json.loads(out.read_text())
     assert [(r["tokens"], r["input"]) for r in result["rows"]][:2] == [(1, 3), (1, 70)]
     assert all(r["ms"] > 0 and r["share"] > 0 for r in result["rows"])
     assert "steps over 8 tokens" in said or any(r["tokens"] == 8 for r in result["rows"])
-    assert (result["rank"]["devices"], result["rank"]["kv_cache_dtype"]) == (2, kept)
+    assert (result["rank"]["devices"], result["rank"]["kv_cache_dtype"]) == (2, "fp8")
     table = result["ops"][0]
     rows = [each for row in table["ops"] for each in row.get("beside", [row])]
     assert {"Select", "LatentAttention", "ExpertGate", "lm_head"} <= {row["op"] for row in rows}
