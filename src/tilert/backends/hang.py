@@ -54,11 +54,11 @@ class Hang:
 
     def cause(self) -> str:
         """A sentence on the wait that is to blame."""
-        worker, run, step, counter, have, want = self.root()
+        worker, run, step, counter, have, want = root = self.root()
         op = type(self.program.ops[self.program.queues[worker][run].op]).__name__.lower()
         who = f"worker {worker}, run {run} of step {step} ({op}) waited in vain for"
         if counter == BY_TAG:
-            _, writer = words_of(self.program, self.root())
+            _, writer = words_of(self.program, derive(self.program), root)
             of = f", which {op_name(self.program, writer)} writes" if writer != NONE else ""
             return f"{who} words with tag {want}{of}"
         if counter == BY_UNIT:

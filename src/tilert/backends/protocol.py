@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 from tilert.ir.program import NONE, Program, Run, Wait
-from tilert.ir.tags import derive
+from tilert.ir.tags import Tags, derive
 
 # In place of a counter, when it was words (kByTag), a unit of the stream (kByUnit) or the run itself (kByRun)
 # that did not come.
@@ -126,10 +127,10 @@ class Protocol:
                     moved = True
 
 
-def words_of(program: Program, s: Stuck) -> tuple[int, int]:
+def words_of(program: Program, tags: Tags, s: Stuck) -> tuple[int, int]:
     """Of a worker that found other tags than the one that it wanted: the buffer that it read, and the op that
     writes that tag to it in that step; (NONE, NONE) where nothing that the run reads has the tag."""
-    tags, index = derive(program), program.queues[s.worker][s.run].op
+    index = program.queues[s.worker][s.run].op
     for buf in program.ops[index].tag_checking():
         if buf in tags.writers and min(tags.writers[buf]) < index:
             writer = tags.writer(buf, index)
@@ -150,9 +151,8 @@ class Standstill:
         self.program = program
         # Of each counter: who signals it, with the places in the queue of the runs that do.
         self.signallers: dict[int, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
-        self.makers: dict[int, dict[int, list[int]]] = defaultdict(
-            lambda: defaultdict(list)
-        )  # of ops
+        # Likewise of each op: who runs it.
+        self.makers: dict[int, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
         for worker, queue in enumerate(program.queues):
             for place, run in enumerate(queue):
                 self.signallers[run.signal][worker].append(place)
@@ -163,6 +163,11 @@ class Standstill:
         for worker, waits in self.waits.items():  # what nobody's wait explains comes first
             self.waits[worker] = sorted(waits, key=lambda s: bool(self.debtors(s)))
 
+    @cached_property
+    def tags(self) -> Tags:
+        """Of the program; for it takes long, and all workers may wait for words."""
+        return derive(self.program)
+
     def asked(self, s: Stuck) -> int:
         """The step whose signals the wait is for."""
         waits = self.program.queues[s.worker][s.run].waits
@@ -172,7 +177,7 @@ class Standstill:
         """Workers that stand still before they have signalled, or made words, as often as the step asks."""
         step, owed = self.asked(s), self.signallers.get(s.counter, {})
         if s.counter == BY_TAG:
-            owed = self.makers.get(words_of(self.program, s)[1], {})
+            owed = self.makers.get(words_of(self.program, self.tags, s)[1], {})
         return [
             worker for worker, places in owed.items()
             if worker in self.waits
@@ -207,5 +212,4 @@ class Standstill:
 def run_name(program: Program, worker: int, position: int) -> str:
     """A run for people: worker, place in the queue, op and tiles."""
     run = program.queues[worker][position]
-    name = type(program.ops[run.op]).__name__.lower()
-    return f"worker {worker}, run {position} (o{run.op} {name} [{run.lo}, {run.hi}))"
+    return f"worker {worker}, run {position} ({op_name(program, run.op)} [{run.lo}, {run.hi}))"

@@ -43,6 +43,11 @@ class Tags:
         """The op whose write a reader of the buffer expects: the last one before it."""
         return max(op for op in self.writers[buf] if op < reader)
 
+    def before(self, buf: Buf, op: int) -> int:
+        """The op whose write that of `op` replaces: of the step before, where it is the first."""
+        writers = self.writers[buf]
+        return writers[writers.index(op) - 1]
+
     def tag(self, op: int, step: int) -> int:
         """The tag of what the op writes in a step."""
         return 1 + (self.rank[op] + step * self.stride) % TAGS
@@ -69,8 +74,8 @@ class Tags:
         for buf in program.ops[reader].whole_reads():
             if buf not in self.writers or not _reads_all(program, reader, buf):
                 continue
-            writers, last = self.writers[buf], self.writer(buf, reader)
-            before = writers[writers.index(last) - 1]  # of the step before, where it is the first
+            last = self.writer(buf, reader)
+            before = self.before(buf, last)
             between = (i % length for i in range(before + 1, last + length * (before >= last)))
             if others := frozenset(i for i in between if _reads_all(program, i, buf)):
                 return last, others

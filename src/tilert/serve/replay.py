@@ -23,6 +23,7 @@ from tilert.backends.protocol import (
     words_of,
 )
 from tilert.ir.program import NONE, Program
+from tilert.ir.tags import derive
 
 SHOWN = 6  # of a list that can be as long as there are workers
 
@@ -130,7 +131,7 @@ def _words(hang: Hang) -> list[str]:
     """Of a reader that met other tags than it expects: whose words it was waiting for."""
     program, root = hang.program, hang.root()
     waiter = root if root.counter == BY_TAG else next(s for s in hang.stuck if s.counter == BY_TAG)
-    buf, writer = words_of(program, waiter)
+    buf, writer = words_of(program, derive(program), waiter)
     said = "nothing that this run reads has that tag in this step: the device's tables differ"
     if writer != NONE:
         name = program.buffers[buf].name

@@ -95,8 +95,7 @@ def _others(program: Program, tags: Tags, choices: dict[int, int], index: int) -
     op = program.ops[index]
     if index not in choices or op.choice not in tags.writers:
         return frozenset()
-    writers = tags.writers[op.choice]
-    before = writers[writers.index(choices[index]) - 1]
+    before = tags.before(op.choice, choices[index])
     return frozenset(
         i for i, maker in choices.items() if maker == before and program.ops[i].choice == op.choice
     )
