@@ -77,6 +77,7 @@ class CudaRuntime:
         self._decode: CudaBackend | None = None
         self._few: dict[str, CudaBackend] = {}
         self._prompts: Any = None
+        self._step_rows = 0  # not known yet
 
     def backend(
         self, kind: str, program: Callable[[str], Program]
@@ -127,8 +128,10 @@ class CudaRuntime:
         return PIECES_ROWS if self._prompts is None else RUNNER_ROWS
 
     def step_rows(self, program: Callable[[str], Program]) -> int:
-        """Most tokens of a step of one launch; see limits.step_rows."""
-        return step_rows(program("decode"), self.device.shared_bytes)
+        """Most tokens of a step of one launch; see limits.step_rows. Asked before each step, so kept."""
+        if self._step_rows == 0:
+            self._step_rows = step_rows(program("decode"), self.device.shared_bytes)
+        return self._step_rows
 
     def _decoder(self, program: Callable[[str], Program]) -> CudaBackend:
         if self._decode is None:

@@ -119,39 +119,77 @@ def queues(
         homes[b.kind][b.name] if b.kind in homes else states.get(b.name, b.offset // 4)
         for b in program.buffers
     ]
-    number = passes(program)
+    shared = _of_ops(program, variants, at, tags)
+    pitches = _row_bytes(program)
     totals = [counter.total for counter in program.counters]
-    looks, shared = Looks(program, tags), sharing(program)
+    looks, bodies = Looks(program, tags), sharing(program)
     runs, waits = list[np.ndarray](), list[np.ndarray]()
     for queue in program.queues:
-        runs.append(np.zeros(len(queue), RUN))
+        index = np.asarray([run.op for run in queue], np.int64)
+        made = shared[index]
+        made["signal"] = [NO_SIGNAL if run.signal < 0 else run.signal for run in queue]
+        spans = np.asarray([_span(program, run) for run in queue], np.int64).reshape(-1, 2)
+        made["first"], made["count"] = spans[:, 0], spans[:, 1] - spans[:, 0]
+        for name, pitch in pitches.items():
+            made[name] += spans[:, 0].astype(np.uint64) * pitch[index]
         own: list[tuple[int, int, int]] = []
-        ops = {run.op for run in queue}
+        ops = set(index.tolist())
         known = -1  # the choice that the loader has
-        for record, run in zip(runs[-1], queue, strict=True):
-            record["variant"] = variants[run.op] | number[run.op] << PASS_SHIFT
-            record["signal"] = NO_SIGNAL if run.signal < 0 else run.signal
-            _resolve(record, program, run, at)
+        for number, run in enumerate(queue):
             wanted, op = looks.wanted(run, ops), program.ops[run.op]
             if isinstance(op, ExpertGate | ExpertDown):
-                maker = looks.choices[run.op]
+                record, maker = made[number], looks.choices[run.op]
                 # Those for the choice first: the loader has them, too.
                 kept = sorted(wanted, key=lambda w: not looks.for_choice(run.op, w))
                 wanted = {w: wanted[w] for w in kept}
-                record["x3"] = sum(looks.for_choice(run.op, w) for w in kept)
+                record["x3"] |= sum(looks.for_choice(run.op, w) for w in kept)
                 record["x3"] |= (maker == known) << CHOICE_KNOWN_SHIFT
                 # x' of `down` takes the weights of the choice, too.
-                if shared[run.op] and (isinstance(op, ExpertGate) or maker == known):
+                if bodies[run.op] and (isinstance(op, ExpertGate) or maker == known):
                     record["x3"] |= looks.at_hand(run, ops, wanted) << AT_HAND_SHIFT
                 known = maker
                 record["bias_up"] = arena + program.buffers[op.chosen].offset
                 if isinstance(op, ExpertDown):
                     record["bias"] = arena + program.buffers[op.weights].offset
-            _add_ranks(record, program, run.op, tags)
-            record["wait_count"] = len(wanted)
+            made["wait_count"][number] = len(wanted)
             own += [(w.counter, n | w.lag << 15, totals[w.counter]) for w, n in wanted.items()]
+        runs.append(made)
         waits.append(np.asarray(own, WAIT))
     return runs, waits
+
+
+def _of_ops(program: Program, variants: list[int], at: list[int], tags: Tags) -> np.ndarray:
+    """RUN records of what all runs of an op share, where they begin with row 0."""
+    number, found = passes(program), np.zeros(len(program.ops), RUN)
+    for index, record in enumerate(found):
+        record["variant"] = variants[index] | number[index] << PASS_SHIFT
+        _resolve(record, program, program.ops[index], at)
+        _add_ranks(record, program, index, tags)
+    return found
+
+
+def _row_bytes(program: Program) -> dict[str, np.ndarray]:
+    """For each field that holds where a product's rows begin: bytes of a row, by op; 0 where it stays."""
+    names = ("w", "w_up", "bias", "bias_up")
+    found = {name: np.zeros(len(program.ops), np.uint64) for name in names}
+    for index, op in enumerate(program.ops):
+        if isinstance(op, Linear):
+            for name, cols in zip(names, (op.k, op.k, 1, 1), strict=True):
+                if (buf := getattr(op, name)) != NONE:
+                    found[name][index] = cols * program.buffers[buf].dtype.bytes
+    return found
+
+
+def _span(program: Program, run: Run) -> tuple[int, int]:
+    """Tiles of a run, or rows of weights, [begin, end)."""
+    op = program.ops[run.op]
+    if isinstance(op, Linear | ExpertDown):
+        return op.span(run.lo, run.hi)
+    if isinstance(op, ExpertGate):  # whole tiles: where they begin in a bank the choice says
+        return run.lo * op.tile_rows, run.hi * op.tile_rows
+    # Tiles of Append follow those of its attention.
+    behind = attend_of(program, op).tiles if isinstance(op, Append) else 0
+    return run.lo + behind, run.hi + behind
 
 
 def _add_ranks(record: Any, program: Program, index: int, tags: Tags) -> None:
@@ -184,34 +222,26 @@ def _residual(op: Op) -> Buf:
     return op.old if isinstance(op, Linear) and op.epilogue == ADD else NONE
 
 
-def _resolve(record: Any, program: Program, run: Run, at: list[int]) -> None:
-    """The fields of struct Run that depend on the op. at: address (arena: float) of each buffer."""
-    op: Op = program.ops[run.op]
+def _resolve(record: Any, program: Program, op: Op, at: list[int]) -> None:
+    """The operands of an op in struct Run. at: address (arena: float) of each buffer."""
 
-    def home(buf: int, row: int = 0, cols: int = 0) -> int:
-        return 0 if buf == NONE else at[buf] + row * cols * program.buffers[buf].dtype.bytes
+    def home(buf: int) -> int:
+        return 0 if buf == NONE else at[buf]
 
     if isinstance(op, Linear):
-        begin, end = op.span(run.lo, run.hi)
-        record["first"], record["count"] = begin, end - begin
-        record["w"], record["w_up"] = home(op.w, begin, op.k), home(op.w_up, begin, op.k)
-        record["bias"], record["bias_up"] = home(op.bias, begin, 1), home(op.bias_up, begin, 1)
+        record["w"], record["w_up"] = home(op.w), home(op.w_up)
+        record["bias"], record["bias_up"] = home(op.bias), home(op.bias_up)
         scales = (program.buffers[w].scale if w != NONE else NONE for w in (op.w, op.w_up))
         record["scale"], record["scale_up"] = (home(scale) for scale in scales)
-        record["norm"], record["x"], record["y"] = (
-            home(op.norm),
-            at[op.x] + op.x_col,
-            at[op.y] + op.y_col,
-        )
+        record["norm"] = home(op.norm)
+        record["x"], record["y"] = at[op.x] + op.x_col, at[op.y] + op.y_col
         if op.epilogue == ADD:
             record["x2"] = at[op.old] + op.y_col
         return
-    record["first"], record["count"] = run.lo, run.hi - run.lo
-    if isinstance(op, Append):  # its tiles follow those of attention
+    if isinstance(op, Append):
         op = attend_of(program, op)
-        record["first"] += op.tiles
     if isinstance(op, ExpertGate | ExpertDown):
-        _resolve_experts(record, program, op, run, at)
+        _resolve_experts(record, program, op, at)
     elif isinstance(op, Attend):
         record["w"], record["w_up"], record["y"] = at[op.k_cache], at[op.v_cache], at[op.y]
         record["norm"], record["norm2"] = home(op.q_norm), home(op.k_norm)
@@ -263,14 +293,10 @@ def _resolve(record: Any, program: Program, run: Run, at: list[int]) -> None:
 
 
 def _resolve_experts(
-    record: Any, program: Program, op: ExpertGate | ExpertDown, run: Run, at: list[int]
+    record: Any, program: Program, op: ExpertGate | ExpertDown, at: list[int]
 ) -> None:
-    """Rows of whole tiles: where they begin in a bank is known when the choice is."""
-    begin, end = run.lo * op.tile_rows, run.hi * op.tile_rows
     if isinstance(op, ExpertDown):
-        begin, end = op.span(run.lo, run.hi)
         record["x2"] = at[op.y]
-    record["first"], record["count"] = begin, end - begin
     record["x"], record["y"] = at[op.x], at[op.y]
     banks = {"": op.w, "_up": op.w_up} if isinstance(op, ExpertGate) else {"": op.w}
     for name, bank in banks.items():
