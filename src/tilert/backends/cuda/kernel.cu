@@ -95,9 +95,8 @@ __device__ __forceinline__ void compute(Block& b) {
 // to those that compute. A claim beyond what the block was given would wait for ever.
 constexpr int kBlockThreads = kThreads + kLoaderThreads;
 constexpr int kGivenRegisters = 65536 / kBlockThreads / 8 * 8;
-// A loader that follows a choice or reads shapes has no room in 24; and steps of several tokens
-// need more for the products.
-constexpr int kLoaderRegisters = kShapeScales ? (kTokens == 1 ? 56 : 40) : kMixture ? 40 : 24;
+// A loader that follows a choice or reads shapes has no room in 24.
+constexpr int kLoaderRegisters = kShapeScales ? 56 : kMixture ? 40 : 24;
 constexpr int kComputeRegisters = 240 - (kLoaderRegisters - 24) / 2;
 static_assert(kComputeRegisters * kThreads + kLoaderRegisters * kLoaderThreads <=
                   kGivenRegisters * kBlockThreads,

@@ -17,10 +17,13 @@ struct AnyShape {
   static constexpr int kLane = 16, kBlock = 4 * kLane;  // elements of a block, of it in a lane
   static constexpr int kProducts = kLane / 4, kHalf = kBlock / 2;
   static constexpr float kInputFactor = 1 / 16.0f, kSumFactor = 16;  // of x' in f16
+  static constexpr bool kOfToken = kTokens > 1 && kChosen;  // each token has rows of its own
+  // Tokens that a unit is multiplied with: its own, as if the step had no other, or all.
+  static constexpr int kMet = kChosen ? 1 : kTokens;
   // Tiles whose products hide each other's waits; all their units are in the ring at once.
-  static constexpr int kTogether = kTokens == 1 && kSlots >= 4 ? 4 : 2;
-  static constexpr int kMostColumns = kTokens;  // blocks of 8 columns: 8 segments of each token
-  static constexpr u32 kNamed = 4;              // experts of which the loader knows at a time
+  static constexpr int kTogether = kMet == 1 && kSlots >= 4 ? 4 : 2;
+  static constexpr int kMostColumns = kMet;  // blocks of 8 columns: 8 segments of each token
+  static constexpr u32 kNamed = 4;           // experts of which the loader knows at a time
   static constexpr u32 kPad = 32;  // elements behind each token's x: no two in the same banks
 
   // The scales that a warp fetches of its items, each of a group for one matrix or part.
@@ -54,7 +57,7 @@ struct AnyShape {
 #pragma unroll
       for (u32 m = 0; m < kMostColumns; ++m) {
         // Columns that have no segment, and blocks that are not there, take any number.
-        const u32 segment = min((m * 8 + column) / kTokens, segments - 1);
+        const u32 segment = min((m * 8 + column) / kMet, segments - 1);
         x[m] = place(min(warp * segments + segment, block_rows - 1), quad);
       }
     }
@@ -72,11 +75,10 @@ struct AnyShape {
     const Shape& s = shape(run);
     if (left_out(l.b, s)) return true;
     if (kChosen && !l.choose(run, s.count * kTokens)) return false;
-    constexpr bool of_token = kTokens > 1 && kChosen;
-    const u32 tokens = of_token ? l.count() : 1;
+    const u32 tokens = kOfToken ? l.count() : 1;
     for (u32 begin = 0, span = 0; begin < run.count;) {
       if (begin == span) span = span_end(run, s, begin);
-      const u32 end = of_token ? min(begin + kChunkRows, span) : span;
+      const u32 end = kOfToken ? min(begin + kChunkRows, span) : span;
 #pragma unroll 1
       for (u32 token = 0; token < tokens; ++token)
 #pragma unroll 1
@@ -188,7 +190,7 @@ struct AnyShape {
     }
     return before + (at >> s.row_shift);
   }
-  static constexpr u32 kTables = kTokens > 1 && kChosen ? kTokens : 1;
+  static constexpr u32 kTables = kOfToken ? kTokens : 1;
   // Groups of a span.
   static __device__ __forceinline__ u32 groups(const Run& run, const Shape& s, u32 first) {
     return min(group(run, s, run.count - 1) - group(run, s, first) + 1, s.fitting);
@@ -260,67 +262,83 @@ struct AnyShape {
     return pack_f16(low * kInputFactor, high * kInputFactor);
   }
 
+  // Where a thread is among the elements of all tokens, of which it takes four at a time.
+  struct Turn {
+    static constexpr u32 kStride = 4 * kThreads;
+    u32 begin, at, token = 0;
+    __device__ __forceinline__ explicit Turn(const Lane& me) : begin(me.thread * 4), at(begin) {}
+    // Of all threads alike: whether some of them have elements here.
+    __device__ __forceinline__ bool there(u32 elements) const {
+      return kTokens == 1 ? at - begin < elements : token < kTokens;
+    }
+    __device__ __forceinline__ bool inside(u32 elements) const {
+      return at < elements && (kTokens == 1 || token < kTokens);
+    }
+    __device__ __forceinline__ void next(u32 elements) {
+      at += kStride;
+      if (kTokens > 1 && at - begin >= elements) at = begin, ++token;
+    }
+  };
+
   // meanwhile: done once, while the first loads are under way.
   template <class Meanwhile>
   static __device__ __forceinline__ void make(const Lane& me, Block& b, const Run& run,
                                               const Shape& s, u32 first, Meanwhile meanwhile) {
     const u32 first_x =
         s.rows == kDiagonal ? quotient(run.first + first, s.bank_inverse) * s.x_stride : 0;
-    const u32 elements = s.elements(), tag = b.tag(run.x), checked = s.tagged_x ? kTagMask : 0;
+    float sums[kTokens] = {};  // of squares
     bool begun = false;
     const auto begin = [&] {
       if (!begun) meanwhile();
       begun = true;
     };
+    Turn turn(me);
 #pragma unroll 1
+    while (turn.there(s.elements())) make_some(b, run, s, turn, first_x, sums, begin);
+    if (!s.normed) return;
+#pragma unroll
     for (u32 token = 0; token < kTokens; ++token) {
-      const float* from = b.at(run.x) + first_x + token * s.x_pitch;
-      u16* to = x(b) + token * (elements + kPad);
-      float sum = 0;
-      u32 at = me.thread * 4;
-#pragma unroll 1
-      do  // once at least: a thread without elements begins, too
-        sum += make_some(b, run, s, token, at, from, to, tag, checked, begin);
-      while ((at += kBatch * 4 * kThreads) < elements);
-      if (!s.normed) continue;
-      sum = warp_sum(sum);
+      const float sum = warp_sum(sums[token]);
       if (me.lane == 0) b.shared.squares[me.warp][token] = sum;
     }
   }
 
-  // The elements that a thread fetches at once, four at a place; returned is the sum of squares.
+  // The elements that a thread fetches at once, four at a place, of one token after another.
   static constexpr int kBatch = 8;
   template <class Begin>
-  static __device__ __forceinline__ float make_some(const Block& b, const Run& run, const Shape& s,
-                                                    u32 token, u32 first, const float* from,
-                                                    u16* to, u32 tag, u32 checked, Begin begin) {
-    const u32 elements = s.elements();
+  static __device__ __forceinline__ void make_some(Block& b, const Run& run, const Shape& s,
+                                                   Turn& turn, u32 first_x, float (&sums)[kTokens],
+                                                   Begin begin) {
+    const u32 elements = s.elements(), tag = b.tag(run.x), checked = s.tagged_x ? kTagMask : 0;
+    const float* from = b.at(run.x) + first_x;
     float4 v[kBatch] = {};
     uint2 norm[kBatch] = {};  // what not all paths set would take registers in all other ops
     float weight[kBatch] = {};
+    Turn here = turn;
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      const u32 at = first + i * 4 * kThreads;
-      if (at >= elements) break;
-      if (s.normed) norm[i] = __ldg(reinterpret_cast<const uint2*>(run.norm + 2 * at));
-    }
+    for (int i = 0; i < kBatch; ++i, here.next(elements))
+      if (s.normed && here.inside(elements))
+        norm[i] = __ldg(reinterpret_cast<const uint2*>(run.norm + 2 * here.at));
     const u32 choice_tag = b.tag(run.x3);
     Retry retry;
     for (u32 other = 1; other;) {
-      other = 0;
+      other = 0, here = turn;
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i)
-        load_float4_if(first + i * 4 * kThreads < elements, from + first + i * 4 * kThreads, v[i]);
-      if (kChosen && s.weighted)
+      for (int i = 0; i < kBatch; ++i, here.next(elements))
+        load_float4_if(here.inside(elements), from + here.token * s.x_pitch + here.at, v[i]);
+      if (kChosen && s.weighted) {
+        here = turn;
 #pragma unroll
-        for (int i = 0; i < kBatch; ++i)
-          if (first + i * 4 * kThreads < elements)
-            weight[i] = load_float(reinterpret_cast<const float*>(run.bias) + token * s.count +
-                                   quotient(first + i * 4 * kThreads, s.k_inverse));
+        for (int i = 0; i < kBatch; ++i, here.next(elements))
+          if (here.inside(elements))
+            weight[i] = load_float(reinterpret_cast<const float*>(run.bias) + here.token * s.count +
+                                   quotient(here.at, s.k_inverse));
+      }
       begin();
+      here = turn;
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        if (first + i * 4 * kThreads >= elements) break;
+      for (int i = 0; i < kBatch; ++i, here.next(elements)) {
+        if (!here.inside(elements)) continue;
         other |= differs(v[i].x, tag) | differs(v[i].y, tag) | differs(v[i].z, tag) |
                  differs(v[i].w, tag);
         other &= checked;
@@ -329,29 +347,37 @@ struct AnyShape {
       }
       if (other && retry.in_vain(b, tag)) break;
     }
-    float sum = 0;
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      const u32 at = first + i * 4 * kThreads;
-      if (at >= elements) break;
+    for (int i = 0; i < kBatch; ++i, turn.next(elements)) {
+      if (!turn.inside(elements)) continue;
       float e[4] = {bare(v[i].x, checked), bare(v[i].y, checked), bare(v[i].z, checked),
                     bare(v[i].w, checked)};
       if (s.normed) {
         const u32 words[2] = {norm[i].x, norm[i].y};
+        float sum = of_token(sums, turn.token);
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
           sum = fmaf(e[j], e[j], sum);
           e[j] *= BF16::widen(u16(words[j / 2] >> 16 * (j % 2)));
         }
+#pragma unroll
+        for (u32 t = 0; t < kTokens; ++t) sums[t] = t == turn.token ? sum : sums[t];
       }
       if (kChosen && s.weighted)
 #pragma unroll
         for (int j = 0; j < 4; ++j) e[j] *= weight[i];
-      const u32 in_lane = at % kLane;
-      *reinterpret_cast<uint2*>(to + (place(at / kBlock, at / kLane % 4) ^ in_lane / 8 * kHalf) +
-                                in_lane % 8) = {pack(e[0], e[1]), pack(e[2], e[3])};
+      const u32 in_lane = turn.at % kLane;
+      u16* to = x(b) + turn.token * (elements + kPad);
+      *reinterpret_cast<uint2*>(
+          to + (place(turn.at / kBlock, turn.at / kLane % 4) ^ in_lane / 8 * kHalf) +
+          in_lane % 8) = {pack(e[0], e[1]), pack(e[2], e[3])};
     }
-    return sum;
+  }
+  static __device__ __forceinline__ float of_token(const float (&sums)[kTokens], u32 token) {
+    float v = sums[0];
+#pragma unroll
+    for (u32 t = 1; t < kTokens; ++t) v = t == token ? sums[t] : v;
+    return v;
   }
   static __device__ __forceinline__ u32 differs(float v, u32 tag) {
     return __float_as_uint(v) ^ tag;
@@ -369,7 +395,6 @@ struct AnyShape {
   // Rows [first, last) of the run.
   static __device__ __forceinline__ void multiply_rows(const Lane& me, Block& b, const Run& run,
                                                        const Shape& s, u32 first, u32 last) {
-    constexpr bool of_token = kTokens > 1 && kChosen;
     // One token leaves room for twice the rows where there is one matrix.
     const u32 more = kTokens == 1 && s.matrices == 1, chunk = kChunkRows << more;
     const u32 finishers = (kChunkRows * kTokens / 32) << more;
@@ -381,12 +406,12 @@ struct AnyShape {
       const Place at(me, run, s, begin, finisher, end);
       Rest rest = 0;
       if (mine) rest = fetch_rest(b, run, s, at);
-      const u32 tokens = of_token ? b.count() : 1;
+      const u32 tokens = kOfToken ? b.count() : 1;
 #pragma unroll 1
       for (u32 token = 0; token < tokens; ++token)
 #pragma unroll 1
         for (u32 row = begin; row < end; row += kTogether * s.tile_rows)
-          multiply_tiles(me, b, run, s, first, row, begin, end, of_token ? token : kTokens);
+          multiply_tiles(me, b, run, s, first, row, begin, end, token);
       sync_consumers();
       if (mine) {
         finish(b, run, s, at, rest);
@@ -397,13 +422,13 @@ struct AnyShape {
   }
 
   // Up to kTogether tiles from `row` on, of a span that begins at `first` and a chunk that begins
-  // at `begin`. only: the token whose rows these are, or kTokens.
+  // at `begin`. token: whose rows these are, or 0.
   static __device__ __forceinline__ void multiply_tiles(const Lane& me, Block& b, const Run& run,
                                                         const Shape& s, u32 first, u32 row,
-                                                        u32 begin, u32 end, u32 only) {
+                                                        u32 begin, u32 end, u32 token) {
     // Of tiles that are not there: the last one's.
     const u32 tiles = min(u32(kTogether), (end - row + s.tile_rows - 1) >> s.tile_shift());
-    const u32 before = group(run, s, first), tokens_before = only < kTokens ? only : 0;
+    const u32 before = group(run, s, first);
     const u8* slots[kTogether];
     const float* scale[kTogether];
     bool ready = true;
@@ -414,7 +439,7 @@ struct AnyShape {
       ready &= barrier_test(&b.shared.full[unit.slot], unit.parity);
       slots[t] = b.slot(unit);
       u32 index = group(run, s, row + (tile << s.tile_shift())) - before;
-      if (tokens_before) index += tokens_before * groups(run, s, first);
+      if (token) index += token * groups(run, s, first);
       scale[t] = b.shared.scales + index * s.matrices * s.parts * s.columns;
     }
 #pragma unroll 1
@@ -422,9 +447,10 @@ struct AnyShape {
     Sums sums[kTogether] = {};
     const u32 stride = kWarps << s.segment_shift;
     Lane at = me;  // moves on
+    const u16* x_of_token = x(b) + token * (me.block_rows * kBlock + kPad);
 #pragma unroll 1
     for (u32 from = me.warp << s.segment_shift; from < me.block_rows; from += stride) {
-      add(at, b, from, slots, scale, sums);
+      add(at, x_of_token, from, slots, scale, sums);
 #pragma unroll
       for (int h = 0; h < 2; ++h)
         at.weights[h] += s.weight_step, at.scale[h] += stride >> s.column_shift;
@@ -437,12 +463,13 @@ struct AnyShape {
       for (u32 tile = 0; tile < tiles; ++tile)
         barrier_arrive(&b.shared.empty[b.cursor.after(tile).slot]);
     b.cursor = b.cursor.after(tiles);
-    kTokens == 1 ? leave_one(me, b, s, row - begin, tiles, sums)
-                 : leave(me, b, s, row - begin, only, tiles, sums);
+    kMet == 1 ? leave_one(me, b, s, row - begin, token, tiles, sums)
+              : leave(me, b, s, row - begin, tiles, sums);
   }
 
   // Blocks [from, from + segments) of all rows of the tiles.
-  static __device__ __forceinline__ void add(const Lane& at, Block& b, u32 from,
+  // x: of the first token that they meet.
+  static __device__ __forceinline__ void add(const Lane& at, const u16* x, u32 from,
                                              const u8* const (&slots)[kTogether],
                                              const float* const (&scale)[kTogether],
                                              Sums (&sums)[kTogether]) {
@@ -459,10 +486,10 @@ struct AnyShape {
       }
 #pragma unroll
     for (int m = 0; m < kMostColumns; ++m) {
-      if (m > 0 && u32(m * 8) >= at.segments * kTokens) break;
-      const u32 column = m * 8 + at.column, segment = min(column / kTokens, at.segments - 1);
+      if (m > 0 && u32(m * 8) >= at.segments * kMet) break;
+      const u32 column = m * 8 + at.column, segment = min(column / kMet, at.segments - 1);
       const u32 here = from + segment < at.block_rows ? at.x[m] : 0;
-      const u16* of_token = x(b) + column % kTokens * (at.block_rows * kBlock + kPad);
+      const u16* of_token = x + column % kMet * (at.block_rows * kBlock + kPad);
       u32 words[2 * kProducts];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
@@ -506,7 +533,7 @@ struct AnyShape {
   }
   // Each lane of a quad takes over a half of the rows of one of two tiles.
   static __device__ __forceinline__ void leave_one(const Lane& me, Block& b, const Shape& s,
-                                                   u32 first, u32 tiles,
+                                                   u32 first, u32 token, u32 tiles,
                                                    const Sums (&sums)[kTogether]) {
     const bool odd = me.quad & 1, upper = me.quad & 2;
     float half[kTogether], v[kTogether / 2];
@@ -535,12 +562,12 @@ struct AnyShape {
 #pragma unroll
     for (int i = 0; i < kTogether / 2; ++i)
       if (me.segment[0] == 0 && 2 * i + upper < tiles)
-        *part_of_sum(b, row + (2 * i + upper) * s.tile_rows, me.warp, 0) = v[i] * kSumFactor;
+        *part_of_sum(b, row + (2 * i + upper) * s.tile_rows, me.warp, token) = v[i] * kSumFactor;
   }
   static __device__ __forceinline__ void leave(const Lane& me, Block& b, const Shape& s, u32 first,
-                                               u32 only, u32 tiles, const Sums (&sums)[kTogether]) {
-    constexpr int kOwn = kTokens > 1 ? 2 : 1;              // tokens of a lane
-    constexpr int kLanes = kTokens > 1 ? kTokens / 2 : 1;  // that have all tokens of a segment
+                                               u32 tiles, const Sums (&sums)[kTogether]) {
+    constexpr int kOwn = kMet > 1 ? 2 : 1;           // tokens of a lane
+    constexpr int kLanes = kMet > 1 ? kMet / 2 : 1;  // that have all tokens of a segment
 #pragma unroll
     for (int i = 0; i < 2 * kTogether; ++i) {
       const int t = i / 2, h = i % 2;
@@ -550,7 +577,7 @@ struct AnyShape {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           const u32 column = m * 8 + me.quad * 2 + e;
-          if (column / kTokens == me.segment[h]) own[e % kOwn] = sums[t].c[m][2 * h + e];
+          if (column / kMet == me.segment[h]) own[e % kOwn] = sums[t].c[m][2 * h + e];
         }
       const u32 row = first + t * s.tile_rows + place_in_chunk(s, me.unit_row[h]);
 #pragma unroll
@@ -564,8 +591,7 @@ struct AnyShape {
           v += u32(o) < me.segments ? other : 0;
         }
         const u32 token = me.quad * kOwn + n;
-        if (u32(t) < tiles && me.segment[h] == 0 && token < kTokens &&
-            (only == kTokens || only == token))
+        if (u32(t) < tiles && me.segment[h] == 0 && token < kMet)
           *part_of_sum(b, row, me.warp, token) = v * kSumFactor;
       }
     }
