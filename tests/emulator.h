@@ -59,7 +59,7 @@ struct BlockState {
   std::vector<u8> memory;
   u8* base;
   std::vector<Warp> warps;
-  u64 arrived[16] = {};  // at each barrier of threads
+  u64 arrived[16] = {}, uses[16] = {};  // of each barrier of threads
 };
 struct Fiber {
   void* stack_pointer = nullptr;
@@ -113,9 +113,10 @@ const T* exchange(const T& mine) {
 
 inline void barrier(u32 id, u32 threads) {
   BlockState& b = block();
-  const u64 use = b.arrived[id]++ / threads;  // not all uses are by the same warps
+  const u64 use = b.uses[id];  // not all are by the same warps, or as many
+  if (++b.arrived[id] == threads) b.arrived[id] = 0, ++b.uses[id];
   ++progress;
-  await(b.arrived[id], threads * (use + 1));
+  await(b.uses[id], use + 1);
 }
 
 // An mbarrier in its 8 bytes.

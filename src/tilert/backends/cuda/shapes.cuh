@@ -20,8 +20,9 @@ struct AnyShape {
   static constexpr bool kOfToken = kTokens > 1 && kChosen;  // each token has rows of its own
   // Tokens that a unit is multiplied with: its own, as if the step had no other, or all.
   static constexpr int kMet = kChosen ? 1 : kTokens;
-  // Tiles whose products hide each other's waits; all their units are in the ring at once.
-  static constexpr int kTogether = kMet == 1 && kSlots >= 4 ? 4 : 2;
+  // Tiles whose products hide each other's waits; all their units are in the ring at once, and as
+  // many others are on their way.
+  static constexpr int kTogether = kMet == 1 && kSlots >= 8 ? 4 : 2;
   static constexpr int kMostColumns = kMet;  // blocks of 8 columns: 8 segments of each token
   static constexpr u32 kNamed = 4;           // experts of which the loader knows at a time
   static constexpr u32 kPad = 32;  // elements behind each token's x: no two in the same banks
@@ -78,7 +79,7 @@ struct AnyShape {
     const u32 tokens = kOfToken ? l.count() : 1;
     for (u32 begin = 0, span = 0; begin < run.count;) {
       if (begin == span) span = span_end(run, s, begin);
-      const u32 end = kOfToken ? min(begin + kChunkRows, span) : span;
+      const u32 end = kOfToken ? min(begin + chunk_rows(s), span) : span;
 #pragma unroll 1
       for (u32 token = 0; token < tokens; ++token)
 #pragma unroll 1
@@ -304,7 +305,7 @@ struct AnyShape {
   }
 
   // The elements that a thread fetches at once, four at a place, of one token after another.
-  static constexpr int kBatch = 8;
+  static constexpr int kBatch = kTokens > 1 ? 10 : 8;
   template <class Begin>
   static __device__ __forceinline__ void make_some(Block& b, const Run& run, const Shape& s,
                                                    Turn& turn, u32 first_x, float (&sums)[kTokens],
@@ -392,12 +393,15 @@ struct AnyShape {
     float c[kMostColumns][4];
   };
 
+  // Rows of a chunk: one matrix leaves room for twice as many.
+  static __device__ __forceinline__ u32 chunk_rows(const Shape& s) {
+    return kChunkRows << (s.matrices == 1);
+  }
+
   // Rows [first, last) of the run.
   static __device__ __forceinline__ void multiply_rows(const Lane& me, Block& b, const Run& run,
                                                        const Shape& s, u32 first, u32 last) {
-    // One token leaves room for twice the rows where there is one matrix.
-    const u32 more = kTokens == 1 && s.matrices == 1, chunk = kChunkRows << more;
-    const u32 finishers = (kChunkRows * kTokens / 32) << more;
+    const u32 chunk = chunk_rows(s), finishers = chunk * kTokens / 32;
 #pragma unroll 1
     for (u32 begin = first; begin < last; begin += chunk) {
       const u32 finisher = (me.warp - begin / kChunkRows * (kChunkRows * kTokens / 32)) % kWarps;
@@ -604,8 +608,8 @@ struct AnyShape {
     __device__ __forceinline__ Place(const Lane& me, const Run& run, const Shape& s, u32 begin,
                                      u32 finisher, u32 last) {
       const u32 index = finisher * 32 + me.lane;
-      token = kTokens == 1 ? 0 : index / kChunkRows;
-      in_chunk = kTokens == 1 ? index : index % kChunkRows;
+      token = kTokens == 1 ? 0 : index / chunk_rows(s);
+      in_chunk = kTokens == 1 ? index : index % chunk_rows(s);
       inside = begin + in_chunk < last;
       y = token * s.y_pitch + run.first + begin + in_chunk;
     }
@@ -636,10 +640,13 @@ struct AnyShape {
   // By the warps that have finished the last chunk of a run.
   static __device__ __forceinline__ void tell(const Lane& me, const Block& b, const Run& run,
                                               const Shape& s, u32 finisher, u32 finishers) {
-    if (kTokens == 1 && finishers == 1)
+    constexpr u32 kFewest = kChunkRows * kTokens / 32;
+    if (finishers == 1)
       __syncwarp();
+    else if (finishers == kFewest)
+      sync_threads<2, 32 * kFewest>();
     else
-      sync_threads<2, kTokens == 1 ? 64 : kChunkRows * kTokens>();
+      sync_threads<2, 64 * kFewest>();
     if (finisher == 0 && me.lane == 0) signal(b, run, s.tagged_y);
   }
 };
