@@ -224,6 +224,7 @@ inline u32 shared_address(const void* p) {
   return static_cast<u32>(static_cast<const u8*>(p) - emulator::block().base);
 }
 inline u32 opaque(u32 v) { return v; }
+inline const u8* opaque_pointer(const u8* p) { return p; }
 inline void barrier_init(u64* b, u32 count) {
   emulator::phase(b) = {static_cast<u16>(count), static_cast<u16>(count), 0};
 }

@@ -24,6 +24,11 @@ __device__ __forceinline__ u32 opaque(u32 v) {
   return v;
 }
 
+__device__ __forceinline__ const u8* opaque_pointer(const u8* p) {
+  asm volatile("" : "+l"(p));
+  return p;
+}
+
 // mbarriers: a phase completes when `count` arrivals and all announced bytes are in.
 
 __device__ __forceinline__ void barrier_init(u64* b, u32 count) {

@@ -151,17 +151,18 @@ struct AnyShape {
     const u8 *from = run.w, *up = run.w_up;
     const u32 bytes = min(s.tile_rows, run.count - row) * s.k, pitch = s.tile_rows * s.k;
     l.expect(bytes * s.matrices * s.parts);
-    if (s.rows == kSideBySide) {
-      from += u64(run.first + row) * s.k;
+    if (s.rows == kSideBySide) {  // eight copies or so: what one of them takes counts
+      from = opaque_pointer(from + u64(run.first + row) * s.k);  // one sum, not one in each copy
+      const u32 bank_bytes = s.bank_rows * s.k, parts = s.parts;
+      u32 to = 0;
 #pragma unroll 1
-      for (u32 first = 0; first < s.parts; first += kNamed) {
+      for (u32 first = 0; first < parts; first += kNamed) {
         u32 of[kNamed];  // experts, read at once: one after another would take longer than to copy
 #pragma unroll
-        for (u32 i = 0; i < kNamed; ++i) of[i] = expert(l.b, s, token, min(first + i, s.parts - 1));
+        for (u32 i = 0; i < kNamed; ++i) of[i] = expert(l.b, s, token, min(first + i, parts - 1));
 #pragma unroll
-        for (u32 i = 0; i < kNamed; ++i)
-          if (first + i < s.parts)
-            l.copy((first + i) * pitch, from + u64(of[i] * s.bank_rows) * s.k, bytes);
+        for (u32 i = 0; i < kNamed; ++i, to += pitch)
+          if (first + i < parts) l.copy(to, from + u64(of[i]) * bank_bytes, bytes);
       }
     } else {
       u32 at = row;
