@@ -28,7 +28,9 @@ class NotMeasured(Exception):
 
 
 def output_of(command: Sequence[str], timeout: float, folder: Path | None = None) -> str:
-    """What a process prints, or NotMeasured; it and all that it started are gone after `timeout` s."""
+    """What a process prints, or NotMeasured; it and all that it started are gone after `timeout` s, and
+    when this process is asked to end: what is left would hold the GPU's memory."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         child = subprocess.Popen(
             command, stdout=out, stderr=err, stdin=subprocess.DEVNULL, cwd=folder,
@@ -42,6 +44,7 @@ def output_of(command: Sequence[str], timeout: float, folder: Path | None = None
             if child.returncode is None:
                 os.killpg(child.pid, signal.SIGKILL)
                 child.wait()
+            signal.signal(signal.SIGTERM, before)
         err.seek(0)
         out.seek(0)
         if code:

@@ -7,6 +7,7 @@ import argparse
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -386,6 +387,20 @@ def test_a_peer_has_its_time_and_no_more(bench: Any, tmp_path: Path) -> None:
     code = "import sys; print('no such thing', file=sys.stderr); sys.exit(3)"
     with pytest.raises(bench.NotMeasured, match=r"code 3 and said\nno such thing"):
         bench.output_of([sys.executable, "-c", code], 20)
+
+
+def test_what_a_process_started_ends_when_it_is_asked_to_end(tmp_path: Path) -> None:
+    marks = tmp_path / "begun", tmp_path / "lived"
+    begun, lived = map(str, marks)
+    late = f"import time; open({begun!r}, 'w'); time.sleep(2); open({lived!r}, 'w')"
+    code = f"import gpu_peers, sys; gpu_peers.output_of([sys.executable, '-c', {late!r}], 60)"
+    child = subprocess.Popen([sys.executable, "-c", code], cwd=SCRIPT.parent)
+    while not marks[0].exists():
+        time.sleep(0.02)
+    child.terminate()
+    assert child.wait(30) == 128 + signal.SIGTERM
+    time.sleep(2.5)
+    assert not marks[1].exists()
 
 
 def test_checkouts_of_others(bench: Any, tmp_path: Path) -> None:
