@@ -33,7 +33,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from datetime import date
-from functools import cache, partial
+from functools import cache, partial, wraps
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -102,6 +102,20 @@ MODELS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 FP8 = "-FP8"  # behind a model's name: linear layers in e4m3 with a scale for each 128 x 128 block
 PEERS = ("transformers", "eager", "chain")
+
+
+def one_sentence(main: Callable[[], int]) -> Callable[[], int]:
+    """`main` of a benchmark; where there is no GPU, or not what it needs, it says so and gives 2."""
+
+    @wraps(main)
+    def told() -> int:
+        try:
+            return main()
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+
+    return told
 
 
 def config_of(name: str) -> dict[str, Any]:
@@ -532,14 +546,11 @@ def time_peer(peer: str, name: str, before: int, repeats: int, device: Any) -> d
     )
 
 
+@one_sentence
 def main() -> int:
     """Print the table and write it as JSON; 2 without a GPU."""
     args = arguments()
-    try:
-        device = open_device()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    device = open_device()
     if args.child:
         asked = args.models[0], args.inputs, args.repeats, device, args.rows
         print(json.dumps(time_ours(*asked, trace=args.trace)))

@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from decode_gpu import environment, results_file
+from decode_gpu import environment, one_sentence, results_file
 
 from tilert.backends.cuda import open_device
 from tilert.backends.cuda.source import FOLDER, Source
@@ -330,6 +330,7 @@ def open_all() -> list[Any]:
     return devices
 
 
+@one_sentence
 def main() -> int:
     """Print the table and write it as JSON; 2 without two GPUs, 1 when a launch failed."""
     parser = argparse.ArgumentParser(
@@ -341,12 +342,8 @@ def main() -> int:
     args = parser.parse_args()
     if args.repeats < 1:
         parser.error("--repeats accepts 1 and more")
-    try:
-        devices = open_all()
-        gpus = [Gpu(device) for device in devices]
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    devices = open_all()
+    gpus = [Gpu(device) for device in devices]
     result: dict[str, Any] = {
         **environment(devices[0], "handoff_gpu.py", args.commit), "gpus": len(gpus),
         "protocol": {"rows": ROWS, "rounds": ROUNDS, "not_timed": WARM, "repeats": args.repeats},

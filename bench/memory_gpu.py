@@ -31,7 +31,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from decode_gpu import MODELS, comma_list, compiled, config_of, environment, shape_alone, stored
+from decode_gpu import (
+    MODELS,
+    comma_list,
+    compiled,
+    config_of,
+    environment,
+    one_sentence,
+    shape_alone,
+    stored,
+)
 from start_gpu import used_by_others
 
 from tilert.backends.cuda import open_device
@@ -40,7 +49,6 @@ from tilert.backends.cuda.late import give_back
 from tilert.backends.cuda.source import Source
 from tilert.engine.runner import PROMPT as CHUNK
 from tilert.engine.runner import TOKENS
-from tilert.errors import UserError
 from tilert.ir.dtype import DType
 from tilert.ir.program import PAGE, Kind, Program
 from tilert.models import load_config
@@ -351,17 +359,14 @@ def arguments() -> argparse.Namespace:
     return args
 
 
+@one_sentence
 def main() -> int:
     """Print a line for each step and write them as JSON; 2 without a GPU, 1 when a process has failed."""
     args = arguments()
-    try:
-        if args.stack_limit is not None:
-            alone(args)
-            return 0
-        device = open_device()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if args.stack_limit is not None:
+        alone(args)
+        return 0
+    device = open_device()
     from tilert.backends.cuda.device import STACK
 
     result: dict[str, Any] = {

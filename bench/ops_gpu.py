@@ -28,13 +28,21 @@ from pathlib import Path
 from typing import Any
 
 import gpu_ceiling
-from decode_gpu import FIRST, FP8, MODELS, RandomModel, capacity, comma_list, environment
+from decode_gpu import (
+    FIRST,
+    FP8,
+    MODELS,
+    RandomModel,
+    capacity,
+    comma_list,
+    environment,
+    one_sentence,
+)
 
 from tilert.backends.cuda import open_device
 from tilert.backends.cuda.backend import CudaBackend
 from tilert.compiler.levels import side_by_side
 from tilert.compiler.simulate import Span
-from tilert.errors import UserError
 from tilert.ir.program import Program, Run
 from tilert.serve.trace import Timeline, moved, op_names, timelines
 
@@ -131,6 +139,7 @@ def table(rows: Sequence[dict[str, Any]], ms: float) -> str:
     return "\n".join(lines)
 
 
+@one_sentence
 def main() -> int:
     """Print the tables and write them as JSON; 2 without a GPU."""
     parser = argparse.ArgumentParser(
@@ -144,11 +153,7 @@ def main() -> int:
     parser.add_argument("--commit", help="of the code, where it is no git checkout")
     parser.add_argument("--out", type=Path, help="file of the results")
     args = parser.parse_args()
-    try:
-        device = open_device()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    device = open_device()
     ceiling = max(gpu_ceiling.measure(device).values())
     model = RandomModel(args.model, capacity([args.input]), device)
     result: dict[str, Any] = {

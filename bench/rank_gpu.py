@@ -35,7 +35,7 @@ from typing import Any
 import gpu_ceiling
 import numpy as np
 import ops_gpu
-from decode_gpu import FIRST, attempt, comma_list, environment, summary
+from decode_gpu import FIRST, attempt, comma_list, environment, one_sentence, summary
 from gpu_peers import output_of
 
 from tilert.backends.cuda import jit, open_device
@@ -45,7 +45,6 @@ from tilert.backends.cuda.source import KERNEL, generate
 from tilert.compiler import Limits
 from tilert.compiler.units import with_units
 from tilert.engine.programs import program_for
-from tilert.errors import UserError
 from tilert.ir.dtype import DType
 from tilert.ir.graph import Graph
 from tilert.ir.machine import H200, Machine
@@ -427,17 +426,14 @@ def run(args: argparse.Namespace, device: Any) -> None:
             print(ops_gpu.table(table["ops"], table["ms"]))
 
 
+@one_sentence
 def main() -> int:
     """Print the table and write it as JSON; 2 without a GPU."""
     args = arguments()
     if args.compile:
         compile_all(asked_of(args), args.tokens)
         return 0
-    try:
-        device = open_device()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    device = open_device()
     if args.child:
         print(json.dumps(child(json.loads(args.child), device)))
     else:

@@ -15,10 +15,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from decode_gpu import FIRST, FP8, MODELS, STEPS, RandomModel, capacity, environment
+from decode_gpu import FIRST, FP8, MODELS, STEPS, RandomModel, capacity, environment, one_sentence
 
 from tilert.backends.cuda import open_device
-from tilert.errors import UserError
 
 POSITION = 32
 
@@ -35,6 +34,7 @@ def first_that_differs(model: RandomModel, runs: int) -> int:
     return next((run for run in range(1, runs) if outcome(model) != wanted), -1)
 
 
+@one_sentence
 def main() -> int:
     """Say whether all runs were the same, and write it as JSON; 2 without a GPU."""
     parser = argparse.ArgumentParser(
@@ -48,11 +48,7 @@ def main() -> int:
     args = parser.parse_args()
     if args.runs < 2:
         parser.error("--runs accepts 2 and more")
-    try:
-        device = open_device()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    device = open_device()
     differs = first_that_differs(RandomModel(args.model, capacity([POSITION]), device), args.runs)
     said = "all the same, bit for bit" if differs < 0 else f"run {differs} differs from run 0"
     print(f"{args.model}, {args.runs} runs of {STEPS} tokens: {said}")

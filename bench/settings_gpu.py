@@ -30,6 +30,7 @@ from decode_gpu import (
     comma_list,
     config_of,
     environment,
+    one_sentence,
     stored,
 )
 
@@ -39,7 +40,6 @@ from tilert.backends.cuda.runtime import GpuDevice
 from tilert.compiler import Limits
 from tilert.compiler.units import with_units
 from tilert.engine.programs import program_for
-from tilert.errors import UserError
 from tilert.ir.machine import Machine
 from tilert.models import load_config
 from tilert.models.decoder import build as build_graph
@@ -101,6 +101,7 @@ def time_settings(name: str, windows: list[int], device: GpuDevice) -> list[dict
     ]  # fmt: skip
 
 
+@one_sentence
 def main() -> int:
     """Print the table and write it as JSON; 2 without a GPU."""
     parser = argparse.ArgumentParser(
@@ -114,11 +115,7 @@ def main() -> int:
     args = parser.parse_args()
     if unknown := [name for name in args.models if name.removesuffix(FP8) not in MODELS]:
         parser.error(f"model '{unknown[0]}' is not known; accepted are {', '.join(MODELS)}")
-    try:
-        device = open_device()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    device = open_device()
     result = {
         **environment(device, "settings_gpu.py", args.commit), "steps": STEPS, "launches": LAUNCHES,
         "rows": [],

@@ -20,11 +20,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from decode_gpu import MODELS, environment
+from decode_gpu import MODELS, environment, one_sentence
 from gpu_peers import output_of
 
 from tilert.backends.cuda import open_device
-from tilert.errors import UserError
 
 NAME = "Llama-3.2-1B"
 TIMEOUT = 300.0  # seconds of a process
@@ -111,6 +110,7 @@ def phases(runs: Sequence[dict[str, Any]]) -> dict[str, float]:
     return {name: statistics.median(run["seconds"][name] for run in runs) for name in names}
 
 
+@one_sentence
 def main() -> int:
     """Print the figures and write them as JSON; 2 without a GPU."""
     parser = argparse.ArgumentParser(
@@ -120,11 +120,7 @@ def main() -> int:
     parser.add_argument("--commit", help="of the code, where it is no git checkout")
     parser.add_argument("--out", type=Path, help="file of the results")
     args = parser.parse_args()
-    try:
-        device = open_device()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    device = open_device()
     with tempfile.TemporaryDirectory() as folder:
         write_checkpoint(Path(folder), NAME)
         before = used_by_others()

@@ -15,7 +15,7 @@ from tilert.ops import ExpertDown, ExpertGate, Linear
 FEW = 8
 COLUMNS = 64  # of scales in a part, at most: two for each lane
 WARPS = 8  # that compute
-PAD = 32  # AnyShape::kPad
+PAD = 32  # ShapeInputs::kPad
 SEGMENTED = (2, 4, 8, 16)  # rows of a unit of which 16 segments are made
 STRAIGHT, DIAGONAL, IN_TURN, SIDE_BY_SIDE = range(4)  # enum Rows
 PRODUCTS = Linear | ExpertGate | ExpertDown

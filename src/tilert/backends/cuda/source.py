@@ -61,7 +61,7 @@ HEADERS = (
     "ptx.cuh", "program.cuh", "tile.cuh", "inputs.cuh", "staged.cuh", "products.cuh", "linear.cuh",
     "combine.cuh", "heads.cuh", "attend.cuh", "sample.cuh", "draw.cuh", "logprobs.cuh", "experts.cuh",
     "packed.cuh", "latents.cuh", "mla.cuh", "select.cuh", "index.cuh", "norm.cuh", "shape.cuh",
-    "shapes.cuh",
+    "shape_inputs.cuh", "shapes.cuh",
 )  # fmt: skip
 KERNEL = "tilert_program"
 # kShapeShift, kPassShift: a run's variant has 6 bits, its shape too
