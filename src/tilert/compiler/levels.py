@@ -47,7 +47,9 @@ def arrange(
 
 def needed(buffers: Sequence[Buffer], ops: Sequence[Op]) -> list[set[int]]:
     """For each op those before it that it needs; not all that are implied by others."""
-    accesses = [(op.reads(0, op.tiles), op.writes(0, op.tiles)) for op in ops]
+    accesses = [
+        (list(dict.fromkeys(op.reads(0, op.tiles))), _joined(op.writes(0, op.tiles))) for op in ops
+    ]
     changing = {r.buffer for _, writes in accesses for r in writes}
     moving = several_passes(ops)  # then rows of caches do not count from one position
 
@@ -91,6 +93,23 @@ def side_by_side(program: Program) -> list[list[int]]:
         else:
             groups.append([op])
     return groups
+
+
+def _joined(writes: Sequence[Region]) -> list[Region]:
+    """What an op writes, regions that do not overlap; one of each buffer where they fill a rectangle."""
+    found: list[Region] = []
+    by_buffer: dict[int, list[Region]] = defaultdict(list)
+    for r in dict.fromkeys(writes):
+        by_buffer[r.buffer].append(r)
+    for buffer, each in by_buffer.items():
+        _, row_lo, row_hi, col_lo, col_hi = zip(*each, strict=True)
+        whole = Region(buffer, min(row_lo), max(row_hi), min(col_lo), max(col_hi))
+        found += [whole] if sum(map(_size, each)) == _size(whole) else each
+    return found
+
+
+def _size(r: Region) -> int:
+    return (r.row_hi - r.row_lo) * (r.col_hi - r.col_lo)
 
 
 def _inside(a: Region, b: Region) -> bool:
