@@ -68,6 +68,25 @@ def test_tokens_equal_the_cpu(glassllm: Path, device: EmulatedDevice) -> None:
         assert answers(gpu, params) == answers(cpu, params)
 
 
+def test_what_a_step_may_hold_is_worked_out_once(
+    glassllm: Path, device: EmulatedDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes milliseconds, and is asked for before each step."""
+    asked: list[str] = []
+    own = runtime.step_rows
+    monkeypatch.setattr(runtime, "step_rows", lambda *given: asked.append("rows") or own(*given))
+    gpu = LLM(
+        glassllm,
+        skip_tokenizer_init=True,
+        max_model_len=64,
+        backend="cuda",
+        num_speculative_tokens=3,
+    )
+    prompt = {"prompt_token_ids": [5, 9, 33, 5, 9]}
+    gpu.generate(prompt, SamplingParams(temperature=0, max_tokens=12, ignore_eos=True))
+    assert asked == ["rows"]
+
+
 @pytest.mark.parametrize(
     ("name", "alike", "kept"),
     [("deepseek_v3", 12, "auto"), ("glm_moe_dsa", 6, "auto"), ("deepseek_v3", 9, "fp8")],
