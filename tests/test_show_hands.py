@@ -16,9 +16,10 @@ import pytest
 import tiny_deepseek
 import torch
 
-from tilert import generate
+from tilert import LLM, SamplingParams, generate
 from tilert.backends import cpu
 from tilert.errors import UserError
+from tilert.ir.dtype import DType
 from tilert.models.deepseek_v3_2.dsa_show_hands import ShowHandsGenerator
 from tilert.serve import show_hands
 from tilert.serve.convert import run as convert
@@ -141,6 +142,21 @@ def test_greedy_tokens_equal_transformers(
     assert ("has no layer for that" in shown.err) == with_mtp
     assert made.generate(PROMPT, print_log=False) == expected
     assert capsys.readouterr().out == ""
+
+
+def test_latents_may_be_kept_in_fp8(sparse: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
+    model = LLM(sparse.folder, max_model_len=4096, kv_cache_dtype="fp8")
+    made = generator(sparse.folder, max_new_tokens=3, kv_cache_dtype="fp8")
+    asked = model.chat_prompt([{"role": "user", "content": PROMPT}], thinking=False)
+    (expected,) = model.generate(asked, SamplingParams(temperature=0, max_tokens=3))
+    assert made.generate(PROMPT, print_log=False) == expected.outputs[0].text
+    assert made.llm is not None
+    caches = [b for b in made.llm.runner.program("decode").buffers if "latent_cache" in b.name]
+    assert caches
+    assert all(b.dtype is DType.U8 for b in caches)
+    command = ["--model-weights-dir", str(sparse.folder), "--kv-cache-dtype", "fp8"]
+    assert generate.main([*command, "--max-new-tokens", "3", "--prompt", PROMPT]) == 0
+    assert capsys.readouterr().out == expected.outputs[0].text + "\n"
 
 
 def test_sampling(dense: Tiny) -> None:

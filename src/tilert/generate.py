@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from tilert.serve.cli import Parser, guarded
+from tilert.serve.cli import Parser, cache_option, guarded
 
 
 def parser() -> argparse.ArgumentParser:
@@ -25,6 +25,7 @@ def parser() -> argparse.ArgumentParser:
         "--with-mtp", action="store_true", help="guess tokens and verify several at once"
     )
     p.add_argument("--enable-thinking", action="store_true", help="let the model reason first")
+    cache_option(p)
     source = p.add_mutually_exclusive_group()
     source.add_argument("--prompt", metavar="TEXT", help="the prompt (default: read from stdin)")
     source.add_argument(
@@ -52,6 +53,7 @@ def run(args: argparse.Namespace) -> None:
         top_k=args.top_k,
         sampling_seed=args.sampling_seed,
         enable_thinking=args.enable_thinking,
+        kv_cache_dtype=args.kv_cache_dtype,
     )
     generator.from_pretrained()
     if text is not None:

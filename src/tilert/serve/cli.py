@@ -68,7 +68,8 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def _cache_option(p: argparse._ActionsContainer) -> None:
+def cache_option(p: argparse._ActionsContainer) -> None:
+    """The flag for the type of caches."""
     p.add_argument("--kv-cache-dtype", choices=["auto", "fp8"], default="auto",
                    help="fp8: latents in e4m3 with scales, for models with latent attention (auto: bf16 on"
                         " a GPU)")  # fmt: skip
@@ -85,7 +86,7 @@ def _load_options(p: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--backend", choices=["cpu", "cuda", "interpreter"],
                        default="cpu", help="cuda: one GPU; interpreter: numpy, slow")  # fmt: skip
-    _cache_option(group)
+    cache_option(group)
 
 
 def _speculation_options(p: argparse.ArgumentParser) -> None:
@@ -176,7 +177,7 @@ def _compile(p: argparse.ArgumentParser) -> None:
     p.add_argument("--tokens", type=int, default=1, metavar="N", help="tokens per step (default 1)")
     p.add_argument("--context", type=int, metavar="N", help="most positions of a sequence")
     p.add_argument("--dtype", choices=["auto", "bfloat16", "float32"], default="auto")
-    _cache_option(p)
+    cache_option(p)
     p.add_argument(
         "--print", action="store_true", dest="show", help="print the program's text form"
     )

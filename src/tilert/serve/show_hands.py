@@ -21,7 +21,7 @@ from tilert.models import load_config
 from tilert.models.mtp import layer_tensors
 from tilert.serve import report
 from tilert.serve.commands import Bars, show
-from tilert.serve.llm import DEFAULT_CONTEXT, LLM
+from tilert.serve.llm import DEFAULT_CONTEXT, LLM, KvCacheDtype
 from tilert.text import write_gguf_tokenizer
 from tilert.weights import read_config, resolve_model, settings
 
@@ -37,7 +37,7 @@ class ShowHandsGenerator:
     layer for that or else from the text so far, and verify them in one step; the answer is the same.
     Greedy unless use_topp (then top_p and top_k count, and a temperature of 1 unless another is given) or
     a temperature above 0 (then all tokens can be drawn). sampling_seed: equal seeds give equal answers.
-    enable_thinking: the model reasons first.
+    enable_thinking: the model reasons first. kv_cache_dtype: as LLM takes it.
     Raises UserError for values outside their range.
     """
 
@@ -45,13 +45,14 @@ class ShowHandsGenerator:
         self, max_new_tokens: int = 100, temperature: float | None = None,
         model_weights_dir: str | os.PathLike[str] = "", with_mtp: bool = False,
         use_topp: bool = False, top_p: float = 0.9, top_k: int = 256, sampling_seed: int = 42,
-        enable_thinking: bool = False,
+        enable_thinking: bool = False, kv_cache_dtype: KvCacheDtype = "auto",
     ) -> None:  # fmt: skip
         if type(max_new_tokens) is not int or max_new_tokens < 1:
             raise UserError(f"max_new_tokens is {max_new_tokens!r}; accepted are integers from 1")
         self.max_new_tokens, self.model_weights_dir = max_new_tokens, model_weights_dir
         self.with_mtp, self.enable_thinking = with_mtp, enable_thinking
         self.sampling_seed = sampling_seed
+        self.kv_cache_dtype: KvCacheDtype = kv_cache_dtype
         self.update_sampling_params(temperature, top_p, top_k, use_topp)
         self.llm: LLM | None = None
 
@@ -79,7 +80,8 @@ class ShowHandsGenerator:
             folder = resolve_model(
                 given or str(settings.default_folder(NAME)), write_gguf_tokenizer, progress=bars
             )
-            self.llm = _load(folder, self.max_new_tokens, DRAFTS if self.with_mtp else 0, bars)
+            drafts = DRAFTS if self.with_mtp else 0
+            self.llm = _load(folder, self.max_new_tokens, drafts, self.kv_cache_dtype, bars)
             if self.llm.speculative_method == "lookup":
                 bars.say(f"with_mtp: tokens are guessed from the text so far; {_why(self.llm)}")
         finally:
@@ -123,14 +125,16 @@ class ShowHandsGenerator:
         )
 
 
-def _load(folder: Path, max_new_tokens: int, drafts: int, bars: Bars) -> LLM:
+def _load(
+    folder: Path, max_new_tokens: int, drafts: int, kv_cache_dtype: KvCacheDtype, bars: Bars
+) -> LLM:
     config = load_config(*read_config(folder))
     context = min(config.max_position_embeddings, DEFAULT_CONTEXT + max_new_tokens)
 
     def loaded(backend: Any) -> LLM:
         return LLM(
             folder, backend=backend, max_model_len=context, max_num_seqs=1, progress=bars,
-            notify=bars.say, num_speculative_tokens=drafts,
+            notify=bars.say, num_speculative_tokens=drafts, kv_cache_dtype=kv_cache_dtype,
         )  # fmt: skip
 
     if _has_gpu():
