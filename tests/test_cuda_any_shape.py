@@ -46,7 +46,7 @@ def test_tokens_equal_the_interpreter(name: str, devices: Devices) -> None:
         kernel.test_logits_equal_the_interpreter(name, position, devices)
 
 
-@pytest.mark.parametrize("case", ["over-a-page-border", "one-of-two"])
+@pytest.mark.parametrize("case", ["over-a-page-border", "one-of-two", "at-a-border"])
 @pytest.mark.parametrize("name", ["fp8-wide-blocks", "fp8-latent"])
 def test_bits_do_not_depend_on_how_many_tokens_a_step_has(
     name: str, case: str, devices: Devices
