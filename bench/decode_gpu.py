@@ -118,6 +118,17 @@ def one_sentence(main: Callable[[], int]) -> Callable[[], int]:
     return told
 
 
+def result_options(parser: argparse.ArgumentParser, out: Path | None = None) -> None:
+    """The flags of every benchmark for its results. out: the file, unless another is named."""
+    parser.add_argument("--commit", help="of the code, where it is no git checkout")
+    parser.add_argument("--out", type=Path, default=out, help="file of the results")
+
+
+def known() -> list[str]:
+    """The names of models, with and without FP8."""
+    return [*MODELS, *(f"{name}{FP8}" for name in MODELS)]
+
+
 def config_of(name: str) -> dict[str, Any]:
     """The Hugging Face configuration of a model's name, with or without FP8 behind it."""
     return MODELS[name.removesuffix(FP8)]
@@ -503,7 +514,6 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    known = [*MODELS, *(f"{name}{FP8}" for name in MODELS)]
     parser.add_argument("--models", type=comma_list, default=[*MODELS, f"Qwen3-8B{FP8}"],
                         help=f"names, with commas; {FP8} behind one: FP8 weights in blocks")  # fmt: skip
     parser.add_argument("--inputs", type=lambda text: [int(n) for n in comma_list(text)],
@@ -518,12 +528,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--peer-timeout", type=float, default=300.0, help="seconds for each")
     parser.add_argument("--gpt-fast", type=Path, help="a checkout with converted weights")
     parser.add_argument("--megakernels", type=Path, help="a checkout with its kernel built")
-    parser.add_argument("--commit", help="of the code, where it is no git checkout")
-    parser.add_argument("--out", type=Path, help="file of the results")
+    result_options(parser)
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--peer", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    for what, given, accepted in (("model", args.models, known), ("peer", args.peers, [*PEERS])):
+    for what, given, accepted in (("model", args.models, known()), ("peer", args.peers, [*PEERS])):
         if unknown := [name for name in given if name not in accepted]:
             parser.error(f"{what} '{unknown[0]}' is not known; accepted are {', '.join(accepted)}")
     longest = min(config_of(name)["max_position_embeddings"] for name in args.models) - STEPS - 1

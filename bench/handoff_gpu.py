@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from decode_gpu import environment, one_sentence, results_file
+from decode_gpu import environment, one_sentence, result_options, results_file
 
 from tilert.backends.cuda import open_device
 from tilert.backends.cuda.source import FOLDER, Source
@@ -337,8 +337,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--repeats", type=int, default=REPEATS)
-    parser.add_argument("--commit", help="of the code, where it is no git checkout")
-    parser.add_argument("--out", type=Path, help="file of the results")
+    result_options(parser)
     args = parser.parse_args()
     if args.repeats < 1:
         parser.error("--repeats accepts 1 and more")

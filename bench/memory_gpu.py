@@ -27,7 +27,6 @@ import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -38,6 +37,7 @@ from decode_gpu import (
     config_of,
     environment,
     one_sentence,
+    result_options,
     shape_alone,
     stored,
 )
@@ -348,8 +348,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--stack-limits", type=comma_list, default=[], help="bytes, with commas")
     parser.add_argument("--model", default="Llama-3.2-1B", choices=dense)
     parser.add_argument("--context", type=int, default=2048, help="positions of the cache")
-    parser.add_argument("--commit", help="of the code, where it is no git checkout")
-    parser.add_argument("--out", type=Path, help="file of the results")
+    result_options(parser)
     parser.add_argument("--stack-limit", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.context < PROMPT or args.context % PAGE:

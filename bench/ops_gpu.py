@@ -24,19 +24,18 @@ import statistics
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import gpu_ceiling
 from decode_gpu import (
     FIRST,
-    FP8,
-    MODELS,
     RandomModel,
     capacity,
     comma_list,
     environment,
+    known,
     one_sentence,
+    result_options,
 )
 
 from tilert.backends.cuda import open_device
@@ -145,13 +144,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    known = [*MODELS, *(f"{name}{FP8}" for name in MODELS)]
-    parser.add_argument("--model", choices=known, required=True)
+    parser.add_argument("--model", choices=known(), required=True)
     parser.add_argument("--input", type=int, default=1024, help="positions before the step")
     parser.add_argument("--rows", type=lambda text: [int(n) for n in comma_list(text)], default=[1],
                         help="tokens of a step, with commas: 1,2,4,8")  # fmt: skip
-    parser.add_argument("--commit", help="of the code, where it is no git checkout")
-    parser.add_argument("--out", type=Path, help="file of the results")
+    result_options(parser)
     args = parser.parse_args()
     device = open_device()
     ceiling = max(gpu_ceiling.measure(device).values())

@@ -35,7 +35,15 @@ from typing import Any
 import gpu_ceiling
 import numpy as np
 import ops_gpu
-from decode_gpu import FIRST, attempt, comma_list, environment, one_sentence, summary
+from decode_gpu import (
+    FIRST,
+    attempt,
+    comma_list,
+    environment,
+    one_sentence,
+    result_options,
+    summary,
+)
 from gpu_peers import output_of
 
 from tilert.backends.cuda import jit, open_device
@@ -349,10 +357,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5, help="in each process")
     parser.add_argument("--ops", action="store_true", help="also what each op costs, and the trace")
     parser.add_argument("--compile", action="store_true", help="only compile, without a GPU")
-    parser.add_argument("--commit", help="of the code, where it is no git checkout")
-    parser.add_argument(
-        "--out", type=Path, default=RESULTS / "rank-gpu.json", help="file of the results"
-    )
+    result_options(parser, RESULTS / "rank-gpu.json")
     parser.add_argument("--child", help=argparse.SUPPRESS)  # what is asked of this process, as JSON
     args = parser.parse_args()
     longest = MODELS[args.model]["max_position_embeddings"] - STEPS - max(args.tokens, default=1)

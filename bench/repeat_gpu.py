@@ -12,10 +12,18 @@ import argparse
 import hashlib
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
-from decode_gpu import FIRST, FP8, MODELS, STEPS, RandomModel, capacity, environment, one_sentence
+from decode_gpu import (
+    FIRST,
+    STEPS,
+    RandomModel,
+    capacity,
+    environment,
+    known,
+    one_sentence,
+    result_options,
+)
 
 from tilert.backends.cuda import open_device
 
@@ -40,11 +48,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    known = [*MODELS, *(f"{name}{FP8}" for name in MODELS)]
-    parser.add_argument("--model", choices=known, default="Llama-3.2-1B")
+    parser.add_argument("--model", choices=known(), default="Llama-3.2-1B")
     parser.add_argument("--runs", type=int, default=100)
-    parser.add_argument("--commit", help="of the code, where it is no git checkout")
-    parser.add_argument("--out", type=Path, help="file of the result")
+    result_options(parser)
     args = parser.parse_args()
     if args.runs < 2:
         parser.error("--runs accepts 2 and more")

@@ -17,7 +17,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,6 +30,7 @@ from decode_gpu import (
     config_of,
     environment,
     one_sentence,
+    result_options,
     stored,
 )
 
@@ -110,8 +110,7 @@ def main() -> int:
     parser.add_argument("--models", type=comma_list, default=[*MODELS])
     parser.add_argument("--windows", type=lambda text: [int(n) for n in comma_list(text)],
                         default=[2, 3, 4], help="units under way, with commas")  # fmt: skip
-    parser.add_argument("--commit", help="of the code, where it is no git checkout")
-    parser.add_argument("--out", type=Path, help="file of the results")
+    result_options(parser)
     args = parser.parse_args()
     if unknown := [name for name in args.models if name.removesuffix(FP8) not in MODELS]:
         parser.error(f"model '{unknown[0]}' is not known; accepted are {', '.join(MODELS)}")

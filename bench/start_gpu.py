@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from decode_gpu import MODELS, environment, one_sentence
+from decode_gpu import MODELS, environment, one_sentence, result_options
 from gpu_peers import output_of
 
 from tilert.backends.cuda import open_device
@@ -117,8 +117,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--processes", type=int, default=5)
-    parser.add_argument("--commit", help="of the code, where it is no git checkout")
-    parser.add_argument("--out", type=Path, help="file of the results")
+    result_options(parser)
     args = parser.parse_args()
     device = open_device()
     with tempfile.TemporaryDirectory() as folder:

@@ -75,10 +75,7 @@ def work(op: Op, program: Program) -> Work:
     each = [tile_seconds(op, 0, op.tiles, itemsize, machine, past) / op.tiles for past in PASTS]
     if not uniform(op):
         return Work(op.tiles, tuple((OPENING, max(s, LATENCY)) for s in each))
-    words = sum(
-        (r.row_hi - r.row_lo) * (r.col_hi - r.col_lo)
-        for r in op.reads(0, 1) if program.buffers[r.buffer].kind is Kind.WORK
-    )  # fmt: skip
+    words = sum(r.size for r in op.reads(0, 1) if program.buffers[r.buffer].kind is Kind.WORK)
     nothing = [op.cost(0, op.tiles, itemsize, past).bytes == 0 for past in PASTS]
     openings = [OPENING + WORD * words * (not idle) for idle in nothing]
     assert isinstance(op, Linear | ExpertGate | ExpertDown)

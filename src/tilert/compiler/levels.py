@@ -22,7 +22,7 @@ from itertools import pairwise
 
 from tilert.compiler.balance import Work, dealt_by_op, level_seconds, work
 from tilert.ir.machine import Machine
-from tilert.ir.program import NONE, Buffer, Kind, Op, Program, Region, several_passes
+from tilert.ir.program import NONE, Buffer, Kind, Op, Program, Region, hulls, several_passes
 
 ROUNDS = 2  # of looking for a better level for each op
 
@@ -97,19 +97,12 @@ def side_by_side(program: Program) -> list[list[int]]:
 
 def _joined(writes: Sequence[Region]) -> list[Region]:
     """What an op writes, regions that do not overlap; one of each buffer where they fill a rectangle."""
+    regions = list(dict.fromkeys(writes))
     found: list[Region] = []
-    by_buffer: dict[int, list[Region]] = defaultdict(list)
-    for r in dict.fromkeys(writes):
-        by_buffer[r.buffer].append(r)
-    for buffer, each in by_buffer.items():
-        _, row_lo, row_hi, col_lo, col_hi = zip(*each, strict=True)
-        whole = Region(buffer, min(row_lo), max(row_hi), min(col_lo), max(col_hi))
-        found += [whole] if sum(map(_size, each)) == _size(whole) else each
+    for whole in hulls(regions):
+        each = [r for r in regions if r.buffer == whole.buffer]
+        found += [whole] if sum(r.size for r in each) == whole.size else each
     return found
-
-
-def _size(r: Region) -> int:
-    return (r.row_hi - r.row_lo) * (r.col_hi - r.col_lo)
 
 
 def _inside(a: Region, b: Region) -> bool:

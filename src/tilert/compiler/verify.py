@@ -15,7 +15,7 @@ import numpy as np
 from tilert.compiler.order import Facts, Place
 from tilert.ir.dtype import DType
 from tilert.ir.encode import field_kinds
-from tilert.ir.program import NONE, PAST, Buffer, Kind, Op, Program, Region, Run, Wait
+from tilert.ir.program import NONE, PAST, Buffer, Kind, Op, Program, Region, Run, Wait, hulls
 from tilert.ir.regions import Cells
 from tilert.ops import IndexRope, IndexScore, Select
 
@@ -378,7 +378,7 @@ def sparing(facts: Facts) -> Iterator[str]:
     rotated in place, then scored, then selected from, and that for more positions only."""
     ops = facts.program.ops
     for index, op in enumerate(ops):
-        for made in _hulls(op.writes(0, op.tiles)) if op.spared else ():
+        for made in hulls(op.writes(0, op.tiles)) if op.spared else ():
             for later in range(index + 1, len(ops)):
                 other = ops[later]
                 if any(made.overlaps(region) for region in other.reads(0, other.tiles)):
@@ -391,18 +391,6 @@ def sparing(facts: Facts) -> Iterator[str]:
                         )
                 elif any(made.overlaps(region) for region in other.writes(0, other.tiles)):
                     break
-
-
-def _hulls(regions: Iterable[Region]) -> list[Region]:
-    """Of each buffer the smallest region that holds all of those given."""
-    found: dict[int, Region] = {}
-    for r in regions:
-        own = found.get(r.buffer, r)
-        found[r.buffer] = Region(
-            r.buffer, min(own.row_lo, r.row_lo), max(own.row_hi, r.row_hi),
-            min(own.col_lo, r.col_lo), max(own.col_hi, r.col_hi),
-        )  # fmt: skip
-    return list(found.values())
 
 
 def ring(facts: Facts) -> Iterator[str]:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import struct
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
@@ -114,6 +114,23 @@ class Region(NamedTuple):
             and self.col_lo < other.col_hi
             and other.col_lo < self.col_hi
         )
+
+    @property
+    def size(self) -> int:
+        """Elements."""
+        return (self.row_hi - self.row_lo) * (self.col_hi - self.col_lo)
+
+
+def hulls(regions: Iterable[Region]) -> list[Region]:
+    """Of each buffer the smallest region that holds all of those given."""
+    found: dict[int, Region] = {}
+    for r in regions:
+        own = found.get(r.buffer, r)
+        found[r.buffer] = Region(
+            r.buffer, min(own.row_lo, r.row_lo), max(own.row_hi, r.row_hi),
+            min(own.col_lo, r.col_lo), max(own.col_hi, r.col_hi),
+        )  # fmt: skip
+    return list(found.values())
 
 
 class Cost(NamedTuple):

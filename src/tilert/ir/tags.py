@@ -136,7 +136,7 @@ def taggable(buffers: Sequence[Buffer], ops: Sequence[Op]) -> dict[Buf, list[int
 
 def _whole(b: Buffer, op: Op, buf: Buf) -> bool:
     regions = [r for r in op.writes(0, op.tiles) if r.buffer == buf]
-    return sum((r.col_hi - r.col_lo) * (r.row_hi - r.row_lo) for r in regions) == b.rows * b.cols
+    return sum(r.size for r in regions) == b.rows * b.cols
 
 
 def _reads_all(program: Program, index: int, buf: Buf) -> bool:

@@ -330,8 +330,10 @@ struct AnyShape {
       for (u32 tile = 0; tile < tiles; ++tile)
         barrier_arrive(&b.shared.empty[b.cursor.after(tile).slot]);
     b.cursor = b.cursor.after(tiles);
-    kMet == 1 ? leave_one(me, b, s, row - begin, token, tiles, sums)
-              : leave(me, b, s, row - begin, tiles, sums);
+    if constexpr (kMet == 1)
+      leave_one(me, b, s, row - begin, token, tiles, sums);
+    else
+      leave(me, b, s, row - begin, tiles, sums);
   }
 
   // Blocks [from, from + segments) of all rows of the tiles.
@@ -433,8 +435,8 @@ struct AnyShape {
   }
   static __device__ __forceinline__ void leave(const Lane& me, Block& b, const Shape& s, u32 first,
                                                u32 tiles, const Sums (&sums)[kTogether]) {
-    constexpr int kOwn = kMet > 1 ? 2 : 1;           // tokens of a lane
-    constexpr int kLanes = kMet > 1 ? kMet / 2 : 1;  // that have all tokens of a segment
+    constexpr int kOwn = 2;           // tokens of a lane
+    constexpr int kLanes = kMet / 2;  // that have all tokens of a segment
 #pragma unroll
     for (int i = 0; i < 2 * kTogether; ++i) {
       const int t = i / 2, h = i % 2;
